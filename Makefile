@@ -1,0 +1,45 @@
+# Every target does its own set-up: a local virtual environment, pinned packages, the native build.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+BUILT  := $(VENV)/.built
+SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/* csrc/*/*)
+TEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench wheel evaluate clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+$(READY): constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement constraints.txt
+	touch $@
+
+$(BUILT): $(READY) $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: $(BUILT) ## a trained small LLaVA answers about a picture, dense and pruned
+	$(BIN)/python -m vtp_kernels demo
+
+test: lint $(BUILT) ## lint, then every test this machine can run
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: $(READY) ## style and common mistakes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(BUILT) ## every op beside what would be used instead
+	$(BIN)/python -m benchmarks
+
+evaluate: $(BUILT) ## exact match of the small LLaVA, dense and pruned, on 2,000 held-out questions
+	$(BIN)/python benchmarks/pocket_llava/evaluate.py --method none --questions 2000
+
+wheel: $(READY) ## a wheel for the architectures in VTP_CUDA_ARCHS, in dist/
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+clean: ## everything that was built, the virtual environment too
+	rm -rf $(VENV) build dist out vtp_kernels/*.so *.egg-info

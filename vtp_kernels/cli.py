@@ -1,0 +1,122 @@
+"""The command line: `python -m vtp_kernels demo | run | info`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import vtp_kernels as vtp
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        args.command(args)
+    except (OSError, ValueError, TypeError, NotImplementedError, ImportError) as error:
+        print(f"vtp-kernels {args.name}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vtp-kernels", description="Visual-token pruning that is really faster."
+    )
+    parser.add_argument("--version", action="version", version=vtp.__version__)
+    commands = parser.add_subparsers(required=True, dest="name", metavar="command")
+
+    demo = commands.add_parser(
+        "demo", help="a small trained LLaVA answers about a picture, dense and pruned"
+    )
+    demo.add_argument(
+        "--image",
+        type=Path,
+        help="a picture of your own (default: one of the model's world is drawn)",
+    )
+    demo.add_argument(
+        "--seed", type=int, default=0, help="which picture is drawn, and which questions are asked"
+    )
+    demo.set_defaults(command=_demo)
+
+    run = commands.add_parser(
+        "run", help="the same with a checkpoint, a picture and a method of your own"
+    )
+    run.add_argument("--model", required=True, help="a folder or a hub name")
+    run.add_argument("--image", type=Path, required=True)
+    run.add_argument(
+        "--prompt", required=True, action="append", help="may be given several times: one batch"
+    )
+    run.add_argument(
+        "--method", default="fastv", help="fastv, fastv:2:0.5, random:0.22, ... or a JSON file"
+    )
+    run.add_argument("--max-new-tokens", type=int, default=64)
+    run.add_argument("--device", help="default: the GPU if there is one")
+    run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    run.set_defaults(command=_run)
+
+    for command in (demo, run):
+        command.add_argument(
+            "--out", type=Path, default=Path("vtp_kept.png"), help="the picture of what was kept"
+        )
+        command.add_argument(
+            "--repeats", type=_positive, default=9, help="timed prefills of each method"
+        )
+        command.add_argument("--json", action="store_true", help="print the table as JSON")
+
+    info = commands.add_parser(
+        "info", help="versions, device, and which backend each op would use, and why"
+    )
+    info.add_argument("--json", action="store_true")
+    info.set_defaults(command=_info)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from vtp_kernels import demo
+
+    comparison = demo.pocket(args.image, seed=args.seed, repeats=args.repeats, picture=args.out)
+    _print(comparison, args.json)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from vtp_kernels import demo, plot
+    from vtp_kernels.methods import method_from_spec
+
+    method, image = (
+        method_from_spec(args.method),
+        plot.load_image(args.image),
+    )  # before the model is loaded
+    model, processor = demo.load(args.model, device=args.device, dtype=args.dtype)
+    comparison = demo.compare(
+        model,
+        processor,
+        image,
+        args.prompt,
+        {} if method is None else {args.method: method},
+        max_new_tokens=args.max_new_tokens,
+        repeats=args.repeats,
+        picture=args.out,
+    )
+    _print(comparison, args.json)
+
+
+def _info(args: argparse.Namespace) -> None:
+    info = vtp.info()
+    print(json.dumps(info.to_dict(), indent=2) if args.json else info)
+
+
+def _print(comparison, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({**comparison.to_dict(), "info": vtp.info().to_dict()}, indent=2))
+        return
+    print(comparison)
+    if comparison.picture:
+        print(f"\nWhat was kept: {comparison.picture}")

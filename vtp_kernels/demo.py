@@ -1,0 +1,244 @@
+"""Dense beside pruned on one picture: answers, tokens, FLOPs, KV memory, time, what was kept.
+
+`compare` works with any supported model and processor; `pocket` brings the small trained LLaVA and
+a picture of its world.
+"""
+
+import contextlib
+import itertools
+import os
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from vtp_kernels import plot
+from vtp_kernels.chat import chat_inputs, greedy_answers
+from vtp_kernels.models import prune
+
+DENSE = "dense"
+
+
+@dataclass
+class Row:
+    """One method on every prompt. Tokens: first row of the batch; FLOPs, KV bytes: all of it."""
+
+    method: str
+    answers: list[str]
+    visual_tokens_per_layer: list[int]
+    flops_reduction: float
+    kv_bytes: int
+    prefill_ms: list[float] = field(default_factory=list)
+    prefill_speedup: float = 1.0
+    correct: int | None = None
+
+    def stages(self) -> str:
+        """Visual tokens as they enter the layers: "256 x2, 128 x6"."""
+        runs = itertools.groupby(self.visual_tokens_per_layer)
+        return ", ".join(f"{tokens} x{len(list(layers))}" for tokens, layers in runs)
+
+
+@dataclass
+class Comparison:
+    prompts: list[str]
+    rows: list[Row]
+    expected: list[str] | None
+    picture: str | None = None
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        head = ["method", *self.prompts, "visual tokens x layers", "FLOPs", "KV cache", "prefill"]
+        body = [
+            [
+                row.method,
+                *(self._marked(i, answer) for i, answer in enumerate(row.answers)),
+                row.stages(),
+                f"-{100 * row.flops_reduction:.0f} %" if row.flops_reduction else "",
+                f"{row.kv_bytes / 1024:,.0f} KiB",
+                f"{row.prefill_speedup:.2f}x",
+            ]
+            for row in self.rows
+        ]
+        if self.expected is not None:
+            body.insert(0, ["(truth)", *self.expected, "", "", "", ""])
+        return _columns(head, body)
+
+    def _marked(self, i: int, answer: str) -> str:
+        wrong = self.expected is not None and answer != self.expected[i]
+        return f"{answer} (wrong)" if wrong else answer
+
+
+def compare(
+    model,
+    processor,
+    image,
+    prompts: list[str],
+    methods: dict,
+    *,
+    expected: list[str] | None = None,
+    max_new_tokens: int = 32,
+    repeats: int = 9,
+    picture: str | os.PathLike | None = None,
+) -> Comparison:
+    """Answers every prompt about one picture in one batch, dense and with each method.
+
+    Args:
+        model: a model of a supported family, in eval mode.
+        processor: its processor.
+        image: a path or a PIL image.
+        prompts: one question a row of the batch.
+        methods: label -> method.
+        expected: the true answers, if they are known.
+        max_new_tokens: length of an answer at most.
+        repeats: timed prefills of each method, taken in turn; the speed-up is the median of the ratios to the
+            dense prefill of the same turn.
+        picture: where to write the PNG of what was kept for the first prompt.
+    """
+    if not prompts:
+        raise ValueError("prompts: expected at least one question, got none")
+    loaded = plot.load_image(image)
+    inputs = chat_inputs(processor, [loaded] * len(prompts), prompts).to(model.device)
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    rows, drawings = [], []
+    for label, method in tqdm(
+        {DENSE: None, **methods}.items(), desc="answering", leave=False, disable=None
+    ):
+        with _pruned(model, method) as run:
+            answers = greedy_answers(model, processor, inputs, max_new_tokens)
+            if run is not None:
+                report = run.report()
+                drawings.append(plot.tokens(loaded, report.kept, title=label))
+        if run is None:
+            report = _dense_report(model, inputs)
+        rows.append(_row(label, answers, report, expected, dense=method is None))
+    _time_prefills(model, inputs, [None, *methods.values()], rows, repeats)
+    if picture is not None and drawings:
+        plot.stack(drawings, picture)
+    return Comparison(prompts, rows, expected, None if picture is None else os.fspath(picture))
+
+
+def pocket(
+    image=None, *, seed: int = 0, repeats: int = 9, picture: str | os.PathLike = "vtp_demo.png"
+) -> Comparison:
+    """The small trained LLaVA answers one question of each kind about a picture new to it."""
+    from vtp_kernels.pocket_llava import scenes
+    from vtp_kernels.pocket_llava.model import TRAINED
+
+    model, processor = load(TRAINED)
+    drawn = scenes.scene("demo", seed)
+    rng = scenes.generator("demo", 1_000_000 + seed)
+    questions = [scenes.ask(drawn, rng, kind) for kind in scenes.KINDS]
+    return compare(
+        model,
+        processor,
+        Image.fromarray(drawn.image) if image is None else image,
+        [question.text for question in questions],
+        pocket_methods(),
+        expected=[question.answer for question in questions] if image is None else None,
+        max_new_tokens=4,
+        repeats=repeats,
+        picture=picture,
+    )
+
+
+def pocket_methods() -> dict:
+    """Every available method, at settings that suit a model of 8 layers."""
+    from vtp_kernels.methods import FastV, PyramidDrop, RandomPruning, Schedule
+
+    return {
+        "FastV": FastV(layer=2, keep=0.5),
+        "PyramidDrop": PyramidDrop(layers=(3, 5, 6), keep=(0.5, 0.25, 0.125)),
+        "Schedule": Schedule({4: 0.22}),
+        "random": RandomPruning(layer=0, keep=0.22),
+    }
+
+
+def load(path: str | os.PathLike, *, device: str | None = None, dtype: str = "auto"):
+    """(model, processor) from a folder or a hub name; weights from safetensors only.
+
+    On a CPU, float16 checkpoints are computed in float32: CPUs have no fast float16 arithmetic.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    processor = AutoProcessor.from_pretrained(path)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    if device == "cpu" and dtype == "auto" and model.dtype == torch.float16:
+        model = model.float()
+    return model.to(device).eval(), processor
+
+
+def _pruned(model, method):
+    return contextlib.nullcontext() if method is None else prune(model, method)
+
+
+def _dense_report(model, inputs):
+    """What an empty schedule reports is the dense model."""
+    from vtp_kernels.methods import Schedule
+
+    with torch.no_grad(), prune(model, Schedule({})) as run:
+        model(**inputs, logits_to_keep=1)
+    return run.report()
+
+
+def _row(label: str, answers: list[str], report, expected, *, dense: bool) -> Row:
+    return Row(
+        method=label,
+        answers=answers,
+        visual_tokens_per_layer=[layer[0] for layer in report.visual_tokens_per_layer],
+        flops_reduction=0.0 if dense else report.flops_reduction,
+        kv_bytes=report.dense_kv_bytes if dense else report.kv_bytes,
+        correct=None
+        if expected is None
+        else sum(a == e for a, e in zip(answers, expected, strict=True)),
+    )
+
+
+@torch.no_grad()
+def _time_prefills(model, inputs, methods: list, rows: list[Row], repeats: int) -> None:
+    """Methods take turns, so that a machine that slows down slows all of them down."""
+    for turn in tqdm(range(repeats + 1), desc="timing prefills", leave=False, disable=None):
+        for method, row in zip(methods, rows, strict=True):
+            with _pruned(model, method):
+                _synchronize(model)
+                start = time.perf_counter()
+                model(**inputs, logits_to_keep=1)
+                _synchronize(model)
+            if turn:  # the first turn warms up
+                row.prefill_ms.append(1e3 * (time.perf_counter() - start))
+    for row in rows:
+        ratios = [d / p for d, p in zip(rows[0].prefill_ms, row.prefill_ms, strict=True)]
+        row.prefill_speedup = statistics.median(ratios)
+
+
+def _synchronize(model) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+def _columns(head: list[str], body: list[list[str]]) -> str:
+    """Text columns; a long head is broken at its words."""
+    heads = [_wrapped(cell) for cell in head]
+    lines = max(map(len, heads))
+    table = [[cell[i] if i < len(cell) else "" for cell in heads] for i in range(lines)] + body
+    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+    text = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in table
+    ]
+    text.insert(lines, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in text)
+
+
+def _wrapped(cell: str, width: int = 14) -> list[str]:
+    lines = [""]
+    for word in cell.split():
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines
