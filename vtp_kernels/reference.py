@@ -277,8 +277,8 @@ def attention_topk(
 # operation in the order written (no fused multiply-add), so that backends agree on every bit.
 #
 # There is no knee when n < 3 or the run is flat, y_0 == y_{n-1}, whatever the rule. "chord" and
-# "kneedle" see the run clipped to its quantile q = clip_quantile, min(y_i, quantile), and it is that
-# clipped run which must not be flat. The other two do not look at the shape of the curve, so sinks
+# "kneedle" see the run clipped to its own quantile, min(y_i, quantile(clip_quantile)); that is the
+# run which must not be flat. The other two do not look at the shape of the curve, so sinks
 # do not mislead them, and nothing is clipped: that would hide the very outliers "iqr" looks for.
 
 
@@ -286,7 +286,7 @@ def _quantile(y: Tensor, n: Tensor, q: float) -> Tensor:
     """NumPy's "linear" quantile of the descending run y_0 ... y_{n-1}, with NumPy's rounding.
 
     On the ascending run a_0 ... a_{n-1}: p = (n - 1) * q, i = floor(p), t = p - i,
-    d = a_{i+1} - a_i; a_i + d * t where t < 0.5, else a_{i+1} - d * (1 - t). i + 1 never passes n - 1.
+    d = a_{i+1} - a_i; a_i + d * t where t < 0.5, else a_{i+1} - d * (1 - t), i + 1 at most n - 1.
     """
     last = (n - 1).clamp(min=0)
     position = last.double() * q

@@ -1,0 +1,75 @@
+"""Visual-token pruning for LLaVA models: exact kernels, and the modules that use them.
+
+The ops need nothing but torch. The model side (`prune`, `apply`, the methods) needs `transformers`
+and is imported on first use.
+"""
+
+import importlib
+
+from vtp_kernels.info import info
+from vtp_kernels.ops import (
+    attention_scores,
+    attention_topk,
+    cls_inflection,
+    compact_kv,
+    compact_rows,
+    debug,
+    inflection,
+    passive_attention,
+    select_topk,
+    token_contribution,
+)
+from vtp_kernels.selection import Selection
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "FastV": "vtp_kernels.methods",
+    "PyramidDrop": "vtp_kernels.methods",
+    "RandomPruning": "vtp_kernels.methods",
+    "Schedule": "vtp_kernels.methods",
+    "apply": "vtp_kernels.models",
+    "flops": "vtp_kernels.flops",
+    "prune": "vtp_kernels.models",
+    "supported_models": "vtp_kernels.models",
+}
+_LAZY_MODULES = ("plot", "reference")
+
+__all__ = [
+    "FastV",
+    "PyramidDrop",
+    "RandomPruning",
+    "Schedule",
+    "Selection",
+    "apply",
+    "attention_scores",
+    "attention_topk",
+    "cls_inflection",
+    "compact_kv",
+    "compact_rows",
+    "debug",
+    "flops",
+    "inflection",
+    "info",
+    "passive_attention",
+    "plot",
+    "prune",
+    "reference",
+    "select_topk",
+    "supported_models",
+    "token_contribution",
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"vtp_kernels.{name}")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'vtp_kernels' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

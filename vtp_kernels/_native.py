@@ -1,0 +1,53 @@
+"""Loads the compiled library and, where that fails, remembers why.
+
+Importing the extension registers its kernels as `torch.ops.vtp_kernels.*`. A pure-Python install,
+or a libtorch older than the library's target, is no error: the reference serves every op then.
+"""
+
+import importlib
+
+import torch
+
+OPS = (
+    "attention_scores",
+    "select_topk",
+    "attention_topk",
+    "token_contribution",
+    "compact_kv",
+    "compact_kv_",
+    "compact_rows",
+    "inflection",
+    "cls_inflection",
+    "passive_attention",
+)
+
+#: Why there is no native library, or None if it is loaded.
+missing: str | None = None
+#: GPU architectures the library has code for, as given to VTP_CUDA_ARCHS.
+architectures: tuple[str, ...] = ()
+
+try:
+    _library = importlib.import_module("vtp_kernels._C")
+    architectures = tuple(filter(None, getattr(_library, "cuda_archs", "").split(";")))
+except ModuleNotFoundError as error:
+    if error.name != "vtp_kernels._C":
+        raise
+    missing = "the native library is not built (no module vtp_kernels._C)"
+except ImportError as error:
+    missing = f"the native library does not load with torch {torch.__version__}: {error}"
+
+
+def defines(op: str) -> bool:
+    """Whether the library defines `torch.ops.vtp_kernels.<op>`."""
+    return missing is None and torch._C._dispatch_has_kernel(f"vtp_kernels::{op}")
+
+
+def _has_kernel(op: str, key: str) -> bool:
+    name = f"vtp_kernels::{op}"
+    return defines(op) and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+#: (op, device type) pairs the loaded library has code for.
+kernels = frozenset(
+    (op, key.lower()) for op in OPS for key in ("CPU", "CUDA") if _has_kernel(op, key)
+)

@@ -1,0 +1,105 @@
+"""info(): what is installed, and which backend each op would use, and why."""
+
+import importlib
+import importlib.metadata
+import platform
+from dataclasses import asdict, dataclass
+
+import torch
+
+from vtp_kernels import _native
+from vtp_kernels.ops._dispatch import BACKENDS, why_not
+
+_PACKAGES = ("torch", "triton", "transformers", "numpy")
+_OPS = tuple(op for op in _native.OPS if not op.endswith("_"))  # in-place variants follow their op
+
+
+@dataclass(frozen=True)
+class Info:
+    """What `info()` found. `str()` gives a page to read, `to_dict()` plain data for JSON.
+
+    Attributes:
+        versions: vtp_kernels, Python and package versions; None: not installed.
+        devices: device types in use here, "cpu" first, each with a description.
+        native: None if the native library is loaded, else why not.
+        architectures: GPU architectures the native library has code for.
+        backends: {device type: {op: {backend: None if it can serve, else why not}}}.
+    """
+
+    versions: dict[str, str | None]
+    devices: dict[str, str]
+    native: str | None
+    architectures: tuple[str, ...]
+    backends: dict[str, dict[str, dict[str, str | None]]]
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def chosen(self, op: str, device_type: str) -> str:
+        """The backend `backend=None` takes, VTP_BACKEND aside."""
+        reasons = self.backends[device_type][op]
+        return next(backend for backend in BACKENDS if reasons[backend] is None)
+
+    def __str__(self) -> str:
+        versions = (
+            f"{name} {version or 'not installed'}" for name, version in self.versions.items()
+        )
+        lines = [" · ".join(versions)]
+        lines += [f"{device}: {description}" for device, description in self.devices.items()]
+        lines.append("native library: " + (self.native or "loaded"))
+        if self.architectures:
+            lines.append("architectures: " + " ".join(self.architectures))
+        for device, ops in self.backends.items():
+            lines += ["", f"on {device}:"]
+            lines += [f"  {op:<20}{self.chosen(op, device)}" for op in ops]
+            lines += [f"  {line}" for line in _reasons(ops)]
+        return "\n".join(lines)
+
+
+def _reasons(ops: dict[str, dict[str, str | None]]) -> list[str]:
+    """One line per backend and reason; the ops are named where it is not all of them."""
+    refused: dict[tuple[str, str], list[str]] = {}
+    for op, reasons in ops.items():
+        for backend, reason in reasons.items():
+            if reason is not None:
+                refused.setdefault((backend, reason), []).append(op)
+    return [
+        f"not {backend}: {reason}" + ("" if len(names) == len(ops) else f" ({', '.join(names)})")
+        for (backend, reason), names in refused.items()
+    ]
+
+
+def info() -> Info:
+    """Versions, devices, and which backend each op would use and why.
+
+    Starts no kernel; on a machine with a GPU it does initialise CUDA.
+    """
+    devices = {"cpu": platform.processor() or platform.machine()}
+    if torch.cuda.is_available():
+        names = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+        devices["cuda"] = ", ".join(f"{gpu.name} (sm_{gpu.major}{gpu.minor})" for gpu in names)
+    return Info(
+        versions=_versions(),
+        devices=devices,
+        native=_native.missing,
+        architectures=_native.architectures,
+        backends={
+            device: {
+                op: {backend: why_not(op, backend, device) for backend in BACKENDS} for op in _OPS
+            }
+            for device in devices
+        },
+    )
+
+
+def _versions() -> dict[str, str | None]:
+    from vtp_kernels import __version__
+
+    versions = {"vtp_kernels": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    versions["torch"] = torch.__version__
+    return versions

@@ -1,0 +1,70 @@
+"""compact_rows: keep the chosen rows of hidden states, masks, positions and the like."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vtp_kernels import reference
+from vtp_kernels.ops import _checks
+from vtp_kernels.ops._dispatch import choose, register_fake, rowwise
+
+ALIGNMENTS = ("left", "right")
+
+
+def compact_rows(
+    tensors: Sequence[Tensor],
+    indices: Tensor,
+    counts: Tensor | None = None,
+    *,
+    align: str = "left",
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """Gathers the chosen rows of several tensors that share batch and sequence, in one launch.
+
+    Args:
+        tensors: [B, S, ...] each, of any dtype and any trailing shape.
+        indices: int64 [B, K], rows to keep, strictly ascending. What stands past the count is
+            ignored.
+        counts: int32 or int64 [B], how many indices of a row are real. None: all K.
+        align: "left": rows first, then padding; "right": padding first. Padding is 0 (False).
+        backend: "native", "triton", "reference" or None for the fastest that can serve.
+
+    Returns:
+        One tensor [B, K, ...] per tensor given.
+
+    Raises:
+        ValueError: shapes or devices that do not fit; on the CPU, and on a GPU after
+            `vtp_kernels.debug(True)`, also indices out of range or not ascending.
+        TypeError: a dtype that is not supported.
+        NotImplementedError: inputs that require grad, a backend that cannot serve.
+    """
+    tensors = tuple(tensors)
+    any_ = _checks.ANY
+    _checks.tensor("indices", indices, "B, K", (any_, any_), _checks.INT64)
+    batch, device = indices.shape[0], indices.device
+    if counts is not None:
+        _checks.tensor("counts", counts, "B", (batch,), _checks.INTS, device)
+    _checks.one_of("align", align, ALIGNMENTS)
+    length = any_
+    for i, x in enumerate(tensors):
+        trailing = x.shape[2:] if isinstance(x, Tensor) else ()
+        dtypes = (x.dtype,) if isinstance(x, Tensor) else ()
+        _checks.tensor(f"tensors[{i}]", x, "B, S, ...", (batch, length, *trailing), dtypes, device)
+        length = x.shape[1]
+    _checks.inference_only("compact_rows", *tensors)
+    if not tensors:
+        return tensors
+    if _checks.may_read(indices):
+        _checks.row_indices(indices, counts, length)
+    if choose("compact_rows", indices, backend) == "native":
+        rows = [rowwise(x) for x in tensors]
+        return tuple(
+            torch.ops.vtp_kernels.compact_rows(rows, rowwise(indices), rowwise(counts), align)
+        )
+    return reference.compact_rows(tensors, indices, counts, align=align)
+
+
+@register_fake("compact_rows")
+def _(tensors, indices, counts, align):
+    return [x.new_empty(*indices.shape, *x.shape[2:]) for x in tensors]
