@@ -1,0 +1,51 @@
+"""`python -m benchmarks [op ...]`: times the ops beside what would be used instead.
+
+Writes a Markdown table to the screen and, with --json, the timings, the machine and the versions.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+
+import torch
+
+from benchmarks import harness
+from benchmarks.machine import describe
+
+OPS = (
+    "attention_scores",
+    "select_topk",
+    "attention_topk",
+    "token_contribution",
+    "compact_kv",
+    "compact_rows",
+    "inflection",
+    "cls_inflection",
+    "passive_attention",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"default: all of {', '.join(OPS)}")
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="write the timings, machine and versions here")
+    args = parser.parse_args()
+    if unknown := set(args.ops) - set(OPS):
+        parser.error(f"unknown op {', '.join(sorted(unknown))}; there are {', '.join(OPS)}")
+    timings = []
+    for op in args.ops or OPS:
+        cases = importlib.import_module(f"benchmarks.{op}").cases(args.device)
+        timings += harness.measure(cases, args.device, args.turns)
+    print(harness.table(timings))
+    if args.json:
+        rows = [dataclasses.asdict(timing) for timing in timings]
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"rows": rows, **describe()}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""compact_kv beside one torch.gather per layer, for keys and values."""
+
+import math
+
+import torch
+
+import vtp_kernels as vtp
+from benchmarks.harness import Case, assert_equal
+from benchmarks.shapes import Shape, randn, shapes
+
+LAYERS = 4  # of the 32 that a model has: the work is the same per layer
+
+
+def eager(keys, values, indices):
+    index = indices[:, None, :, None].expand(-1, keys[0].shape[1], -1, keys[0].shape[3])
+    return tuple(x.gather(2, index) for x in keys), tuple(x.gather(2, index) for x in values)
+
+
+def case(shape: Shape, share: int, device: str) -> Case:
+    kept = shape.length // share
+    kv = (shape.batch, shape.kv_heads, shape.length, shape.dim)
+
+    def make():
+        keys, values = (
+            [randn(*kv, dtype=shape.dtype, device=device) for _ in range(LAYERS)] for _ in range(2)
+        )
+        scores = torch.rand(shape.batch, shape.length, device=device)
+        return keys, values, scores.topk(kept).indices.sort().values
+
+    moved = 4 * LAYERS * math.prod(kv) // shape.length * kept * shape.dtype.itemsize
+    return Case(
+        "compact_kv",
+        f"{shape}, keep 1/{share}, {LAYERS} layers",
+        moved,
+        make,
+        vtp.compact_kv,
+        {"torch.gather": eager},
+        assert_equal,
+    )
+
+
+def cases(device: str) -> list[Case]:
+    return [case(shape, share, device) for shape in shapes() for share in (2, 9)]

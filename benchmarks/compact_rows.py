@@ -1,0 +1,38 @@
+"""compact_rows beside torch.gather: hidden states and the two rotary tables leave together."""
+
+import torch
+
+import vtp_kernels as vtp
+from benchmarks.harness import Case, assert_equal
+from benchmarks.shapes import Shape, randn, shapes
+
+
+def eager(tensors, indices):
+    return tuple(x.gather(1, indices[..., None].expand(-1, -1, x.shape[2])) for x in tensors)
+
+
+def case(shape: Shape, share: int, device: str) -> Case:
+    kept, hidden = shape.length // share, shape.heads * shape.dim
+    widths = (hidden, shape.dim, shape.dim)
+
+    def make():
+        tensors = tuple(
+            randn(shape.batch, shape.length, width, dtype=shape.dtype, device=device)
+            for width in widths
+        )
+        scores = torch.rand(shape.batch, shape.length, device=device)
+        return tensors, scores.topk(kept).indices.sort().values
+
+    return Case(
+        "compact_rows",
+        f"{shape}, keep 1/{share}",
+        2 * shape.batch * kept * sum(widths) * shape.dtype.itemsize,
+        make,
+        vtp.compact_rows,
+        {"torch.gather": eager},
+        assert_equal,
+    )
+
+
+def cases(device: str) -> list[Case]:
+    return [case(shape, share, device) for shape in shapes() for share in (2, 9)]

@@ -1,0 +1,149 @@
+"""Times an op beside what a user would write instead, on the same inputs, in the same run.
+
+A benchmark file holds one `cases()`. Every case is first checked: op and rivals must agree on the
+very inputs that are timed. Inputs rotate, so that no cache is measured; op and rivals take turns,
+so that a machine that slows down slows all of them down. Ratios are medians over the turns.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from tqdm import tqdm
+
+ROTATION_BYTES = 96 * 2**20  # more than the last-level cache of the machines this runs on
+MOST_SETS = 16
+TURN_SECONDS = 0.02  # a turn repeats a call until it takes this long, or the clock is what is timed
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of a table.
+
+    Attributes:
+        op, shape: names of the row.
+        bytes_moved: lower bound of what the op must read and write.
+        make: draws one set of inputs.
+        ours: calls the op on a set.
+        rivals: label -> the same job without this package.
+        check: raises if the op's result and a rival's differ.
+    """
+
+    op: str
+    shape: str
+    bytes_moved: int
+    make: Callable[[], tuple]
+    ours: Callable[..., object]
+    rivals: dict[str, Callable[..., object]]
+    check: Callable[[object, object], None]
+
+
+@dataclass
+class Timing:
+    op: str
+    shape: str
+    microseconds: float
+    gigabytes_per_second: float
+    share_of_copy: float
+    speedup: dict[str, float] = field(default_factory=dict)
+    spread: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second that torch moves (reads plus writes) copying 256 MiB on this device."""
+    source = torch.zeros(256 * 2**20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = [_seconds(lambda: target.copy_(source), device, 4) for _ in range(5)]
+    return 2 * source.numel() / statistics.median(seconds[1:])
+
+
+def measure(cases: Iterable[Case], device: str, turns: int) -> list[Timing]:
+    bandwidth = copy_bandwidth(device)
+    return [_measure(case, device, turns, bandwidth) for case in tqdm(list(cases), disable=None)]
+
+
+@torch.no_grad()
+def _measure(case: Case, device: str, turns: int, bandwidth: float) -> Timing:
+    first = case.make()
+    size = sum(_bytes(x) for x in first)
+    sets = [first] + [
+        case.make() for _ in range(min(MOST_SETS, max(1, ROTATION_BYTES // max(size, 1))) - 1)
+    ]
+    for inputs in sets:
+        for rival in case.rivals.values():
+            case.check(case.ours(*inputs), rival(*inputs))
+    calls = {"ours": case.ours, **case.rivals}
+    repeats = {name: _repeats(call, sets, device) for name, call in calls.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(turns):
+        for name, call in calls.items():
+            seconds[name].append(_rotate(call, sets, device, repeats[name]))
+    ours = statistics.median(seconds["ours"])
+    ratios = {
+        name: sorted(r / o for r, o in zip(seconds[name], seconds["ours"], strict=True))
+        for name in case.rivals
+    }
+    rate = case.bytes_moved / ours
+    return Timing(
+        case.op,
+        case.shape,
+        1e6 * ours,
+        rate / 1e9,
+        rate / bandwidth,
+        {name: statistics.median(values) for name, values in ratios.items()},
+        {name: (values[0], values[-1]) for name, values in ratios.items()},
+    )
+
+
+def _repeats(call, sets: list[tuple], device: str) -> int:
+    _seconds(lambda: call(*sets[0]), device, 1)
+    once = _seconds(lambda: call(*sets[-1]), device, 1)
+    return max(1, min(200, round(TURN_SECONDS / max(once, 1e-6))))
+
+
+def _rotate(call, sets: list[tuple], device: str, repeats: int) -> float:
+    position = iter(range(repeats))
+    return _seconds(lambda: call(*sets[next(position) % len(sets)]), device, repeats)
+
+
+def _seconds(call, device: str, repeats: int) -> float:
+    """Seconds of one call."""
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    _wait(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _bytes(x) -> int:
+    if isinstance(x, torch.Tensor):
+        return x.numel() * x.element_size()
+    return sum(map(_bytes, x)) if isinstance(x, (list, tuple)) else 0
+
+
+def assert_equal(ours, theirs) -> None:
+    """For ops that choose or move rows: what they return must be the same, not close."""
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def table(timings: list[Timing]) -> str:
+    """The timings as a Markdown table."""
+    lines = [
+        "| op | shape | time | GB/s | of copy | times faster than |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
+    ]
+    for t in timings:
+        rivals = ", ".join(f"{name} {ratio:.2f}" for name, ratio in t.speedup.items())
+        lines.append(
+            f"| {t.op} | {t.shape} | {t.microseconds:,.0f} us | {t.gigabytes_per_second:.1f} "
+            f"| {100 * t.share_of_copy:.0f} % | {rivals} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,51 @@
+"""passive_attention beside eager attention whose weights are zeroed afterwards, as published."""
+
+import math
+
+import torch
+
+import vtp_kernels as vtp
+from benchmarks.harness import Case
+from benchmarks.shapes import Shape, randn, shapes, visual_mask
+
+
+def eager(query, key, value, visual):
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    length = key.shape[2]
+    future = torch.ones(length, length, dtype=torch.bool, device=key.device).triu(1)
+    logits = (query @ key.transpose(2, 3)).float() / math.sqrt(query.shape[-1])
+    weights = logits.masked_fill(future, -math.inf).softmax(-1)
+    dropped = ~visual[:, None, :, None] & visual[:, None, None, :]
+    return weights.masked_fill(dropped, 0).to(value.dtype) @ value
+
+
+def case(shape: Shape, device: str) -> Case:
+    visual = visual_mask(shape, device)
+    kv = (shape.batch, shape.kv_heads, shape.length, shape.dim)
+
+    def make():
+        query = randn(shape.batch, shape.heads, *kv[2:], dtype=shape.dtype, device=device)
+        key, value = (randn(*kv, dtype=shape.dtype, device=device) for _ in range(2))
+        return query, key, value, visual
+
+    def ours(query, key, value, visual):
+        return vtp.passive_attention(
+            query, key, value, visual=visual, sink="drop", visual_rows="causal"
+        )
+
+    tolerance = 1e-4 if shape.dtype == torch.float32 else 2e-2
+    heads_read = 2 * shape.heads + 2 * shape.kv_heads
+    return Case(
+        "passive_attention",
+        f"{shape}, drop, causal",
+        shape.batch * heads_read * shape.length * shape.dim * shape.dtype.itemsize,
+        make,
+        ours,
+        {"torch eager": eager},
+        lambda a, b: torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance),
+    )
+
+
+def cases(device: str) -> list[Case]:
+    return [case(shape, device) for shape in shapes() if shape.length < 1000]
