@@ -1,0 +1,19 @@
+"""Pruning methods: what to score, at which layer, how many tokens stay. No tensor plumbing here."""
+
+from .base import METHODS, Method
+from .fastv import FastV
+from .pyramiddrop import PyramidDrop
+from .random import RandomPruning
+from .schedule import Schedule
+from .spec import load_method, method_from_spec
+
+__all__ = [
+    "METHODS",
+    "FastV",
+    "Method",
+    "PyramidDrop",
+    "RandomPruning",
+    "Schedule",
+    "load_method",
+    "method_from_spec",
+]

@@ -1,0 +1,129 @@
+"""What the engine asks of a pruning method, and how methods are stored.
+
+A method is a frozen dataclass that answers two questions: before which layers may rows leave
+(`decision_layers`), and which of the rows that are there should stay (`decide`). It knows neither
+hooks nor caches; the engine shows it the prompt's rows and carries out what it says.
+
+A new method is a subclass in a file of its own:
+
+    @dataclass(frozen=True)
+    class KeepLongest(Method, name="keeplongest"):
+        layer: int = 4
+        keep: int = 64
+
+        @property
+        def decision_layers(self):
+            return (self.layer,)
+
+        def decide(self, layer, rows):
+            scores = rows.hidden.float().norm(dim=-1)
+            return rows.keep_visual([min(self.keep, n) for n in rows.visual_now], scores)
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from vtp_kernels.models.rows import Kept, PromptRows
+
+METHODS: dict[str, type[Method]] = {}
+"""Every method by the name it has in files and on the command line."""
+
+
+class Method(ABC):
+    """Base class of all pruning methods. Subclasses are frozen dataclasses."""
+
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name is not None:
+            cls.name = name
+            METHODS[name] = cls
+
+    # ---- what the engine asks ----------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def decision_layers(self) -> tuple[int, ...]:
+        """Layers (0-based) before which rows may leave."""
+
+    @property
+    def observed_layers(self) -> tuple[int, ...]:
+        """Layers whose attention `decide` looks at. To decide at layer K, observe layer K - 1."""
+        return ()
+
+    @abstractmethod
+    def decide(self, layer: int, rows: PromptRows) -> Kept | None:
+        """Which rows stay from `layer` on; None leaves them all."""
+
+    def check_model(self, depth: int) -> None:
+        """Raise ValueError if the method does not fit a model of `depth` decoder layers."""
+        for layer in self.decision_layers:
+            check_depth(layer, depth, type(self).__name__)
+
+    # ---- storage -----------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; the key "method" says which method it is."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {"method": self.name} | {key: _plain(value) for key, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Method:
+        """The method that `to_dict` described.
+
+        Called on `Method` it makes whichever method the key "method" names; called on a subclass it
+        accepts that method alone. Fields left out have their defaults; unknown ones raise.
+        """
+        if not isinstance(values, dict) or "method" not in values:
+            raise ValueError(
+                f'a method description needs the key "method", one of {sorted(METHODS)}; '
+                f"got {values!r}"
+            )
+        settings = dict(values)
+        name = settings.pop("method")
+        if name not in METHODS:
+            raise ValueError(f"there is no method {name!r}; there are {sorted(METHODS)}")
+        method = METHODS[name]
+        if not issubclass(method, cls):
+            raise ValueError(f'{cls.__name__} expects "method": {cls.name!r}, got {name!r}')
+        known = {field.name for field in fields(method)}  # type: ignore[arg-type]
+        if unknown := sorted(settings.keys() - known):
+            raise ValueError(f"{method.__name__} has no {unknown}; it has {sorted(known)}")
+        return method(**settings)
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict` as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Method:
+        """Read what `save` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    @classmethod
+    def from_spec(cls, arguments: str) -> Method:
+        """The method that the part after `name:` of a command-line spec describes."""
+        raise ValueError(f"{cls.name} takes no arguments on the command line, got {arguments!r}")
+
+
+def check_depth(layer: int, depth: int, where: str) -> None:
+    if layer >= depth:
+        raise ValueError(
+            f"{where}: there is no layer {layer}, the model has {depth} decoder layers "
+            f"(0 to {depth - 1})"
+        )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value

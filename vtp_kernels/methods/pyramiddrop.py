@@ -1,0 +1,49 @@
+"""PyramidDrop (arXiv 2410.17247): visual tokens leave in stages, as the layers get deeper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .schedule import ScheduledMethod, Stage, parse_pairs
+
+__all__ = ["PyramidDrop"]
+
+
+@dataclass(frozen=True)
+class PyramidDrop(ScheduledMethod, name="pyramiddrop"):
+    """At each of `layers`, keep that share of the visual tokens, ranked by the last prompt token.
+
+    Parameters
+    ----------
+    layers : tuple of int
+        Ascending; the default are the quarters of a 32-layer model.
+    keep : tuple of int | float
+        One per layer; shares are of the tokens the prompt came with, not of the stage before.
+    """
+
+    layers: tuple[int, ...] = (8, 16, 24)
+    keep: tuple[int | float, ...] = (0.5, 0.25, 0.125)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "keep", tuple(self.keep))
+        if len(self.layers) != len(self.keep):
+            raise ValueError(
+                f"PyramidDrop: {len(self.layers)} layers {self.layers} but {len(self.keep)} "
+                f"values of keep {self.keep}"
+            )
+        super().__post_init__()
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        pairs = zip(self.layers, self.keep, strict=True)
+        return tuple(
+            Stage(*pair, f"PyramidDrop.layers[{i}]", f"PyramidDrop.keep[{i}]")
+            for i, pair in enumerate(pairs)
+        )
+
+    @classmethod
+    def from_spec(cls, arguments: str) -> PyramidDrop:
+        """`8=0.5,16=0.25,24=0.125`"""
+        pairs = parse_pairs(arguments)
+        return cls(tuple(pairs), tuple(pairs.values()))

@@ -1,0 +1,42 @@
+"""Random pruning: the baseline every method has to beat, and several published ones do not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .schedule import ScheduledMethod, Stage, parse_keep
+
+__all__ = ["RandomPruning"]
+
+
+@dataclass(frozen=True)
+class RandomPruning(ScheduledMethod, name="random"):
+    """Before `layer` runs, keep visual tokens by chance.
+
+    The choice depends on the seed and on how many visual tokens the prompt has, on nothing else: a
+    prompt keeps the same tokens alone and in any batch, on any device.
+
+    Parameters
+    ----------
+    layer : int
+    keep : int | float
+        Count, or share of the prompt's visual tokens.
+    seed : int
+    """
+
+    layer: int = 0
+    keep: int | float = 0.5
+    seed: int = 0
+    score: ClassVar[str] = "random"
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return (Stage(self.layer, self.keep, "RandomPruning.layer", "RandomPruning.keep"),)
+
+    @classmethod
+    def from_spec(cls, arguments: str) -> RandomPruning:
+        """`KEEP[:LAYER[:SEED]]`"""
+        keep, *rest = arguments.split(":")
+        layer, seed = [*map(int, rest), *(0, 0)[len(rest) :]]
+        return cls(layer, parse_keep(keep), seed)

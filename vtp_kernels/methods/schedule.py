@@ -1,0 +1,169 @@
+"""A fixed schedule: at given layers, keep the best so many visual tokens."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from .base import Method, check_depth
+from .budget import check_keep, check_layer, visual_budget
+from .scorers import SCORERS
+
+if TYPE_CHECKING:
+    from vtp_kernels.models.rows import Kept, PromptRows
+
+__all__ = ["Schedule", "ScheduledMethod", "Stage"]
+
+
+class Stage(NamedTuple):
+    """From `layer` on, `keep` of the prompt's visual tokens are left.
+
+    The fields are the settings these came from, for error messages.
+    """
+
+    layer: int
+    keep: int | float
+    layer_field: str
+    keep_field: str
+
+
+class ScheduledMethod(Method):
+    """A method whose layers and counts are known beforehand; only which tokens stay is not.
+
+    Subclasses give `stages`, and may set `score` (a key of SCORERS) and `seed`.
+    """
+
+    score: str = "last_token"
+    seed: int = 0
+
+    @property
+    @abstractmethod
+    def stages(self) -> tuple[Stage, ...]:
+        """Stages in ascending order of layers."""
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        if self.score not in SCORERS:
+            raise ValueError(f"{owner}.score: got {self.score!r}, expected one of {list(SCORERS)}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"{owner}.seed: expected an int, got {self.seed!r}")
+        before: Stage | None = None
+        for stage in self.stages:
+            check_layer(stage.layer, stage.layer_field)
+            check_keep(stage.keep, stage.keep_field)
+            if stage.layer == 0 and SCORERS[self.score].needs_attention:
+                raise ValueError(
+                    f"{stage.layer_field}: score={self.score!r} looks at the attention of the "
+                    "layer before, and there is none before layer 0; use a later layer or "
+                    "score='random'"
+                )
+            if before is not None:
+                _check_order(before, stage)
+            before = stage
+
+    @property
+    def decision_layers(self) -> tuple[int, ...]:
+        return tuple(stage.layer for stage in self.stages)
+
+    @property
+    def observed_layers(self) -> tuple[int, ...]:
+        if not SCORERS[self.score].needs_attention:
+            return ()
+        return tuple(layer - 1 for layer in self.decision_layers)
+
+    def check_model(self, depth: int) -> None:
+        for stage in self.stages:
+            check_depth(stage.layer, depth, stage.layer_field)
+
+    def decide(self, layer: int, rows: PromptRows) -> Kept:
+        keep = next(stage.keep for stage in self.stages if stage.layer == layer)
+        budgets = (visual_budget(keep, n) for n in rows.visual_at_start)
+        counts = [min(budget, now) for budget, now in zip(budgets, rows.visual_now, strict=True)]
+        scores = None
+        if any(0 < count < now for count, now in zip(counts, rows.visual_now, strict=True)):
+            scores = SCORERS[self.score].score(rows, self.seed)
+        return rows.keep_visual(counts, scores)
+
+
+@dataclass(frozen=True)
+class Schedule(ScheduledMethod, name="schedule"):
+    """Keep fixed numbers of visual tokens from given layers on.
+
+    Parameters
+    ----------
+    keep : {layer: int | float}
+        Before that layer runs, all but so many visual tokens leave: an int counts tokens, a float
+        is a share of the visual tokens of the prompt (all its images together; rounded to the
+        nearest count). 0 leaves none. Keys may be strings, as they are in JSON.
+    score : "last_token" | "text" | "random"
+        What ranks them: the attention of the layer before, from the last prompt token or from all
+        text behind the first image (mean over heads), or chance.
+    seed : int
+        For score="random".
+    """
+
+    keep: Mapping[int, int | float]
+    score: str = "last_token"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.keep, Mapping):
+            raise TypeError(f"Schedule.keep: expected {{layer: keep}}, got {self.keep!r}")
+        keep = {_layer_of(key): value for key, value in self.keep.items()}
+        if len(keep) != len(self.keep):
+            raise ValueError(f"Schedule.keep: a layer is named twice in {dict(self.keep)}")
+        object.__setattr__(self, "keep", dict(sorted(keep.items())))
+        super().__post_init__()
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return tuple(
+            Stage(k, v, "Schedule.keep", f"Schedule.keep[{k}]") for k, v in self.keep.items()
+        )
+
+    @classmethod
+    def from_spec(cls, arguments: str) -> Schedule:
+        """`2=0.5,4=0.1[:score]`"""
+        pairs, _, score = arguments.partition(":")
+        return cls(parse_pairs(pairs), score=score or "last_token")
+
+
+def parse_pairs(text: str) -> dict[int, int | float]:
+    """`2=0.5,4=16` as {2: 0.5, 4: 16}."""
+    keep: dict[int, int | float] = {}
+    for pair in text.split(","):
+        layer, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"expected LAYER=KEEP pairs as in 2=0.5,4=0.1, got {text!r}")
+        if int(layer) in keep:
+            raise ValueError(f"layer {int(layer)} is named twice in {text!r}")
+        keep[int(layer)] = parse_keep(value)
+    return keep
+
+
+def parse_keep(text: str) -> int | float:
+    """`64` counts tokens, `0.5` is a share."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def _layer_of(key: object) -> int:
+    if isinstance(key, str) and key.isdecimal():
+        return int(key)
+    return check_layer(key, "Schedule.keep")
+
+
+def _check_order(before: Stage, stage: Stage) -> None:
+    if stage.layer <= before.layer:
+        raise ValueError(
+            f"{stage.layer_field}: layers must ascend, {stage.layer} comes after {before.layer}"
+        )
+    if type(stage.keep) is type(before.keep) and stage.keep > before.keep:
+        raise ValueError(
+            f"{stage.keep_field}: tokens that left do not come back: layer {before.layer} keeps "
+            f"{before.keep}, layer {stage.layer} asks for {stage.keep}"
+        )

@@ -1,0 +1,59 @@
+"""Scorers: how important each visual token is. Each maps the prompt's rows to float32 [B, S].
+
+Values at rows that are not visual are never looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vtp_kernels.models.rows import PromptRows
+
+__all__ = ["SCORERS", "Scorer", "last_token", "random", "text"]
+
+
+def last_token(rows: PromptRows, seed: int) -> Tensor:
+    """Attention that the last prompt token pays, mean over heads (FastV, arXiv 2403.06764)."""
+    return rows.attention_scores(slice(rows.prompt_end, rows.prompt_end + 1))
+
+
+def text(rows: PromptRows, seed: int) -> Tensor:
+    """Attention that the text after the prompt's first visual token pays: mean over rows and heads.
+
+    Text before it cannot see any image, and would only dilute the mean.
+    """
+    is_text = rows.text & (rows.visual.cumsum(1) > 0)
+    end = rows.prompt_end + 1
+    return rows.attention_scores(slice(0, end), query_valid=is_text[:, :end])
+
+
+def random(rows: PromptRows, seed: int) -> Tensor:
+    """A hash of (seed, which visual token of its prompt it is).
+
+    So a token's score depends neither on the batch nor on the padding around it nor on the device,
+    and later stages keep subsets of what earlier stages kept.
+    """
+    # A 32-bit integer mix (xor-shift and odd multiplier, twice) in int64, seeded by a Weyl step.
+    start = (seed * 0x9E37_79B9 + 1) & 0xFFFF_FFFF
+    mixed = (rows.visual_ordinal + start) & 0xFFFF_FFFF
+    for _ in range(2):
+        mixed = ((mixed ^ (mixed >> 16)) * 0x045D_9F3B) & 0xFFFF_FFFF
+    mixed = mixed ^ (mixed >> 16)
+    return (mixed >> 8).to(torch.float32)  # 24 bits: exact in float32
+
+
+class Scorer(NamedTuple):
+    score: Callable[[PromptRows, int], Tensor]
+    needs_attention: bool
+
+
+SCORERS = {
+    "last_token": Scorer(last_token, needs_attention=True),
+    "text": Scorer(text, needs_attention=True),
+    "random": Scorer(random, needs_attention=False),
+}

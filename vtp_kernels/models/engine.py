@@ -1,0 +1,131 @@
+"""The hooks. They attach to a model, find out what kind of call runs, and hand it its rows.
+
+Only removable hooks are used: no forward is replaced, no parameter or module is added. A call
+with images is a `Prefill`, one that goes on from a pruned cache a `Continuation`; both travel
+through the model in its keyword arguments under CALL and are taken out before a layer sees them.
+Every other call passes untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from typing import Any
+
+from torch import nn
+
+from vtp_kernels.methods.base import Method
+
+from .cache import PrunedCache
+from .continuation import Continuation
+from .families import ModelParts
+from .prefill import Prefill
+from .report import PrefillRecord
+
+__all__ = ["Engine"]
+
+CALL = "vtp_call"
+
+
+class Engine:
+    """A method at work in a model."""
+
+    def __init__(
+        self, parts: ModelParts, method: Method, positions: str, backend: str | None
+    ) -> None:
+        self.parts, self.method, self.positions, self.backend = parts, method, positions, backend
+        self.last_prefill: PrefillRecord | None = None
+        self._hooks: list[Any] = []
+
+    def attach(self) -> None:
+        parts, hooks = self.parts, self._hooks
+        for module in (parts.top, parts.base):
+            before = functools.partial(self._before_model, _parameters(module))
+            hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(
+            parts.text.register_forward_pre_hook(
+                functools.partial(self._before_text, _parameters(parts.text)), with_kwargs=True
+            )
+        )
+        hooks.append(parts.text.register_forward_hook(self._after_text, with_kwargs=True))
+        for index, layer in enumerate(parts.layers):
+            before = functools.partial(self._before_layer, index)
+            hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+            if index in self.method.observed_layers:
+                hooks.append(
+                    layer.self_attn.register_forward_pre_hook(
+                        self._before_attention, with_kwargs=True
+                    )
+                )
+        _forget_compiled_code()
+
+    def detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        _forget_compiled_code()
+
+    # ---- hooks, from the outside in -----------------------------------------------------------
+
+    def _before_model(
+        self, parameters: list[str], module: nn.Module, args: Any, kwargs: Any
+    ) -> Any:
+        if CALL in kwargs:
+            return None
+        arguments = dict(zip(parameters, args, strict=False)) | kwargs
+        if not self.parts.has_images(arguments):
+            return None
+        call = Prefill(self.parts, self.method, self.positions, self.backend, arguments)
+        if not any(call.visual_at_start):
+            return None
+        kwargs[CALL] = call
+        return args, kwargs
+
+    def _before_text(self, parameters: list[str], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if CALL in kwargs:
+            return None
+        arguments = dict(zip(parameters, args, strict=False)) | kwargs if args else kwargs
+        cache = arguments.get("past_key_values")
+        if not isinstance(cache, PrunedCache):
+            return None
+        call = Continuation.open(self.parts, cache, arguments)
+        if call is None:
+            return None
+        kwargs[CALL] = call
+        return args, kwargs
+
+    def _before_layer(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        call = kwargs.get(CALL)
+        if call is None:
+            return None
+        observed = index in self.method.observed_layers and isinstance(call, Prefill)
+        if not observed:  # else the layer passes it on to its attention
+            del kwargs[CALL]
+        if args:
+            return (call.enter(index, args[0], kwargs), *args[1:]), kwargs
+        kwargs["hidden_states"] = call.enter(index, kwargs["hidden_states"], kwargs)
+        return args, kwargs
+
+    def _before_attention(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        call = kwargs.pop(CALL, None)
+        if call is None:
+            return None
+        call.observe(module, kwargs)
+        return args, kwargs
+
+    def _after_text(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        call = kwargs.get(CALL)
+        if isinstance(call, Prefill):
+            self.last_prefill = call.finish()
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    """Names of forward's parameters, for arguments passed by position."""
+    return list(inspect.signature(module.forward).parameters)
+
+
+def _forget_compiled_code() -> None:
+    """Compiled code does not notice hooks that come or go: Dynamo leaves them out of its guards."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()

@@ -1,0 +1,75 @@
+"""What cannot be done while rows leave, refused before anything runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from .cache import check_cache, is_static
+from .families import ModelParts
+
+__all__ = ["check_prefill"]
+
+
+def check_prefill(parts: ModelParts, arguments: dict[str, Any], cache: Any, past: int) -> None:
+    """Raise for calls with images whose results would be wrong or have no meaning."""
+    if arguments.get("labels") is not None:
+        raise ValueError(
+            "labels: rows that left have no logits, so labels do not line up with the output; call "
+            "the model without labels"
+        )
+    output_attentions = arguments.get("output_attentions")
+    if output_attentions is None:
+        output_attentions = parts.text.config.output_attentions
+    if output_attentions:
+        raise ValueError(
+            "output_attentions: layers have different numbers of rows once some have left, and "
+            "the attentions would not say of which tokens they speak; switch it off"
+        )
+    if arguments.get("cu_seq_lens_q") is not None:
+        raise NotImplementedError(
+            "cu_seq_lens_q: packed sequences are not supported, pass a left-padded batch"
+        )
+    if parts.text.config._attn_implementation == "flex_attention":
+        raise NotImplementedError(
+            "the attention implementation 'flex_attention' is not supported; use 'sdpa', "
+            "'flash_attention_2' or 'eager'"
+        )
+    if cache is not None:
+        check_cache(cache)
+    if past and is_static(cache):
+        raise NotImplementedError(
+            "past_key_values: a StaticCache that already holds keys cannot take further images "
+            "while pruning; use a DynamicCache for conversations with several images"
+        )
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 4 and not is_static(cache):
+        raise NotImplementedError(
+            "attention_mask: a 4D mask cannot be carried over to fewer rows; pass the 2D padding "
+            "mask [B, S]"
+        )
+    _refuse_chunked_prefill()
+
+
+def _refuse_chunked_prefill() -> None:
+    """generate(prefill_chunk_size=...) hands each chunk over as if it were a prompt of its own.
+
+    Nothing in a chunk's arguments tells it apart, so look for the caller: the frames of generate()
+    are a few steps up from the hook. The method would take the last token of the first chunk for
+    the prompt's last.
+    """
+    if torch.compiler.is_compiling():
+        return
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_prefill" and "generation_config" in frame.f_locals:
+            config = frame.f_locals["generation_config"]
+            if getattr(config, "prefill_chunk_size", None) is not None:
+                raise ValueError(
+                    "prefill_chunk_size: pruning looks at the whole prompt at once, and would "
+                    "take the end of the first chunk for the end of the prompt; leave it out"
+                )
+            return
+        frame = frame.f_back

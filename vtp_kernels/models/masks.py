@@ -1,0 +1,81 @@
+"""Attention masks for layers whose keys are not those the model made its own mask for.
+
+The model makes one mask, sized on layer 0. Layers that hold fewer keys need their own, in the form
+that the model's attention implementation takes: transformers' mask interface knows those.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+__all__ = ["causal_mask", "padding_of"]
+
+
+def causal_mask(
+    config: Any,
+    hidden: Tensor,
+    *,
+    past: int | Tensor,
+    key_length: int,
+    valid: Tensor | None,
+    static: bool = False,
+) -> Any:
+    """Mask for the rows `hidden` [B, Q, C] over `key_length` keys, `past` of which came before.
+
+    `valid` is bool [B, key_length], or None where there is no padding. None comes back where the
+    attention needs no mask, so that SDPA takes its flash path. The values of `valid` are not read,
+    so nothing waits for the GPU (FlashAttention unpads, and waits, by itself). `static` says that
+    the keys come from a preallocated cache, whose unused slots must be masked.
+    """
+    kind = config._attn_implementation
+    if kind not in ALL_MASK_ATTENTION_FUNCTIONS:
+        # transformers gives such an attention no mask at all; then padding would be attended to.
+        if valid is not None:
+            raise NotImplementedError(
+                f"the attention implementation {kind!r} has no entry in AttentionMaskInterface, so "
+                "it cannot be told which rows are padding; register one, or use batches whose "
+                "prompts keep equally many tokens"
+            )
+        return None
+    rows = hidden.shape[1]
+    if kind == "sdpa" and rows == 1 and not static:
+        return None if valid is None else valid[:, None, None, :]
+    empty = isinstance(past, int) and past == 0
+    return ALL_MASK_ATTENTION_FUNCTIONS[kind](
+        batch_size=hidden.shape[0],
+        q_length=rows,
+        kv_length=key_length,
+        q_offset=past,
+        kv_offset=0,
+        mask_function=causal_mask_function,
+        attention_mask=valid,
+        allow_is_causal_skip=valid is None and (empty or not static),
+        dtype=hidden.dtype,
+        config=config,
+        use_vmap=False,
+        device=hidden.device,
+    )
+
+
+def padding_of(attention_mask: Any, rows: int, past: int) -> Tensor | None:
+    """Which of a call's `rows` new rows are real: bool [B, rows], or None if no mask was given.
+
+    `attention_mask` is the model's argument: [B, past + rows], or the 4D mask that generate() makes
+    for static caches, in which a real row at least sees itself.
+    """
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
+        shape = getattr(attention_mask, "shape", None)
+        raise NotImplementedError(
+            f"attention_mask: expected a tensor [B, S] or [B, 1, Q, S], got "
+            f"{type(attention_mask).__name__} {shape if shape is None else tuple(shape)}"
+        )
+    if attention_mask.dim() == 2:
+        return attention_mask[:, -rows:].bool()
+    own_key = attention_mask[:, 0].diagonal(offset=past, dim1=1, dim2=2)[:, :rows]
+    return own_key if own_key.dtype == torch.bool else own_key == 0

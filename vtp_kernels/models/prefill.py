@@ -1,0 +1,287 @@
+"""One forward pass that brings images: rows leave between its layers, as the method says.
+
+Made anew for every such call and handed from hook to hook in its keyword arguments, so that calls
+in different threads do not meet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtp_kernels.methods.base import Method
+from vtp_kernels.ops import compact_rows
+
+from .cache import (
+    CacheState,
+    KeyRows,
+    PrunedCache,
+    check_cache,
+    is_static,
+    past_length,
+    prune_cache,
+)
+from .families import ModelParts
+from .limits import check_prefill
+from .masks import causal_mask, padding_of
+from .observation import Observation
+from .positions import close_up
+from .report import PrefillRecord, StageRecord
+from .rows import Kept, PromptRows
+
+__all__ = ["Prefill"]
+
+
+class Prefill:
+    """The state of one pruned forward pass. B prompts, S rows at first, fewer from stage to stage.
+
+    Everything that decides a shape is known on the host: one small read when the call begins, at
+    the place where transformers itself waits to look at the padding. After that nothing waits.
+    """
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        method: Method,
+        positions: str,
+        backend: str | None,
+        arguments: dict[str, Any],
+    ) -> None:
+        self.parts, self.method, self.positions, self.backend = parts, method, positions, backend
+        visual = parts.visual_tokens(arguments)
+        batch, rows = visual.shape
+        cache = arguments.get("past_key_values")
+        self.past = 0 if cache is None else int(cache.get_seq_length())
+        check_prefill(parts, arguments, cache, self.past)
+
+        logits_to_keep = arguments.get("logits_to_keep", 0)
+        self.drafts = max(logits_to_keep, 1) - 1 if isinstance(logits_to_keep, int) else 0
+        mask = arguments.get("attention_mask")
+        valid = padding_of(mask, rows, self.past)
+        # Rows whose logits are asked for have to be there in the end, whatever they are.
+        asked = torch.arange(rows, device=visual.device) >= rows - 1 - self.drafts
+        visual = visual & ~asked if valid is None else visual & valid & ~asked
+        self._read_counts(visual, valid)
+
+        self.visual = self.prompt_visual = visual
+        self.valid = self.prompt_valid = None if min(self.real_at_start) == rows else valid
+        self.origin = torch.arange(rows, device=visual.device).expand(batch, rows)
+        self.ordinal = visual.cumsum(1) - 1
+        self.past_mask = None
+        if self.past and isinstance(mask, Tensor) and mask.shape[1] == self.past + rows:
+            self.past_mask = mask[:, : self.past].bool()
+
+        self.observation: Observation | None = None
+        self.embeddings: tuple[Tensor, Tensor] | None = None  # the model's own, until rows leave
+        self.row_positions: Tensor | None = None  # only where rows close up
+        self.shift: Tensor | None = None
+        self.cache: Any = None
+        self.past_state: CacheState | None = None
+        self.key_rows: dict[tuple[int, int], KeyRows] = {}  # by (rows of the past, stage)
+        self.inputs: dict[int, dict[str, Any]] = {}  # by id of the KeyRows
+        self.layer_keys: list[KeyRows | None] = []
+        self.past_rows: list[tuple[int, Tensor | None]] = []
+        self.stages: list[StageRecord] = []
+
+    def _read_counts(self, visual: Tensor, valid: Tensor | None) -> None:
+        real = torch.ones_like(visual) if valid is None else valid
+        counts = torch.stack((real.sum(1), visual.sum(1), real[:, -1].long())).tolist()
+        self.real_at_start, self.visual_at_start, ends_real = counts
+        if not all(ends_real):
+            raise ValueError(
+                "attention_mask: a prompt ends in padding; pruning needs left padding "
+                "(processor.tokenizer.padding_side = 'left')"
+            )
+        pairs = zip(self.real_at_start, self.visual_at_start, strict=True)
+        self.text_now = [total - images for total, images in pairs]
+        self.visual_now = list(self.visual_at_start)
+
+    # ---- called by the hooks, layer by layer --------------------------------------------------
+
+    def observe(self, attention: torch.nn.Module, arguments: dict[str, Any]) -> None:
+        """Note what an attention module is given, for the decision before the next layer."""
+        self.observation = Observation(attention, arguments)
+
+    def enter(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """The rows that `layer` runs on; `arguments`, its other inputs, are changed to match."""
+        if layer == 0:
+            self._open_cache(arguments.get("past_key_values"))
+        past = past_length(self.cache, layer) if self.past else 0
+        if layer in self.method.decision_layers:
+            if torch.is_grad_enabled() and hidden.requires_grad:
+                raise RuntimeError(
+                    "pruning is for inference: call the model under torch.no_grad() or "
+                    "torch.inference_mode()"
+                )
+            kept = self.method.decide(layer, self._rows(layer, hidden))
+            self.observation = None
+            if kept is not None:
+                hidden = self._compact(layer, hidden, arguments, kept)
+        keys = self._keys_of(layer, past, hidden)
+        self.layer_keys.append(keys)
+        if self.past:
+            self.past_rows.append((past, self._past_valid(layer, past)))
+        if keys is not None:
+            arguments.update(self._inputs_of(keys, layer, past, hidden, arguments))
+        return hidden
+
+    def finish(self) -> PrefillRecord:
+        """What report() needs, after the last layer."""
+        return PrefillRecord(
+            config=self.parts.text.config,
+            method=self.method,
+            depth=len(self.parts.layers),
+            bytes_per_number=self.parts.text.dtype.itemsize,
+            rows=self.prompt_visual.shape[1],
+            prompt_valid=self.prompt_valid,
+            text=[a - b for a, b in zip(self.real_at_start, self.visual_at_start, strict=True)],
+            visual=self.visual_at_start,
+            stages=self.stages,
+            past_rows=self.past_rows,
+        )
+
+    # ---- one layer ----------------------------------------------------------------------------
+
+    def _open_cache(self, cache: Any) -> None:
+        # A plain call makes its cache inside the text model: this is the first sight of it.
+        self.cache = cache
+        if cache is None:
+            return
+        check_cache(cache)
+        removed, prompt = 0, self.past + self.prompt_visual.shape[1] - self.drafts
+        if isinstance(cache, PrunedCache):
+            self.past_state = cache.vtp
+            removed = cache.vtp.removed
+        # The list fills as layers are entered: the state is complete when the last one has been.
+        prune_cache(cache, CacheState(self.layer_keys, removed, prompt - removed))
+
+    def _rows(self, layer: int, hidden: Tensor) -> PromptRows:
+        past, past_valid = self.past_rows[layer - 1] if self.past and layer else (0, None)
+        return PromptRows(
+            hidden=hidden,
+            visual=self.visual,
+            valid=self.valid,
+            origin=self.origin,
+            visual_ordinal=self.ordinal,
+            visual_at_start=self.visual_at_start,
+            visual_now=self.visual_now,
+            text_now=self.text_now,
+            drafts=self.drafts,
+            observation=self.observation,
+            past=past,
+            past_valid=past_valid,
+            backend=self.backend,
+        )
+
+    def _compact(self, layer: int, hidden: Tensor, arguments: dict[str, Any], kept: Kept) -> Tensor:
+        """Carry out a decision: gather what stays, right-aligned so that prompts end together."""
+        batch, rows = self.visual.shape
+        cos, sin = self.embeddings or arguments["position_embeddings"]
+        indices, counts = kept.selection
+        hidden, cos, sin, self.visual, self.origin, self.ordinal = compact_rows(
+            (
+                hidden,
+                cos.expand(batch, *cos.shape[1:]),
+                sin.expand(batch, *sin.shape[1:]),
+                self.visual,
+                self.origin,
+                self.ordinal,
+            ),
+            indices,
+            counts,
+            align="right",
+            backend=self.backend,
+        )
+        width = indices.shape[1]
+        totals = [text + images for text, images in zip(kept.text, kept.visual, strict=True)]
+        self.valid = None
+        if min(totals) < width:
+            slots = torch.arange(width, device=hidden.device)
+            self.valid = slots >= width - counts[:, None]
+        self.embeddings = (cos, sin)
+        self.text_now, self.visual_now = kept.text, kept.visual
+        if self.positions == "contiguous":
+            self._close_up(hidden, arguments)
+        if layer == 0 and self.cache is not None:
+            self.cache.vtp.removed += rows - width
+            self.cache.vtp.prompt -= rows - width
+        self.stages.append(StageRecord(layer, kept.text, kept.visual, self.origin, self.valid))
+        return hidden
+
+    def _close_up(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
+        if self.row_positions is None:
+            self.model_positions = arguments["position_ids"].expand(self.prompt_visual.shape)
+        prompt = self.prompt_valid
+        if prompt is None:
+            prompt = torch.ones_like(self.prompt_visual)
+        real = torch.ones_like(self.visual) if self.valid is None else self.valid
+        self.row_positions, self.shift = close_up(self.model_positions, self.origin, real, prompt)
+
+    # ---- what a layer gets instead of the model's own mask and positions ----------------------
+
+    def _keys_of(self, layer: int, past: int, hidden: Tensor) -> KeyRows | None:
+        """The key rows of a layer; None while the model's own mask and positions are right."""
+        before = self.past_state.layers[layer] if self.past_state else None
+        if before is None and not self.stages:
+            return None
+        key = (id(before), len(self.stages))
+        if key not in self.key_rows:
+            valid = self._past_valid(layer, past)
+            if valid is not None or (self.valid is not None and past):
+                now = torch.ones_like(self.visual) if self.valid is None else self.valid
+                if valid is None:
+                    valid = now.new_ones(now.shape[0], past)
+                valid = torch.cat((valid, now), dim=1)
+            else:
+                valid = self.valid
+            shift = self.shift
+            if before is not None and before.shift is not None:
+                shift = before.shift if shift is None else before.shift + shift
+            self.key_rows[key] = KeyRows(valid, shift)
+        return self.key_rows[key]
+
+    def _past_valid(self, layer: int, past: int) -> Tensor | None:
+        if not past:
+            return None
+        before = self.past_state.layers[layer] if self.past_state else None
+        return self.past_mask if before is None else before.valid_keys(past)
+
+    def _inputs_of(
+        self, keys: KeyRows, layer: int, past: int, hidden: Tensor, arguments: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Mask and rotary embeddings, made once for all layers that share `keys`."""
+        if id(keys) not in self.inputs:
+            static = is_static(self.cache)
+            length = past + hidden.shape[1]
+            if static:
+                length = self.cache.layers[layer].max_cache_len
+            mask = causal_mask(
+                self.parts.text.config,
+                hidden,
+                past=past,
+                key_length=length,
+                valid=keys.valid_keys(length),
+                static=static,
+            )
+            embeddings = self.embeddings or arguments["position_embeddings"]
+            if keys.shift is not None:
+                embeddings = self._rotary(layer, hidden, arguments)
+            # No position_ids: rows with gaps between them look like packed sequences to
+            # transformers, which FlashAttention would then take apart, waiting for the GPU.
+            self.inputs[id(keys)] = {
+                "attention_mask": mask,
+                "position_embeddings": embeddings,
+                "position_ids": None,
+            }
+        return self.inputs[id(keys)]
+
+    def _rotary(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Any:
+        positions = self.row_positions
+        if positions is None:
+            positions = arguments["position_ids"]
+        before = self.past_state.layers[layer] if self.past_state else None
+        if before is not None and before.shift is not None:
+            positions = positions - before.shift
+        return self.parts.text.rotary_emb(hidden, position_ids=positions)

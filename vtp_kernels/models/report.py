@@ -1,0 +1,212 @@
+"""What a pruned prefill did, and what it saved."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vtp_kernels.flops import flops
+from vtp_kernels.methods.base import Method
+
+__all__ = ["PrefillRecord", "Report", "StageRecord"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The last forward pass that brought images: B prompts, L decoder layers, S input columns.
+
+    Padding is counted nowhere. "Dense" is the same call with nothing leaving.
+
+    Attributes
+    ----------
+    method : dict
+        As `method.to_dict()`.
+    dense_tokens : [B]
+        Tokens of each prompt.
+    tokens_per_layer, visual_tokens_per_layer : [L][B]
+        Rows entering each layer: all, and visual tokens.
+    kv_tokens_per_layer : [L][B]
+        Keys each layer holds after the call; more than its rows where the cache came with some.
+    kept : {layer: bool [B, S]}
+        For each layer before which rows could leave: the input columns that stayed, text included.
+        On the CPU.
+    prefill_flops, dense_prefill_flops : int
+        Language model, all prompts: projections, attention, MLP; 2 per multiply-accumulate.
+    flops_reduction : float
+        1 - prefill_flops / dense_prefill_flops.
+    visual_attention_reduction : float
+        Share of the attention scores (causal pairs of this call's rows) with a visual token as
+        query or key that is no longer computed.
+    kv_bytes, dense_kv_bytes : int
+        Keys and values of all layers after the call.
+    events : list of dict
+        What happened at which layer, in order.
+    """
+
+    method: dict[str, Any]
+    dense_tokens: list[int]
+    tokens_per_layer: list[list[int]]
+    visual_tokens_per_layer: list[list[int]]
+    kv_tokens_per_layer: list[list[int]]
+    kept: dict[int, Tensor]
+    prefill_flops: int
+    dense_prefill_flops: int
+    flops_reduction: float
+    visual_attention_reduction: float
+    kv_bytes: int
+    dense_kv_bytes: int
+    events: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types; `kept` as the list of columns that stayed, per layer and prompt."""
+        plain = asdict(self)
+        plain["kept"] = {
+            str(layer): [row.nonzero()[:, 0].tolist() for row in mask]
+            for layer, mask in self.kept.items()
+        }
+        return plain
+
+    def __str__(self) -> str:
+        settings = {key: value for key, value in self.method.items() if key != "method"}
+        lines = [" ".join([self.method["method"], *(f"{k}={v}" for k, v in settings.items())])]
+        lines += [self._prompt(b) for b in range(min(len(self.dense_tokens), 4))]
+        if len(self.dense_tokens) > 4:
+            lines.append(f"  ... and {len(self.dense_tokens) - 4} more prompts")
+        lines.append(
+            f"  prefill: {_si(self.dense_prefill_flops)}FLOP -> {_si(self.prefill_flops)}FLOP "
+            f"({self.flops_reduction:.1%} less), attention to and from visual tokens "
+            f"{self.visual_attention_reduction:.1%} less"
+        )
+        lines.append(
+            f"  KV cache: {self.dense_kv_bytes / 2**20:.1f} -> {self.kv_bytes / 2**20:.1f} MiB "
+            f"({1 - self.kv_bytes / self.dense_kv_bytes:.1%} less)"
+        )
+        return "\n".join(lines)
+
+    def _prompt(self, b: int) -> str:
+        counts = [layer[b] for layer in self.visual_tokens_per_layer]
+        starts = [i for i, n in enumerate(counts) if i == 0 or n != counts[i - 1]]
+        runs = ", ".join(f"{counts[i]} from layer {i}" for i in starts[1:]) or "all stay"
+        return f"  prompt {b}: {self.dense_tokens[b]} tokens, {counts[0]} visual: {runs}"
+
+
+class StageRecord(NamedTuple):
+    """One decision that was carried out. origin int64 [B, K] and valid bool [B, K] or None."""
+
+    layer: int
+    text: list[int]
+    visual: list[int]
+    origin: Tensor
+    valid: Tensor | None
+
+
+@dataclass(frozen=True)
+class PrefillRecord:
+    """What the engine notes in passing. Tensors stay on their device until someone asks."""
+
+    config: Any
+    method: Method
+    depth: int
+    bytes_per_number: int
+    rows: int
+    prompt_valid: Tensor | None
+    text: list[int]
+    visual: list[int]
+    stages: list[StageRecord]
+    past_rows: list[tuple[int, Tensor | None]]
+
+    def report(self) -> Report:
+        batch = len(self.text)
+        text, visual = self._per_layer()
+        tokens = _add(text, visual)
+        dense = _add([self.text] * self.depth, [self.visual] * self.depth)
+        past = self._past(batch)
+        keys, dense_keys = _add(tokens, past), _add(dense, past)
+        spent, dense_spent = self._flops(tokens, keys), self._flops(dense, dense_keys)
+        return Report(
+            method=self.method.to_dict(),
+            dense_tokens=dense[0],
+            tokens_per_layer=tokens,
+            visual_tokens_per_layer=visual,
+            kv_tokens_per_layer=keys,
+            kept={stage.layer: self._kept(stage) for stage in self.stages},
+            prefill_flops=spent,
+            dense_prefill_flops=dense_spent,
+            flops_reduction=1 - spent / dense_spent,
+            visual_attention_reduction=1
+            - _visual_pairs(tokens, text) / _visual_pairs(dense, [self.text] * self.depth),
+            kv_bytes=self._kv_bytes(keys),
+            dense_kv_bytes=self._kv_bytes(dense_keys),
+            events=self._events(),
+        )
+
+    def _per_layer(self) -> tuple[list[list[int]], list[list[int]]]:
+        text, visual = [self.text] * self.depth, [self.visual] * self.depth
+        for stage in self.stages:
+            for layer in range(stage.layer, self.depth):
+                text[layer], visual[layer] = stage.text, stage.visual
+        return text, visual
+
+    def _past(self, batch: int) -> list[list[int]]:
+        """Keys each layer had before the call, [L][B]."""
+        counts = [[rows] * batch for rows, _ in self.past_rows] or [[0] * batch] * self.depth
+        for layer, (_, valid) in enumerate(self.past_rows):
+            if valid is not None:
+                counts[layer] = valid.sum(1).tolist()
+        return counts
+
+    def _kept(self, stage: StageRecord) -> Tensor:
+        real = stage.valid
+        if real is None:
+            real = torch.ones_like(stage.origin, dtype=torch.bool)
+        kept = real.new_zeros(real.shape[0], self.rows)
+        # Padding names column 0 as its origin: added up, it does not overwrite a row that stayed.
+        return kept.to(torch.int8).scatter_add(1, stage.origin, real.to(torch.int8)).bool().cpu()
+
+    def _flops(self, tokens: list[list[int]], keys: list[list[int]]) -> int:
+        prompts = zip(zip(*tokens, strict=True), zip(*keys, strict=True), strict=True)
+        return sum(flops(self.config, n, keys=m) for n, m in prompts)
+
+    def _kv_bytes(self, keys: list[list[int]]) -> int:
+        config = self.config
+        head_dim = getattr(config, "head_dim", None)
+        head_dim = head_dim or config.hidden_size // config.num_attention_heads
+        per_token = 2 * config.num_key_value_heads * head_dim * self.bytes_per_number
+        return per_token * sum(map(sum, keys))
+
+    def _events(self) -> list[dict[str, Any]]:
+        events, before = [], self.visual
+        for stage in self.stages:
+            events.append(
+                {
+                    "layer": stage.layer,
+                    "event": "pruned",
+                    "visual_before": before,
+                    "visual_after": stage.visual,
+                }
+            )
+            before = stage.visual
+        return events
+
+
+def _add(a: list[list[int]], b: list[list[int]]) -> list[list[int]]:
+    return [[x + y for x, y in zip(*pair, strict=True)] for pair in zip(a, b, strict=True)]
+
+
+def _visual_pairs(tokens: list[list[int]], text: list[list[int]]) -> int:
+    """Causal (query, key) pairs with a visual token among them: all pairs less those of text."""
+    return sum(
+        n * (n + 1) // 2 - t * (t + 1) // 2
+        for layer in zip(tokens, text, strict=True)
+        for n, t in zip(*layer, strict=True)
+    )
+
+
+def _si(number: int) -> str:
+    for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if number >= 10**power:
+            return f"{number / 10**power:.2f} {prefix}"
+    return f"{number} "
