@@ -431,12 +431,11 @@ def cls_inflection(
 def _gather(x: Tensor, dim: int, indices: Tensor, real: Tensor) -> Tensor:
     """Rows `indices` of x along `dim`, the last dimension of `indices`; 0 where not `real`."""
     trailing = x.shape[dim + 1 :]
-    expand = indices.shape + (1,) * len(trailing)
-    real = real.view(expand)
     if x.shape[dim] == 0:
         return x.new_zeros(indices.shape + trailing)
-    index = indices.clamp(min=0).view(expand).expand(indices.shape + trailing)
-    return x.gather(dim, index).masked_fill(~real, 0)
+    single = indices.shape + (1,) * len(trailing)
+    index = indices.masked_fill(~real, 0).view(single).expand(indices.shape + trailing)
+    return x.gather(dim, index).masked_fill(~real.view(single), 0)
 
 
 def compact_kv(

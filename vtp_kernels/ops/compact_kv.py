@@ -84,7 +84,8 @@ def _check(
         3: ("L, B, K", (len(keys), batch, any_)),
         4: ("L, B, Hkv, K", (len(keys), batch, heads, any_)),
     }
-    layout, sizes = layouts.get(indices.dim(), ("B, K] or [L, B, K] or [L, B, Hkv, K", (any_,)))
+    either = ("B, K] or [L, B, K] or [L, B, Hkv, K", (batch, any_))
+    layout, sizes = layouts.get(indices.dim(), either)
     _checks.tensor("indices", indices, layout, sizes, _checks.INT64)
     if counts is not None:
         layout = layout.removesuffix(", K")

@@ -1,0 +1,282 @@
+"""What holds for all ops: registration, torch.compile, autograd, choice of backend, info()."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import vtp_kernels as vtp
+from vtp_kernels import _native
+from vtp_kernels.ops._dispatch import BACKENDS, choose, why_not
+
+
+def attention(draw):
+    return {
+        "query": draw.normal(2, 4, 3, 16),
+        "key": draw.normal(2, 2, 20, 16),
+        "candidates": draw.bools(2, 20, p=0.8),
+        "valid": draw.bools(2, 20, p=0.9),
+        "query_positions": draw.integers(0, 20, 2, 3),
+        "query_valid": draw.bools(2, 3, p=0.9),
+    }
+
+
+def token_contribution(draw):
+    return {
+        "query": draw.normal(2, 4, 16),
+        "key": draw.normal(2, 2, 20, 16),
+        "value": draw.normal(2, 2, 20, 16),
+        "candidates": draw.bools(2, 20, p=0.8),
+        "valid": draw.bools(2, 20, p=0.9),
+    }
+
+
+def passive_attention(draw):
+    return {
+        "query": draw.normal(2, 4, 20, 16),
+        "key": draw.normal(2, 2, 20, 16),
+        "value": draw.normal(2, 2, 20, 16),
+        "visual": draw.bools(2, 20),
+        "valid": draw.bools(2, 20, p=0.9),
+    }
+
+
+def compact_kv(draw):
+    indices, counts = draw.rows(2, 20, 7)
+    layers = [draw.normal(2, 2, 20, 8) for _ in range(4)]
+    return {"keys": layers[:2], "values": layers[2:], "indices": indices, "counts": counts}
+
+
+def compact_rows(draw):
+    indices, counts = draw.rows(2, 20, 7)
+    tensors = [draw.normal(2, 20, 8), draw.integers(0, 9, 2, 20), draw.bools(2, 20)]
+    return {"tensors": tensors, "indices": indices, "counts": counts}
+
+
+#: op -> how to make its arguments
+INPUTS = {
+    "attention_scores": attention,
+    "attention_topk": lambda draw: {**attention(draw), "k": 5, "keep": draw.bools(2, 20, p=0.1)},
+    "select_topk": lambda draw: {
+        "scores": draw.normal(2, 20),
+        "k": draw.integers(0, 9, 2),
+        "candidates": draw.bools(2, 20),
+        "keep": draw.bools(2, 20, p=0.1),
+        "threshold": -0.5,
+        "capacity": 9,
+    },
+    "token_contribution": token_contribution,
+    "passive_attention": passive_attention,
+    "compact_kv": compact_kv,
+    "compact_rows": compact_rows,
+    "inflection": lambda draw: {"curve": draw.normal(2, 20), "max_keep": 9},
+    "cls_inflection": lambda draw: {"features": draw.normal(2, 20, 8), "cls": draw.normal(2, 8)},
+}
+OPS_AND_BACKENDS = [
+    (op, backend) for op in INPUTS for backend in BACKENDS if why_not(op, backend, "cpu") is None
+]
+
+
+def flat(result):
+    """The tensors of any op's result."""
+    return [result] if isinstance(result, torch.Tensor) else [x for y in result for x in flat(y)]
+
+
+def test_every_public_op_is_listed_here():
+    assert set(INPUTS) | {"compact_kv_"} == set(_native.OPS)
+
+
+@pytest.mark.parametrize("op, backend", OPS_AND_BACKENDS)
+def test_compiles_without_graph_breaks(draw, op, backend):
+    arguments = INPUTS[op](draw)
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(arguments):
+        return getattr(vtp, op)(**arguments, backend=backend)
+
+    with torch.no_grad():
+        want = flat(getattr(vtp, op)(**arguments, backend=backend))
+        got = flat(compiled(arguments))
+    assert len(got) == len(want)
+    for x, y in zip(got, want, strict=True):
+        assert x.dtype == y.dtype
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("op", INPUTS)
+def test_compiles_with_the_default_backend_and_dynamic_shapes(draw, op):
+    torch._dynamo.reset()
+    compiled = torch.compile(getattr(vtp, op), fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        for _ in range(2):
+            arguments = INPUTS[op](draw)
+            got, want = flat(compiled(**arguments)), flat(getattr(vtp, op)(**arguments))
+            assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in want]
+
+
+@pytest.mark.parametrize("backend", [b for op, b in OPS_AND_BACKENDS if op == "compact_kv"])
+def test_compiles_in_place(draw, backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(vtp.compact_kv, fullgraph=True, backend="aot_eager")
+    arguments = compact_kv(draw)
+    want = [x.clone() for x in (*arguments["keys"], *arguments["values"])]
+    options = {"in_place": True, "backend": backend}
+    vtp.compact_kv(want[:2], want[2:], arguments["indices"], arguments["counts"], **options)
+    compiled(**arguments, **options)
+    for x, y in zip((*arguments["keys"], *arguments["values"]), want, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("op, backend", OPS_AND_BACKENDS)
+def test_refuses_autograd(draw, op, backend):
+    arguments = INPUTS[op](draw)
+    first = next(iter(arguments))
+    leaf = arguments[first][0] if isinstance(arguments[first], list) else arguments[first]
+    leaf.requires_grad_()
+    with pytest.raises(NotImplementedError, match=rf"{op} has no backward.*torch.no_grad\(\)"):
+        getattr(vtp, op)(**arguments, backend=backend)
+    with torch.no_grad():
+        assert not any(x.requires_grad for x in flat(getattr(vtp, op)(**arguments)))
+    with torch.inference_mode():
+        getattr(vtp, op)(**arguments, backend=backend)
+
+
+def native_arguments(op, draw):
+    """Positional arguments of torch.ops.vtp_kernels.<op>, in the order of its schema."""
+    given = INPUTS[op.removesuffix("_")](draw)
+    defaults = {
+        "scale": 0.25,
+        "support": "all",
+        "head_reduce": "mean",
+        "k_per_row": given.get("k") if isinstance(given.get("k"), torch.Tensor) else None,
+        "k": 0 if isinstance(given.get("k"), torch.Tensor) else given.get("k"),
+        "capacity": 20,
+        "align": "right",
+        "rule": "chord",
+        "min_keep": 1,
+        "clip_quantile": 0.995,
+        "sensitivity": 1.0,
+        "mass": 0.9,
+        "sink": "merge",
+        "visual_rows": "prefix",
+        "renormalize": False,
+    }
+    given.pop("k", None)
+    schema = getattr(torch.ops.vtp_kernels, op).default._schema
+    return tuple({**defaults, **given}.get(argument.name) for argument in schema.arguments)
+
+
+@pytest.mark.skipif(_native.missing is not None, reason=str(_native.missing))
+@pytest.mark.parametrize("op", _native.OPS)
+def test_opcheck(draw, op):
+    """Schema, fake kernel, mutation and aliasing, tracing with static and dynamic shapes."""
+    arguments = native_arguments(op, draw)
+    torch.library.opcheck(getattr(torch.ops.vtp_kernels, op).default, arguments)
+
+
+@pytest.mark.parametrize("op", INPUTS)
+def test_environment_chooses_the_backend(draw, monkeypatch, op):
+    arguments = INPUTS[op](draw)
+    call = getattr(vtp, op)
+    want = flat(call(**arguments, backend="reference"))
+    monkeypatch.setenv("VTP_BACKEND", "reference")
+    for x, y in zip(flat(call(**arguments)), want, strict=True):
+        assert torch.equal(x, y)
+    monkeypatch.setenv("VTP_BACKEND", "abacus")
+    with pytest.raises(ValueError, match=r"backend must be one of .* got 'abacus'"):
+        call(**arguments)
+    call(**arguments, backend="reference")  # an explicit choice wins
+    monkeypatch.setenv("VTP_BACKEND", "")
+    call(**arguments)
+
+
+def test_an_explicit_backend_that_cannot_serve_raises(draw, monkeypatch):
+    scores = draw.normal(2, 5)
+    monkeypatch.setattr(_native, "kernels", frozenset())
+    monkeypatch.setattr(_native, "missing", "it rains")
+    for backend in ("native", "triton"):
+        with pytest.raises(NotImplementedError, match=f"select_topk: backend '{backend}' cannot"):
+            vtp.select_topk(scores, 2, backend=backend)
+    with pytest.raises(NotImplementedError, match="it rains"):
+        vtp.select_topk(scores, 2, backend="native")
+    assert choose("select_topk", scores, None) == "reference"
+    vtp.select_topk(scores, 2)
+
+
+def test_debug_switches_reading_checks(monkeypatch):
+    from vtp_kernels.ops import _checks
+
+    monkeypatch.setattr(_checks, "_debug", False)
+    on_gpu = torch.empty(1, device="meta")  # any device that is not the CPU
+    assert not _checks.may_read(on_gpu) and _checks.may_read(torch.empty(1))
+    vtp.debug(True)
+    assert _checks.may_read(on_gpu)
+    vtp.debug(False)
+    assert not _checks.may_read(on_gpu)
+
+
+def test_info_names_every_op_and_reason():
+    info = vtp.info()
+    page, data = str(info), json.loads(json.dumps(info.to_dict()))
+    assert data["versions"]["vtp_kernels"] == vtp.__version__
+    assert data["versions"]["torch"] == torch.__version__
+    assert set(data["backends"]["cpu"]) == set(INPUTS)
+    for op, reasons in data["backends"]["cpu"].items():
+        assert set(reasons) == set(BACKENDS)
+        assert f"{op:<20}{info.chosen(op, 'cpu')}" in page
+        for reason in filter(None, reasons.values()):
+            assert reason in page
+    assert (_native.missing or "native library: loaded") in page
+
+
+WITHOUT = """
+import importlib.abc, sys
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("transformers", "triton") or name == "vtp_kernels._C":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+import torch
+import vtp_kernels as vtp
+
+x = torch.randn(2, 2, 9, 8)
+mask = torch.ones(2, 9, dtype=torch.bool)
+rows = torch.tensor([[0, 3], [1, 8]])
+with torch.no_grad():
+    vtp.attention_scores(x, x, candidates=mask)
+    vtp.select_topk(x[:, 0, 0], 3)
+    vtp.attention_topk(x, x, 3, candidates=mask)
+    vtp.token_contribution(x[:, :, 0], x, x, candidates=mask)
+    vtp.compact_kv([x], [x], rows)
+    vtp.compact_rows([mask], rows)
+    vtp.inflection(x[:, 0, 0])
+    vtp.cls_inflection(x[:, 0], x[:, 0, 0])
+    vtp.passive_attention(x, x, x, visual=mask)
+assert not any(name.split(".")[0] in ("transformers", "triton") for name in sys.modules)
+print(vtp.info())
+try:
+    vtp.select_topk(x[:, 0, 0], 3, backend="native")
+except NotImplementedError as error:
+    print(error)
+"""
+
+
+def test_works_without_transformers_triton_and_the_native_library():
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "native library: the native library is not built (no module vtp_kernels._C)" in done.stdout
+    )
+    assert "not triton: this version has no Triton kernels" in done.stdout
+    assert "select_topk: backend 'native' cannot serve cpu tensors: the native" in done.stdout
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no attribute 'prune_everything'"):
+        vtp.prune_everything  # noqa: B018
+    assert {"select_topk", "prune", "Schedule", "info"} <= set(dir(vtp))

@@ -1,0 +1,273 @@
+"""inflection against kneed, NumPy and plain loops: equal sets, on any curve."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from kneed import KneeLocator
+
+import vtp_kernels as vtp
+
+OP = "inflection"
+RULES = ("chord", "kneedle", "iqr", "mass")
+LENGTHS = (0, 1, 2, 3, 31, 576, 577, 2880, 10000)
+NAN, INF = math.nan, math.inf
+
+
+def chord(y):
+    last = len(y) - 1
+    best, knee = 0.0, None
+    for i, score in enumerate(y):
+        distance = abs((y[0] - score) * last - i * (y[0] - y[last]))
+        if distance > best:
+            best, knee = distance, i
+    return knee
+
+
+def kneedle(y, sensitivity):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        locator = KneeLocator(
+            range(len(y)), y, S=sensitivity, curve="convex", direction="decreasing", online=False
+        )
+    return None if locator.knee is None else int(locator.knee)
+
+
+def iqr(y):
+    q1, q3 = np.percentile(y, [25, 75])
+    above = int((np.array(y) > q3 + 1.5 * (q3 - q1)).sum())
+    return above - 1 if above else None
+
+
+def mass(y, share):
+    total = 0.0
+    sums = []
+    for score in y:
+        total += max(score, 0.0)
+        sums.append(total)
+    return next((i for i, held in enumerate(sums) if total > 0 and held >= share * total), None)
+
+
+def expected(
+    curve,
+    rule="chord",
+    min_keep=1,
+    max_keep=None,
+    clip_quantile=0.995,
+    sensitivity=1.0,
+    share=0.9,
+):
+    """The chosen indices of each row, ascending."""
+    rows = []
+    for scores in curve.double().tolist():
+        order = sorted(
+            range(len(scores)),
+            key=lambda i, s=scores: (math.isnan(s[i]), 0.0 if math.isnan(s[i]) else -s[i], i),
+        )
+        y = [scores[i] for i in order if math.isfinite(scores[i])]
+        if y and rule in ("chord", "kneedle"):
+            cap = float(np.quantile(y, clip_quantile))
+            y = [min(score, cap) for score in y]
+        knee = None
+        if len(y) >= 3 and y[0] > y[-1]:
+            knee = {
+                "chord": lambda y=y: chord(y),
+                "kneedle": lambda y=y: kneedle(y, sensitivity),
+                "iqr": lambda y=y: iqr(y),
+                "mass": lambda y=y: mass(y, share),
+            }[rule]()
+        count = len(scores) if knee is None else sum(s == INF for s in scores) + knee + 1
+        count = min(max(count, min_keep), len(scores) if max_keep is None else max_keep)
+        rows.append(sorted(order[:count]))
+    return rows
+
+
+def check(selection, rows, capacity):
+    indices, counts = selection
+    assert indices.dtype == torch.int64 and counts.dtype == torch.int32
+    assert indices.shape == (len(rows), capacity)
+    assert counts.tolist() == [len(row) for row in rows]
+    assert indices.tolist() == [row + [-1] * (capacity - len(row)) for row in rows]
+
+
+def curves(draw, length):
+    """[14, length]: long-tailed as similarities are, and everything that goes wrong."""
+    normal, uniform = draw.normal(length), draw.uniform(length).clamp(min=1e-7)
+    exponential = -uniform.log()
+    sinks = torch.where(draw.bools(length, p=3 / max(length, 3)), 50.0, normal.exp())
+    special = torch.tensor([NAN, INF, -INF, 0.0, -0.0], device=draw.device)
+    ramp = torch.arange(length, device=draw.device) / max(length, 1)
+    return torch.stack(
+        [
+            normal,
+            normal.exp(),
+            exponential,
+            uniform**-0.7,
+            sinks,
+            normal.tanh(),
+            1.0 - exponential,  # concave
+            draw.integers(0, 5, length).float(),
+            torch.full_like(normal, -0.5),
+            ramp,
+            torch.full_like(normal, NAN),
+            torch.where(draw.bools(length, p=0.2), NAN, exponential),
+            torch.where(
+                draw.bools(length, p=0.2), special[draw.integers(0, 5, length)], exponential
+            ),
+            exponential * 2.0**-140,  # subnormal
+        ]
+    )
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_lengths(draw, backend, rule, length):
+    curve = curves(draw, length)
+    if rule == "kneedle" and length == 10000:
+        curve = curve[:5]  # kneed takes a second a curve
+    check(vtp.inflection(curve, rule=rule, backend=backend), expected(curve, rule), length)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_options(draw, backend, rule):
+    for _ in range(12):
+        length = draw.integer(1, 120)
+        curve = curves(draw, length)
+        min_keep = draw.integer(0, 30)
+        max_keep = min_keep + draw.integer(0, 100) if draw.bools(1) else None
+        options = {
+            "rule": rule,
+            "min_keep": min_keep,
+            "max_keep": max_keep,
+            "clip_quantile": [1.0, 0.995, 0.9, 0.5, 0.01][draw.integer(0, 5)],
+            "sensitivity": [0.0, 0.5, 1.0, 3.0, 10.0][draw.integer(0, 5)],
+        }
+        share = [0.01, 0.5, 0.9, 1.0][draw.integer(0, 4)]
+        got = vtp.inflection(curve, **options, mass=share, backend=backend)
+        capacity = length if max_keep is None else min(max_keep, length)
+        check(got, expected(curve, **options, share=share), capacity)
+
+
+def test_agrees_with_kneed(draw, backend):
+    """Many curves, nothing clipped: exactly kneed's first knee."""
+    for _ in range(40):
+        curve = curves(draw, draw.integer(3, 150))
+        for sensitivity in (0.0, 1.0, 4.0):
+            options = {"rule": "kneedle", "clip_quantile": 1.0, "sensitivity": sensitivity}
+            got = vtp.inflection(curve, **options, backend=backend)
+            assert got.counts.tolist() == [len(row) for row in expected(curve, **options)]
+
+
+def test_agrees_with_numpy_percentile(draw, backend):
+    for _ in range(30):
+        curve = curves(draw, draw.integer(3, 150))[:10]
+        got = vtp.inflection(curve, rule="iqr", backend=backend)
+        for row, count in zip(curve.double().cpu().numpy(), got.counts.tolist(), strict=True):
+            q1, q3 = np.percentile(row, [25, 75])
+            outliers = int((row > q3 + 1.5 * (q3 - q1)).sum())
+            assert count == (outliers or len(row))
+
+
+def test_known_curves(backend, device):
+    """Counts found by hand."""
+
+    def count(scores, **options):
+        curve = torch.tensor([scores], device=device)
+        return vtp.inflection(curve, **options, backend=backend).counts.item()
+
+    elbow = [10.0, 9.0, 8.0, 1.0, 0.9, 0.8, 0.7, 0.6]
+    assert count(elbow, clip_quantile=1.0) == 4  # the knee itself is kept
+    assert count(elbow, rule="kneedle", clip_quantile=1.0) == 4
+    assert count([1.0] * 20 + [2.0, 3.0, 40.0], rule="iqr") == 3
+    assert count([5.0, 3.0, 1.0, 1.0], rule="mass", mass=0.8) == 2
+    assert count([5.0, 3.0, 1.0, 1.0], rule="mass", mass=0.81) == 3
+    assert count([5.0, -3.0, 5.0, -9.0], rule="mass", mass=1.0) == 2
+    assert count([2.0, 1.0, 0.0], clip_quantile=1.0) == 3  # straight: no knee
+    assert count([0.0, 0.0, 0.0, 9.0], clip_quantile=1.0) == 2
+
+
+def test_clipping_restores_what_sinks_hide(draw, backend):
+    """Three sinks bend the chord of a long-tailed curve of 576; clipped it is as without them."""
+    curve = draw.normal(16, 576).exp()
+    without = vtp.inflection(curve, backend=backend).counts.float().mean()
+    curve[:, :3] = 300.0
+    bent = vtp.inflection(curve, clip_quantile=1.0, backend=backend).counts.float().mean()
+    clipped = vtp.inflection(curve, clip_quantile=0.99, backend=backend).counts.float().mean()
+    assert bent < 0.6 * without and abs(clipped - without) < 0.35 * without
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_knee(backend, device, rule):
+    """Flat, all NaN, too few finite scores: the first max_keep by rank, all by default."""
+    flat = [0.3] * 6
+    few = [NAN, 1.0, -INF, NAN, 2.0, NAN]
+    curve = torch.tensor([flat, [NAN] * 6, few, [-INF] * 6, [INF] * 6], device=device)
+    got = vtp.inflection(curve, rule=rule, backend=backend)
+    check(got, [list(range(6))] * 5, 6)
+    got = vtp.inflection(curve, rule=rule, max_keep=2, backend=backend)
+    check(got, [[0, 1], [0, 1], [1, 4], [0, 1], [0, 1]], 2)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float64))
+@pytest.mark.parametrize("rule", RULES)
+def test_dtypes(draw, backend, dtype, rule):
+    curve = curves(draw, 133).to(dtype)
+    check(vtp.inflection(curve, rule=rule, backend=backend), expected(curve, rule), 133)
+
+
+def test_strides(draw, backend):
+    wide = curves(draw, 201)
+    for view in (
+        (slice(None), slice(1, None)),
+        (slice(None, None, 2), slice(3, 150)),
+        (slice(None), slice(None, None, 2)),
+    ):
+        curve = wide[view]
+        got = vtp.inflection(curve, backend=backend)
+        check(got, expected(curve), curve.shape[1])
+    row = wide[1:2].expand(4, -1)
+    check(vtp.inflection(row, backend=backend), expected(row), 201)
+
+
+def test_empty_batch(draw, backend):
+    check(vtp.inflection(draw.normal(0, 12), backend=backend), [], 12)
+
+
+@pytest.mark.parametrize("op", ("inflection", "cls_inflection"))
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"rule": "elbow"}, ValueError, "rule must be one of .* got 'elbow'"),
+        ({"min_keep": -1}, ValueError, "min_keep must be at least 0"),
+        ({"min_keep": 1.0}, TypeError, "min_keep must be an int"),
+        ({"min_keep": 5, "max_keep": 4}, ValueError, "max_keep must be at least min_keep, 5"),
+        ({"max_keep": "all"}, TypeError, "max_keep must be an int"),
+        ({"clip_quantile": 0.0}, ValueError, r"clip_quantile must be within \(0, 1\], got 0.0"),
+        ({"clip_quantile": 99.5}, ValueError, "clip_quantile must be within"),
+        ({"clip_quantile": NAN}, ValueError, "clip_quantile must be within"),
+        ({"clip_quantile": None}, TypeError, "clip_quantile must be a number"),
+        ({"mass": 1.5}, ValueError, "mass must be within"),
+        ({"sensitivity": -1}, ValueError, "sensitivity must be finite and at least 0"),
+        ({"sensitivity": INF}, ValueError, "sensitivity must be finite"),
+        ({"backend": "numpy"}, ValueError, "backend must be one of"),
+    ],
+)
+def test_bad_options(op, change, error, message):
+    inputs = {"inflection": [(2, 9)], "cls_inflection": [(2, 9, 4), (2, 4)]}[op]
+    with pytest.raises(error, match=message):
+        getattr(vtp, op)(*(torch.zeros(shape) for shape in inputs), **change)
+
+
+@pytest.mark.parametrize(
+    "curve, error, message",
+    [
+        (torch.zeros(9), ValueError, r"curve must have shape \[B, N\].* got \[9\]"),
+        (torch.zeros(2, 9).long(), TypeError, "curve must be float16 .* got int64"),
+        (np.zeros((2, 9)), TypeError, "curve must be a tensor .* got ndarray"),
+    ],
+)
+def test_bad_curve(curve, error, message):
+    with pytest.raises(error, match=message):
+        vtp.inflection(curve)
