@@ -1,0 +1,67 @@
+// Chooses, once per process, which build of the vectorised kernels runs. VTP_CPU_ISA asks for a narrower
+// one than the CPU has, which is how one machine tests them all.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "ops.h"
+
+namespace vtp::cpu {
+namespace {
+
+enum class Isa { generic, avx2, avx512 };
+constexpr const char* kNames[] = {"generic", "avx2", "avx512"};
+
+Isa widest() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2) return avx512 ? Isa::avx512 : Isa::avx2;
+#endif
+  return Isa::generic;
+}
+
+Isa choose() {
+  const Isa best = widest();
+  const char* wanted = std::getenv("VTP_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') return best;
+  for (int i = 0; i <= static_cast<int>(best); ++i) {
+    if (std::strcmp(wanted, kNames[i]) == 0) return static_cast<Isa>(i);
+  }
+  throw std::runtime_error(std::string("VTP_CPU_ISA=") + wanted + ", this CPU has: generic" +
+                           (best >= Isa::avx2 ? ", avx2" : "") + (best == Isa::avx512 ? ", avx512" : ""));
+}
+
+Isa isa() {
+  static const Isa chosen = choose();
+  return chosen;
+}
+
+}  // namespace
+
+const char* isa_name() { return kNames[static_cast<int>(isa())]; }
+
+#if defined(__x86_64__)
+#define VTP_DISPATCH(name, Arguments)         \
+  void name(const Arguments& arguments) {       \
+    switch (isa()) {                            \
+      case Isa::avx512: return avx512::name(arguments); \
+      case Isa::avx2: return avx2::name(arguments);     \
+      default: return generic::name(arguments);         \
+    }                                           \
+  }
+#else
+#define VTP_DISPATCH(name, Arguments) \
+  void name(const Arguments& arguments) { generic::name(arguments); }
+#endif
+
+VTP_DISPATCH(attention_scores, AttentionScores)
+VTP_DISPATCH(token_contribution, TokenContribution)
+VTP_DISPATCH(cosine_similarity, CosineSimilarity)
+VTP_DISPATCH(passive_attention, PassiveAttention)
+
+}  // namespace vtp::cpu
