@@ -6,6 +6,7 @@ and is imported on first use.
 
 import importlib
 
+from vtp_kernels.flops import flops
 from vtp_kernels.info import info
 from vtp_kernels.ops import (
     attention_scores,
@@ -29,7 +30,6 @@ _LAZY = {
     "RandomPruning": "vtp_kernels.methods",
     "Schedule": "vtp_kernels.methods",
     "apply": "vtp_kernels.models",
-    "flops": "vtp_kernels.flops",
     "prune": "vtp_kernels.models",
     "supported_models": "vtp_kernels.models",
 }

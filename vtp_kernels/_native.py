@@ -5,6 +5,7 @@ or a libtorch older than the library's target, is no error: the reference serves
 """
 
 import importlib
+import json
 
 import torch
 
@@ -23,18 +24,19 @@ OPS = (
 
 #: Why there is no native library, or None if it is loaded.
 missing: str | None = None
-#: GPU architectures the library has code for, as given to VTP_CUDA_ARCHS.
-architectures: tuple[str, ...] = ()
 
 try:
-    _library = importlib.import_module("vtp_kernels._C")
-    architectures = tuple(filter(None, getattr(_library, "cuda_archs", "").split(";")))
+    importlib.import_module("vtp_kernels._C")
 except ModuleNotFoundError as error:
     if error.name != "vtp_kernels._C":
         raise
     missing = "the native library is not built (no module vtp_kernels._C)"
 except ImportError as error:
     missing = f"the native library does not load with torch {torch.__version__}: {error}"
+
+
+#: What the library says about itself: version, compiler, cpu_isa, cuda_archs. Empty without one.
+build: dict = json.loads(torch.ops.vtp_kernels.build_info()) if missing is None else {}
 
 
 def defines(op: str) -> bool:

@@ -22,14 +22,14 @@ class Info:
         versions: vtp_kernels, Python and package versions; None: not installed.
         devices: device types in use here, "cpu" first, each with a description.
         native: None if the native library is loaded, else why not.
-        architectures: GPU architectures the native library has code for.
+        build: what the native library says of itself: version, compiler, cpu_isa, cuda_archs.
         backends: {device type: {op: {backend: None if it can serve, else why not}}}.
     """
 
     versions: dict[str, str | None]
     devices: dict[str, str]
     native: str | None
-    architectures: tuple[str, ...]
+    build: dict[str, str | list[str]]
     backends: dict[str, dict[str, dict[str, str | None]]]
 
     def to_dict(self) -> dict:
@@ -40,15 +40,17 @@ class Info:
         reasons = self.backends[device_type][op]
         return next(backend for backend in BACKENDS if reasons[backend] is None)
 
+    def _build(self) -> str:
+        parts = {**self.build, "cuda_archs": " ".join(self.build["cuda_archs"]) or "none"}
+        return "loaded, " + ", ".join(f"{name} {value}" for name, value in parts.items())
+
     def __str__(self) -> str:
         versions = (
             f"{name} {version or 'not installed'}" for name, version in self.versions.items()
         )
         lines = [" · ".join(versions)]
         lines += [f"{device}: {description}" for device, description in self.devices.items()]
-        lines.append("native library: " + (self.native or "loaded"))
-        if self.architectures:
-            lines.append("architectures: " + " ".join(self.architectures))
+        lines.append("native library: " + (self.native or self._build()))
         for device, ops in self.backends.items():
             lines += ["", f"on {device}:"]
             lines += [f"  {op:<20}{self.chosen(op, device)}" for op in ops]
@@ -82,7 +84,7 @@ def info() -> Info:
         versions=_versions(),
         devices=devices,
         native=_native.missing,
-        architectures=_native.architectures,
+        build=_native.build,
         backends={
             device: {
                 op: {backend: why_not(op, backend, device) for backend in BACKENDS} for op in _OPS

@@ -230,6 +230,8 @@ def test_info_names_every_op_and_reason():
         for reason in filter(None, reasons.values()):
             assert reason in page
     assert (_native.missing or "native library: loaded") in page
+    if _native.missing is None:
+        assert data["build"]["version"] == vtp.__version__  # else the library is of another tree
 
 
 WITHOUT = """
@@ -257,6 +259,8 @@ with torch.no_grad():
     vtp.inflection(x[:, 0, 0])
     vtp.cls_inflection(x[:, 0], x[:, 0, 0])
     vtp.passive_attention(x, x, x, visual=mask)
+import vtp_kernels.flops, vtp_kernels.info, vtp_kernels.ops.inflection
+assert all(map(callable, (vtp.flops, vtp.info, vtp.inflection)))  # not hidden by their modules
 assert not any(name.split(".")[0] in ("transformers", "triton") for name in sys.modules)
 print(vtp.info())
 try:
