@@ -29,6 +29,15 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
+def _fits(shape: torch.Size, sizes: tuple[int, ...]) -> bool:
+    if len(shape) != len(sizes):
+        return False
+    for size, expected in zip(shape, sizes, strict=True):
+        if expected not in (ANY, size):
+            return False
+    return True
+
+
 def tensor(
     name: str,
     x: Tensor,
@@ -40,15 +49,10 @@ def tensor(
     """Checks rank, sizes, dtype and device. `layout` is the shape in the words of the contract."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor [{layout}], got {type(x).__name__}")
-    fits = x.dim() == len(sizes)
-    if fits:
-        for size, expected in zip(x.shape, sizes, strict=True):
-            fits = fits and (expected == ANY or size == expected)
-    if not fits:
+    shape = x.shape
+    if shape != sizes and not _fits(shape, sizes):
         expected = ", ".join("*" if size == ANY else str(size) for size in sizes)
-        raise ValueError(
-            f"{name} must have shape [{layout}], here [{expected}], got {list(x.shape)}"
-        )
+        raise ValueError(f"{name} must have shape [{layout}], here [{expected}], got {list(shape)}")
     if x.dtype not in dtypes:
         raise TypeError(f"{name} must be {_names(dtypes)}, got {_names((x.dtype,))}")
     if device is not None and x.device != device:

@@ -68,17 +68,13 @@ def _check(
         raise ValueError(f"values must have as many layers as keys, {len(keys)}, got {len(values)}")
     if not isinstance(indices, Tensor):
         raise TypeError(f"indices must be a tensor [B, K], got {type(indices).__name__}")
-    any_, device = _checks.ANY, indices.device
-    batch, heads = any_, any_
-    for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
-        sizes = (batch, heads, any_, any_)
-        dtypes = (key.dtype,) if isinstance(key, Tensor) else ()
-        _checks.tensor(f"keys[{layer}]", key, "B, Hkv, S, D", sizes, dtypes, device)
-        _checks.tensor(f"values[{layer}]", value, "B, Hkv, S, D", tuple(key.shape), dtypes, device)
-        batch, heads = key.shape[:2]
-        if in_place:
+    device = indices.device
+    batch, heads = _check_layers(keys, values, device)
+    if in_place:
+        for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
             _check_in_place(f"keys[{layer}]", key)
             _check_in_place(f"values[{layer}]", value)
+    any_ = _checks.ANY
     layouts = {
         2: ("B, K", (batch, any_)),
         3: ("L, B, K", (len(keys), batch, any_)),
@@ -94,6 +90,28 @@ def _check(
     _checks.inference_only("compact_kv", *keys, *values)
     if keys and _checks.may_read(indices):
         _check_rows([key.shape[2] for key in keys], indices, counts)
+
+
+def _check_layers(keys: Layers, values: Layers, device: torch.device) -> tuple[int, int]:
+    """Returns batch size and heads, which all layers share."""
+    batch, heads = _checks.ANY, _checks.ANY
+    for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
+        # Most caches are alike in all layers: a comparison is a third of a check.
+        if layer == 0 or not _alike(key, keys[0]):
+            sizes = (batch, heads, _checks.ANY, _checks.ANY)
+            dtypes = (key.dtype,) if isinstance(key, Tensor) else ()
+            _checks.tensor(f"keys[{layer}]", key, "B, Hkv, S, D", sizes, dtypes, device)
+            batch, heads = key.shape[:2]
+        if not _alike(value, key):
+            sizes, dtypes = tuple(key.shape), (key.dtype,)
+            _checks.tensor(f"values[{layer}]", value, "B, Hkv, S, D", sizes, dtypes, device)
+    return batch, heads
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    return (
+        isinstance(x, Tensor) and x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
+    )
 
 
 def _check_rows(lengths: list[int], indices: Tensor, counts: Tensor | None) -> None:
