@@ -1,0 +1,108 @@
+"""Pruning told again, independently: nothing is removed, pruned keys are masked layer by layer.
+
+For eager models only. Scores are read off the attention weights the model itself computed; masks
+are the model's own 4D masks with columns closed; sets are chosen by sorting in Python. Nothing of
+vtp_kernels is used.
+"""
+
+import torch
+
+
+class MaskedReference:
+    """`stages` {layer: keep} as in Schedule, or `given` {layer: bool [B, S]}: sets to take over."""
+
+    def __init__(self, model, stages, *, score="last_token", given=None, contiguous=False):
+        assert model.model.language_model.config._attn_implementation == "eager"
+        self.model, self.stages, self.score = model, stages, score
+        self.given, self.contiguous = given, contiguous
+        self.keep = {}  # layer -> bool [B, every row seen so far]: columns open from there on
+        self.kept = {}  # the same for the last call with images, that call's rows alone
+        self.scores = None
+        self.hooks = []
+
+    def __enter__(self):
+        language_model = self.model.model.language_model
+        self.rotary = language_model.rotary_emb
+        add = self.hooks.append
+        add(self.model.model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        for index, layer in enumerate(language_model.layers):
+            before = self._before_layer(index)
+            add(layer.register_forward_pre_hook(before, with_kwargs=True))
+            if index + 1 in self.stages and not self.given:
+                add(layer.self_attn.register_forward_hook(self._after_attention))
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+
+    def _begin(self, module, args, kwargs):
+        ids = kwargs["input_ids"]
+        features = kwargs.get("mm_encoder_outputs") or {}
+        self.visual = ids == self.model.config.image_token_id
+        self.with_images = (
+            kwargs.get("pixel_values") is not None or features.get("image") is not None
+        ) and bool(self.visual.any())
+        self.rows = ids.shape[1]
+        mask = kwargs.get("attention_mask")
+        self.real = torch.ones_like(ids).bool() if mask is None else mask[:, -self.rows :].bool()
+        self.all_real = self.real if mask is None else mask.bool()
+        if self.all_real.shape[1] == self.rows:  # nothing came before
+            self.keep = {}
+        if self.with_images:
+            self.total = self.visual.sum(1)
+            self.open = self.real.clone()
+
+    def _after_attention(self, module, args, output):
+        if not self.with_images:
+            return
+        weights = output[1][..., -self.rows :].float()  # [B, H, rows, rows]
+        if self.score == "last_token":
+            self.scores = weights[:, :, -1].mean(1)
+            return
+        self.scores = torch.zeros(weights.shape[0], self.rows)
+        for b in range(weights.shape[0]):
+            behind = self.visual[b].cumsum(0) > 0
+            text = self.real[b] & ~self.visual[b] & behind
+            if text.any():
+                self.scores[b] = weights[b][:, text].mean((0, 1))
+
+    def _choose(self, layer):
+        if self.given:
+            return self.given[layer] & self.real
+        keep = self.stages[layer]
+        for b in range(self.visual.shape[0]):
+            left = (self.visual[b] & self.open[b]).nonzero()[:, 0].tolist()
+            count = keep if isinstance(keep, int) else int(keep * int(self.total[b]) + 0.5)
+            best = sorted(left, key=lambda j: (-float(self.scores[b, j]), j))[:count]
+            self.open[b, [j for j in left if j not in best]] = False
+        return self.open.clone()
+
+    def _before_layer(self, index):
+        def before(module, args, kwargs):
+            if index in self.stages:
+                now = self._choose(index) if self.with_images else self.real
+                if self.with_images:
+                    self.kept[index] = now
+                past = self.keep.get(index)
+                if past is None:  # whatever came before the first call with images is all open
+                    past = self.all_real[:, : self.all_real.shape[1] - self.rows]
+                self.keep[index] = torch.cat((past, now), dim=1)
+            stage = max((layer for layer in self.keep if layer <= index), default=None)
+            if stage is None:
+                return None
+            keep, mask = self.keep[stage], kwargs["attention_mask"]
+            kwargs = dict(kwargs)
+            # Padding is closed already; closed here are rows that are real but were pruned.
+            closed = torch.zeros(*keep.shape, dtype=mask.dtype)
+            closed = closed.masked_fill(~keep, torch.finfo(mask.dtype).min)[:, None, None]
+            kwargs["attention_mask"] = torch.clamp(mask + closed, min=torch.finfo(mask.dtype).min)
+            if self.contiguous:
+                real = self.all_real[:, : keep.shape[1]]
+                gone = (real & ~keep).cumsum(1)[:, -self.rows :]
+                positions = kwargs["position_ids"] - gone
+                hidden = args[0] if args else kwargs["hidden_states"]
+                kwargs["position_embeddings"] = self.rotary(hidden, position_ids=positions)
+            return args, kwargs
+
+        return before

@@ -1,0 +1,89 @@
+"""The analytic count against torch's own, and against a published number."""
+
+import pytest
+import torch
+from tiny_llava import one, tiny_llava
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+import vtp_kernels as vtp
+
+
+def counted(run):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llava("eager")
+
+
+def test_llava_1_5_7b():
+    text = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+    )
+    config = LlavaConfig(vision_config=CLIPVisionConfig(), text_config=text)
+    assert vtp.flops(config, 576 + 64) / 2e12 == pytest.approx(4.252, abs=5e-4)
+    assert vtp.flops(text, 576 + 64) == vtp.flops(config, [640] * 32)
+    # FastV's own setting, K = 2 and half of the tokens: about 45 % less (arXiv 2403.06764)
+    less = 1 - vtp.flops(config, [640] * 2 + [352] * 30) / vtp.flops(config, 640)
+    assert less == pytest.approx(0.43, abs=0.01)
+
+
+def test_dense(model):
+    inputs = one()
+    torch_count = counted(lambda: model(**inputs, logits_to_keep=1))
+    tokens = inputs["input_ids"].shape[1]
+    assert vtp.flops(model, tokens, images=1, logits=1) == pytest.approx(torch_count, rel=0.01)
+    assert vtp.flops(model.config, tokens) == vtp.flops(model, tokens)
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_vision(model, strategy):
+    model.config.vision_feature_select_strategy = strategy
+    pixels = one()["pixel_values"].expand(3, -1, -1, -1)
+    try:
+        torch_count = counted(
+            lambda: model.get_image_features(
+                pixels, vision_feature_layer=-2, vision_feature_select_strategy=strategy
+            )
+        )
+        ours = vtp.flops(model, 1, images=3) - vtp.flops(model, 1)
+    finally:
+        model.config.vision_feature_select_strategy = "default"
+    assert ours == pytest.approx(torch_count, rel=0.01)
+
+
+@pytest.mark.parametrize("method", [vtp.RandomPruning(0, 0.25), vtp.Schedule({1: 0.5, 4: 0})])
+def test_pruned(model, method):
+    inputs = one()
+    features = model.get_image_features(inputs["pixel_values"], return_dict=True)
+    embedded = {key: value for key, value in inputs.items() if key != "pixel_values"}
+    embedded["mm_encoder_outputs"] = {"image": features}
+    with vtp.prune(model, method) as run:
+        torch_count = counted(lambda: model(**embedded, logits_to_keep=1))
+    report = run.report()
+    logits = vtp.flops(model, 1, logits=1) - vtp.flops(model, 1)
+    assert report.prefill_flops + logits == pytest.approx(torch_count, rel=0.01)
+    assert report.dense_prefill_flops > 1.1 * report.prefill_flops
+
+
+def test_keys_beyond_the_rows(model):
+    text = model.config.text_config
+    more = vtp.flops(text, 5, keys=[25] * 6) - vtp.flops(text, 5)
+    assert more == 6 * 2 * 2 * 5 * 20 * 64
+
+
+def test_errors(model):
+    with pytest.raises(ValueError, match="tokens: got 3 numbers for 6 decoder layers"):
+        vtp.flops(model, [1, 2, 3])
+    with pytest.raises(ValueError, match="keys: got 1 numbers"):
+        vtp.flops(model, 4, keys=[4])
+    with pytest.raises(NotImplementedError, match="CLIP vision tower, got None"):
+        vtp.flops(model.config.text_config, 4, images=1)
