@@ -42,6 +42,20 @@ def _repeat_heads(x: Tensor, heads: int) -> Tensor:
     return _wide(x).repeat_interleave(heads // x.shape[1], dim=1)
 
 
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    # TF32, which many programs switch on for the whole process, would round float32 to 10 bits.
+    if a.dtype == torch.float32 and a.is_cuda:
+        return (a.double() @ b.double()).float()
+    return a @ b
+
+
+def _logits(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
+    """[B, Hq, M, S] from query [B, Hq, M, D] and key [B, Hkv, S, D]."""
+    heads, dim = query.shape[1], query.shape[3]
+    scale = dim**-0.5 if scale is None else scale
+    return scale * _matmul(_wide(query), _repeat_heads(key, heads).transpose(2, 3))
+
+
 def _softmax(logits: Tensor, attended: Tensor) -> Tensor:
     """Softmax over the attended keys; 0 elsewhere and in rows that attend to nothing."""
     weights = torch.softmax(logits.masked_fill(~attended, -math.inf), dim=-1)
@@ -64,10 +78,9 @@ def attention_scores(
     support: str = "all",
     head_reduce: str = "mean",
 ) -> Tensor:
-    batch, heads, rows, dim = query.shape
+    batch, _, rows, _ = query.shape
     length = key.shape[2]
-    scale = dim**-0.5 if scale is None else scale
-    logits = scale * (_wide(query) @ _repeat_heads(key, heads).transpose(2, 3))  # [B, Hq, M, S]
+    logits = _logits(query, key, scale)
 
     attended = torch.ones(batch, 1, rows, length, dtype=torch.bool, device=query.device)
     if valid is not None:
@@ -108,12 +121,9 @@ def token_contribution(
     valid: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    heads, dim = query.shape[1:]
-    scale = dim**-0.5 if scale is None else scale
-    logits = scale * torch.einsum("bhd,bhsd->bhs", _wide(query), _repeat_heads(key, heads))
     attended = torch.ones_like(candidates) if valid is None else valid
-    weights = _softmax(logits, attended[:, None, :])
-    value = _repeat_heads(value, heads).masked_fill(~attended[:, None, :, None], 0.0)
+    weights = _softmax(_logits(query[:, :, None], key, scale)[:, :, 0], attended[:, None, :])
+    value = _repeat_heads(value, query.shape[1]).masked_fill(~attended[:, None, :, None], 0.0)
 
     contribution = (weights[..., None] * value).transpose(1, 2).flatten(2)  # c: [B, S, Hq * D]
     output = contribution.sum(1, keepdim=True)  # o: [B, 1, Hq * D]
@@ -155,8 +165,7 @@ def passive_attention(
     # "merge" the first visual key remains, with its own logit: no other visual key is read at all.
     #
     # Rows of padding, and rows with no key left, output 0.
-    _, heads, length, dim = query.shape
-    scale = dim**-0.5 if scale is None else scale
+    length = query.shape[2]
     valid = torch.ones_like(visual) if valid is None else valid
     visual = visual & valid
     is_first = visual & (visual.cumsum(1) == 1)
@@ -172,15 +181,15 @@ def passive_attention(
         removed = removed | visual_row
     merged = text_row & is_first[:, None, :] & attended & (sink == "merge")
 
-    logits = scale * (_wide(query) @ _repeat_heads(key, heads).transpose(2, 3))
+    logits = _logits(query, key, scale)
     if renormalize:
         weights = _softmax(logits, (attended & (merged | ~removed))[:, None])
     else:
         full = _softmax(logits, attended[:, None])
         visual_mass = full.masked_fill(~visual_key[:, None], 0.0).sum(-1, keepdim=True)
         weights = full.masked_fill(removed[:, None], 0.0) + visual_mass * merged[:, None]
-    value = _repeat_heads(value, heads).masked_fill(~valid[:, None, :, None], 0.0)
-    return (weights @ value).to(query.dtype)
+    value = _repeat_heads(value, query.shape[1]).masked_fill(~valid[:, None, :, None], 0.0)
+    return _matmul(weights, value).to(query.dtype)
 
 
 # --- selection --------------------------------------------------------------------------------
