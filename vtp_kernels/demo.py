@@ -95,8 +95,8 @@ def compare(
         methods: label -> method.
         expected: the true answers, if they are known.
         max_new_tokens: length of an answer at most.
-        repeats: timed prefills of each method, taken in turn; the speed-up is the median of the ratios to the
-            dense prefill of the same turn.
+        repeats: timed prefills of each method, taken in turn; the speed-up is the median of the
+            ratios to the dense prefill of the same turn.
         picture: where to write the PNG of what was kept for the first prompt.
     """
     if not prompts:

@@ -1,7 +1,7 @@
 """The pocket world: small coloured shapes on noisy backgrounds, and questions about them.
 
 A scene is 224 x 224 pixels and holds 2 to 6 objects. Shapes and colours are all different within
-a scene, so "the circle" and "the red one" name one object each. An object is 18 to 28 pixels wide,
+a scene, so "the circle" and "the red one" name one object each. An object is 20 to 30 pixels wide,
 one to two 14-pixel patches: most visual tokens show background, and losing the few that matter
 loses the answer. Grey specks are distractors: they never count.
 
@@ -17,7 +17,7 @@ IMAGE_SIZE = 224
 PATCH_SIZE = 14
 GRID = IMAGE_SIZE // PATCH_SIZE
 
-SHAPES = ("circle", "square", "triangle", "cross", "diamond", "ring")
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar")
 COLORS = {
     "red": (220, 40, 40),
     "green": (40, 190, 60),
@@ -47,7 +47,7 @@ VOCABULARY = (
 _CELLS = 4
 _CELL = IMAGE_SIZE / _CELLS
 _JITTER = 14.0
-_RADIUS = (9.0, 14.0)
+_RADIUS = (10.0, 14.0)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def draw_scene(rng: np.random.Generator, objects: tuple[int, int] = (2, MAX_OBJE
             np.float32
         )
         coverage[i] = _paint(canvas, thing, rgb)
-    canvas += rng.integers(-14, 15, canvas.shape, dtype=np.int8)
+    canvas += rng.integers(-10, 11, canvas.shape, dtype=np.int8)
     return Scene(np.clip(canvas, 0, 255).astype(np.uint8), tuple(things), coverage)
 
 
@@ -159,10 +159,10 @@ def _signed_distance(shape: int, dx: np.ndarray, dy: np.ndarray, r: float) -> np
             return np.maximum(dy - 0.8 * r, 0.88 * ax - 0.47 * (dy + r))
         case "cross":
             return np.minimum(np.maximum(ax - r, ay - 0.33 * r), np.maximum(ay - r, ax - 0.33 * r))
-        case "diamond":
-            return (ax + ay - 1.2 * r) * np.float32(0.707)
         case "ring":
-            return np.abs(np.hypot(dx, dy) - 0.75 * r) - 0.28 * r
+            return np.abs(np.hypot(dx, dy) - 0.75 * r) - 0.25 * r
+        case "bar":
+            return np.maximum(ax - 1.1 * r, ay - 0.4 * r)
     raise AssertionError(shape)
 
 
@@ -191,7 +191,7 @@ def ask(scene: Scene, rng: np.random.Generator, kind: str | None = None) -> Ques
     if kind == "shape":
         return Question(kind, f"what shape is {COLOR_NAMES[first.color]}", name)
     if kind == "place":
-        return Question(kind, f"where is the {name}", _place(first))
+        return Question(kind, f"where is the {name}", place(first))
     if kind == "count":
         return Question(kind, "how many shapes", str(len(scene.things)))
     if kind == "relation":
@@ -199,7 +199,8 @@ def ask(scene: Scene, rng: np.random.Generator, kind: str | None = None) -> Ques
     raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
 
 
-def _place(thing: Thing) -> str:
+def place(thing: Thing) -> str:
+    """The quarter of the picture that a thing is in, two words: "top left"."""
     half = IMAGE_SIZE / 2
     return f"{'top' if thing.y < half else 'bottom'} {'left' if thing.x < half else 'right'}"
 

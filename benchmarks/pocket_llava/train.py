@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,12 @@ import torch.nn.functional as F
 from . import scenes
 from .model import TOKEN, TRAINED, new_model, pixels, processor
 
-BACKGROUND_WEIGHT = 0.1  # 97 % of the patches are background
+BACKGROUND_WEIGHT = 0.03  # 97 % of the patches are background
 COVERED = 0.3  # a patch belongs to an object that fills this share of it; less, but any: ignored
 IGNORE = -100
+PATCHES = scenes.GRID**2
+PLACES = ("top", "bottom", "left", "right")
+WORDS = [TOKEN[word] for word in (*scenes.SHAPES, *scenes.COLOR_NAMES, *PLACES)]
 # relations take longest to learn and counting least
 KIND_SHARES = {"color": 0.22, "shape": 0.22, "place": 0.2, "count": 0.08, "relation": 0.28}
 
@@ -64,6 +68,20 @@ class Heads(torch.nn.Module):
         return total + F.binary_cross_entropy_with_logits(self.pooled(pooled).float(), present)
 
 
+def alignment_loss(model, hidden: torch.Tensor, target: dict) -> torch.Tensor:
+    """What LLaVA's first stage is for: a projected patch lies where the words for it lie.
+
+    Its product with a word's embedding tells whether the word (shape, colour, place) is true of it.
+    """
+    visual = model.model.multi_modal_projector(hidden[:, 1:])
+    words = model.get_input_embeddings().weight[WORDS]
+    logits = (visual @ words.to(visual.dtype).T).float()
+    known = (target["shape"] != IGNORE).flatten(1)
+    loss = F.binary_cross_entropy_with_logits(logits, target["words"], reduction="none").sum(-1)
+    weight = torch.where(target["words"].any(-1), 1.0, BACKGROUND_WEIGHT) * known
+    return (loss * weight).sum() / weight.sum()
+
+
 def patch_targets(batch: list[scenes.Scene]) -> dict[str, torch.Tensor]:
     """Per patch: its object's class (the last is background); per picture: what is present."""
     n_shapes, n_colors = len(scenes.SHAPES), len(scenes.COLORS)
@@ -71,13 +89,21 @@ def patch_targets(batch: list[scenes.Scene]) -> dict[str, torch.Tensor]:
     color = np.full_like(shape, n_colors)
     shape_present = np.zeros((len(batch), n_shapes), np.float32)
     color_present = np.zeros((len(batch), n_colors), np.float32)
+    words = np.zeros((len(batch), scenes.GRID, scenes.GRID, len(WORDS)), np.float32)
     for b, scene in enumerate(batch):
         touched = scene.coverage.max(0) > 0
         shape[b][touched] = color[b][touched] = IGNORE
         for thing, cover in zip(scene.things, scene.coverage, strict=True):
             shape[b][cover > COVERED], color[b][cover > COVERED] = thing.shape, thing.color
+            true = [thing.shape, n_shapes + thing.color]
+            true += [
+                n_shapes + n_colors + PLACES.index(word) for word in scenes.place(thing).split()
+            ]
+            for word in true:
+                words[b, cover > COVERED, word] = 1
             shape_present[b, thing.shape] = color_present[b, thing.color] = 1
     arrays = {
+        "words": words.reshape(len(batch), -1, len(WORDS)),
         "shape": shape,
         "color": color,
         "shape_present": shape_present,
@@ -86,19 +112,29 @@ def patch_targets(batch: list[scenes.Scene]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
+def show(scene: scenes.Scene, rng: np.random.Generator, count: int) -> list[int]:
+    """`count` patches of a picture, ascending: all that objects touch, the others by lot."""
+    touched = scene.coverage.max(0).ravel() > 0.05
+    rank = rng.random(touched.size) - touched
+    return np.sort(np.argsort(rank)[:count]).tolist()
+
+
 def pack(
-    batch: list[scenes.Scene], rng: np.random.Generator, questions: int
+    batch: list[scenes.Scene], rng: np.random.Generator, questions: int, patches: int = PATCHES
 ) -> dict[str, torch.Tensor]:
     """One row per picture: <s> image question answer </s> question answer </s> ...
 
-    ids, labels, kinds, positions [B, S]; mask bool [B, 1, S, S]. Positions restart behind the
-    picture for every question, which makes each of them look exactly as it does when asked alone.
+    ids, labels, kinds, positions [B, S]; mask bool [B, 1, S, S]; patches [B, `patches`], those that
+    the language model is shown. Positions restart behind the picture for every question, which
+    makes each of them look exactly as it does when asked alone.
     """
-    prefix = 1 + scenes.GRID**2
-    rows = []
+    prefix, end = 1 + patches, 1 + PATCHES
+    rows, shown = [], []
     for scene in batch:
-        ids, labels = [TOKEN["<s>"]] + [TOKEN["<image>"]] * (prefix - 1), [IGNORE] * prefix
-        owner, kinds, positions = [0] * prefix, [-1] * prefix, list(range(prefix))
+        ids, labels = [TOKEN["<s>"]] + [TOKEN["<image>"]] * patches, [IGNORE] * prefix
+        owner, kinds = [0] * prefix, [-1] * prefix
+        shown.append(show(scene, rng, patches))
+        positions = [0] + [1 + patch for patch in shown[-1]]
         asked_kinds = rng.choice(list(KIND_SHARES), questions, p=list(KIND_SHARES.values()))
         for number, kind in enumerate(asked_kinds, start=1):
             question = scenes.ask(scene, rng, str(kind))
@@ -108,7 +144,7 @@ def pack(
             labels += [IGNORE] * len(asked) + answer
             kinds += [scenes.KINDS.index(question.kind)] * (len(asked) + len(answer))
             owner += [number] * (len(asked) + len(answer))
-            positions += range(prefix, prefix + len(asked) + len(answer))
+            positions += range(end, end + len(asked) + len(answer))
         rows.append((ids, labels, kinds, owner, positions))
     length = max(len(row[0]) for row in rows)
     pad = (TOKEN["<pad>"], IGNORE, -1, -1, 0)
@@ -124,6 +160,7 @@ def pack(
         "kinds": kinds,
         "positions": positions,
         "mask": mask[:, None],
+        "patches": torch.tensor(shown),
     }
 
 
@@ -136,7 +173,8 @@ def tower_features(model, images: torch.Tensor):
 def forward(model, images: torch.Tensor, packed: dict[str, torch.Tensor]):
     """(logits [B, S, V], feature layer, pooled CLS)."""
     hidden, pooled = tower_features(model, images)
-    visual = model.model.multi_modal_projector(hidden[:, 1:])
+    shown = packed["patches"][:, :, None].expand(-1, -1, hidden.shape[2])
+    visual = model.model.multi_modal_projector(hidden[:, 1:].gather(1, shown))
     embeds = model.get_input_embeddings()(packed["ids"]).to(visual.dtype)
     embeds = torch.cat([embeds[:, :1], visual, embeds[:, 1 + visual.shape[1] :]], 1)
     out = model.model.language_model(
@@ -176,27 +214,32 @@ def accuracy(model, device: str, pictures: int = 64, questions: int = 10) -> dic
 
 
 class Optimizer:
-    """Muon for the language model's matrices, AdamW for everything else; one learning-rate knob."""
+    """Muon for the matrices of a list of modules, AdamW for everything else; one rate for all.
 
-    def __init__(self, model, heads):
-        tower = list(model.model.vision_tower.parameters()) + list(heads.parameters())
-        layers = model.model.language_model.layers
-        matrices = [p for p in layers.parameters() if p.dim() == 2]
-        taken = {id(p) for p in tower + matrices}
-        rest = [p for p in model.parameters() if id(p) not in taken]
+    `modules` holds (module, scale): the scale multiplies the learning rate.
+    """
+
+    def __init__(self, modules: list[tuple[torch.nn.Module, float]]):
+        matrices, others, self.scales = [], [], []
+        for module, scale in modules:
+            inner = [
+                p for n, p in module.named_parameters() if ".layers." in f".{n}" and p.dim() == 2
+            ]
+            taken = {id(p) for p in inner}
+            outer = [p for p in module.parameters() if id(p) not in taken]
+            matrices += [{"params": inner, "scale": 2 * scale}] if inner else []
+            others += [{"params": outer, "scale": scale}]
         self.parts = [
-            torch.optim.Muon(matrices, lr=0.0, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(
-                [{"params": tower}, {"params": rest}], lr=0.0, weight_decay=0.01, betas=(0.9, 0.98)
-            ),
+            torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, weight_decay=0.01, betas=(0.9, 0.98)),
         ]
-        self.groups = [group for part in self.parts for group in part.param_groups]
-        self.scale = (2.0, 0.3, 1.0)  # matrices, tower, rest
+        self.parameters = [p for group in matrices + others for p in group["params"]]
 
     def step(self, lr: float) -> None:
-        for group, scale in zip(self.groups, self.scale, strict=True):
-            group["lr"] = lr * scale
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = lr * group["scale"]
             part.step()
             part.zero_grad(set_to_none=True)
 
@@ -211,56 +254,70 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def train_tower(model, heads, args, log) -> None:
-    tower = model.model.vision_tower
-    parameters = [*tower.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, betas=(0.9, 0.98))
+    projector, words = model.model.multi_modal_projector, model.get_input_embeddings()
+    modules = (model.model.vision_tower, heads, projector, words)
+    optimizer = Optimizer([(module, 1.0) for module in modules])
     for step in range(args.tower_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.tower_steps, 1e-3)
         first = step * args.tower_batch
         batch = [scenes.scene("train", first + i) for i in range(args.tower_batch)]
         target = {name: value.to(args.device) for name, value in patch_targets(batch).items()}
         with torch.autocast(args.device, dtype=torch.bfloat16):
-            loss = heads.loss(
-                *tower_features(model, pixels([s.image for s in batch]).to(args.device)), target
+            hidden, pooled = tower_features(model, pixels([s.image for s in batch]).to(args.device))
+            heads_loss = heads.loss(hidden, pooled, target)
+            aligned = alignment_loss(model, hidden, target)
+        (heads_loss + 0.3 * aligned).backward()
+        optimizer.step(learning_rate(step, args.tower_steps, args.lr))
+        if step % 25 == 0:
+            seen = heads.shape(hidden[:, 1:]).argmax(-1).flatten() == target["shape"].flatten()
+            covered = (target["words"] > 0).any(-1).flatten()
+            log(
+                stage="tower",
+                step=step,
+                heads=round(heads_loss.item(), 3),
+                aligned=round(aligned.item(), 3),
+                shapes=round(seen[covered].float().mean().item(), 3),
             )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        if step % 50 == 0:
-            log(stage="tower", step=step, loss=round(loss.item(), 3))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A share of the steps, the patches the language model is shown, whether the tower learns."""
+
+    share: float
+    patches: int
+    train_tower: bool
+
+
+# Finding the right patch is what takes long: among 256 patches its gradient drowns, and the model
+# goes on guessing among the words for what is in the picture. Among 64 it takes 150 steps.
+PHASES = (Phase(0.25, 64, False), Phase(0.3, 128, True), Phase(0.45, PATCHES, True))
 
 
 def train_all(model, heads, args, log) -> None:
-    optimizer = Optimizer(model, heads)
-    parameters = [*model.parameters(), *heads.parameters()]
-    for step in range(args.steps):
-        most = min(scenes.MAX_OBJECTS, 2 + step // 100)
+    tower = model.model.vision_tower
+    modules = (model.model.language_model, model.model.multi_modal_projector, heads)
+    optimizer = Optimizer([*((module, 1.0) for module in modules), (tower, 0.3)])
+    schedule = [phase for phase in PHASES for _ in range(round(phase.share * args.steps))]
+    for step, phase in enumerate(schedule):
+        tower.requires_grad_(phase.train_tower)
+        most = min(scenes.MAX_OBJECTS, 4 + 8 * step // args.steps)
         first = 10_000_000 + step * args.batch
         batch = [scenes.scene("train", first + i, (2, most)) for i in range(args.batch)]
-        packed = pack(batch, scenes.generator("train", 1_000_000_000 + step), args.questions)
+        rng = scenes.generator("train", 1_000_000_000 + step)
+        packed = pack(batch, rng, args.questions, phase.patches)
         packed = {name: value.to(args.device) for name, value in packed.items()}
         target = {name: value.to(args.device) for name, value in patch_targets(batch).items()}
+        images = pixels([scene.image for scene in batch]).to(args.device)
         with torch.autocast(args.device, dtype=torch.bfloat16):
-            logits, hidden, pooled = forward(
-                model, pixels([s.image for s in batch]).to(args.device), packed
-            )
+            logits, hidden, pooled = forward(model, images, packed)
             labels = packed["labels"][:, 1:].flatten()
-            loss = F.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), labels, ignore_index=IGNORE
-            )
-            heads_loss = heads.loss(hidden, pooled, target)
-        (loss + 0.1 * heads_loss).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step(learning_rate(step, args.steps, args.lr))
+            logits = logits[:, :-1].flatten(0, 1).float()
+            loss = F.cross_entropy(logits, labels, ignore_index=IGNORE)
+            seen = heads.loss(hidden, pooled, target) + 2 * alignment_loss(model, hidden, target)
+        (loss + 0.1 * seen).backward()
+        optimizer.step(learning_rate(step, len(schedule), args.lr))
         if step % 25 == 0:
-            log(
-                stage="all",
-                step=step,
-                loss=round(loss.item(), 4),
-                heads=round(heads_loss.item(), 3),
-            )
+            log(stage="all", step=step, loss=round(loss.item(), 4), seen=round(seen.item(), 3))
         if step % 100 == 99:
             log(stage="all", step=step, accuracy=accuracy(model, args.device))
             save(model, args.out)
@@ -278,9 +335,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=TRAINED)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tower-steps", type=int, default=600)
+    parser.add_argument("--tower-steps", type=int, default=400)
     parser.add_argument("--tower-batch", type=int, default=48)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--questions", type=int, default=24)
     parser.add_argument("--lr", type=float, default=1e-3)
