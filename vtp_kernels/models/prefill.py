@@ -63,15 +63,16 @@ class Prefill:
         # Rows whose logits are asked for have to be there in the end, whatever they are.
         asked = torch.arange(rows, device=visual.device) >= rows - 1 - self.drafts
         visual = visual & ~asked if valid is None else visual & valid & ~asked
-        self._read_counts(visual, valid)
+        past_valid = None
+        if self.past and mask is not None and mask.shape[1] == self.past + rows:
+            past_valid = mask[:, : self.past].bool()
+        self._read_counts(visual, valid, past_valid)
 
         self.visual = self.prompt_visual = visual
-        self.valid = self.prompt_valid = None if min(self.real_at_start) == rows else valid
+        self.prompt_valid = self.valid
         self.origin = torch.arange(rows, device=visual.device).expand(batch, rows)
         self.ordinal = visual.cumsum(1) - 1
-        self.past_mask = None
-        if self.past and isinstance(mask, Tensor) and mask.shape[1] == self.past + rows:
-            self.past_mask = mask[:, : self.past].bool()
+        self.decision_layers = frozenset(method.decision_layers)
 
         self.observation: Observation | None = None
         self.embeddings: tuple[Tensor, Tensor] | None = None  # the model's own, until rows leave
@@ -85,10 +86,15 @@ class Prefill:
         self.past_rows: list[tuple[int, Tensor | None]] = []
         self.stages: list[StageRecord] = []
 
-    def _read_counts(self, visual: Tensor, valid: Tensor | None) -> None:
+    def _read_counts(self, visual: Tensor, valid: Tensor | None, past_valid: Tensor | None) -> None:
+        """The one read: rows per prompt, and whether there is padding at all."""
         real = torch.ones_like(visual) if valid is None else valid
-        counts = torch.stack((real.sum(1), visual.sum(1), real[:, -1].long())).tolist()
-        self.real_at_start, self.visual_at_start, ends_real = counts
+        counts = [visual.sum(1), real.sum(1), real[:, -1].long()]
+        if past_valid is not None:
+            counts.append(past_valid.sum(1))
+        self.visual_at_start, self.real_at_start, ends_real, *past = torch.stack(counts).tolist()
+        self.valid = None if min(self.real_at_start) == visual.shape[1] else valid
+        self.past_mask = past_valid if past and min(past[0]) < self.past else None
         if not all(ends_real):
             raise ValueError(
                 "attention_mask: a prompt ends in padding; pruning needs left padding "
@@ -109,7 +115,7 @@ class Prefill:
         if layer == 0:
             self._open_cache(arguments.get("past_key_values"))
         past = past_length(self.cache, layer) if self.past else 0
-        if layer in self.method.decision_layers:
+        if layer in self.decision_layers:
             if torch.is_grad_enabled() and hidden.requires_grad:
                 raise RuntimeError(
                     "pruning is for inference: call the model under torch.no_grad() or "
@@ -134,8 +140,7 @@ class Prefill:
             method=self.method,
             depth=len(self.parts.layers),
             bytes_per_number=self.parts.text.dtype.itemsize,
-            rows=self.prompt_visual.shape[1],
-            prompt_valid=self.prompt_valid,
+            prompt_visual=self.prompt_visual,
             text=[a - b for a, b in zip(self.real_at_start, self.visual_at_start, strict=True)],
             visual=self.visual_at_start,
             stages=self.stages,
@@ -150,12 +155,18 @@ class Prefill:
         if cache is None:
             return
         check_cache(cache)
-        removed, prompt = 0, self.past + self.prompt_visual.shape[1] - self.drafts
+        state = CacheState(
+            layers=self.layer_keys,  # fills as layers are entered
+            removed=0,
+            prompt=self.past + self.prompt_visual.shape[1] - self.drafts,
+            padded=self.prompt_valid is not None or self.past_mask is not None,
+        )
         if isinstance(cache, PrunedCache):
             self.past_state = cache.vtp
-            removed = cache.vtp.removed
-        # The list fills as layers are entered: the state is complete when the last one has been.
-        prune_cache(cache, CacheState(self.layer_keys, removed, prompt - removed))
+            state.removed = cache.vtp.removed
+            state.prompt -= cache.vtp.removed
+            state.padded |= cache.vtp.padded
+        prune_cache(cache, state)
 
     def _rows(self, layer: int, hidden: Tensor) -> PromptRows:
         past, past_valid = self.past_rows[layer - 1] if self.past and layer else (0, None)

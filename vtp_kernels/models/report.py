@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,14 @@ from vtp_kernels.flops import flops
 from vtp_kernels.methods.base import Method
 
 __all__ = ["PrefillRecord", "Report", "StageRecord"]
+
+
+class KeptColumns(dict[int, Tensor]):
+    """{layer: bool [B, S]}, with `visual` bool [B, S]: the input columns that are visual tokens."""
+
+    def __init__(self, kept: dict[int, Tensor], visual: Tensor) -> None:
+        super().__init__(kept)
+        self.visual = visual
 
 
 @dataclass(frozen=True)
@@ -31,8 +39,8 @@ class Report:
     kv_tokens_per_layer : [L][B]
         Keys each layer holds after the call; more than its rows where the cache came with some.
     kept : {layer: bool [B, S]}
-        For each layer before which rows could leave: the input columns that stayed, text included.
-        On the CPU.
+        For each layer before which rows could leave: the input columns that stayed, text included;
+        `kept.visual` bool [B, S] tells the visual ones. On the CPU.
     prefill_flops, dense_prefill_flops : int
         Language model, all prompts: projections, attention, MLP; 2 per multiply-accumulate.
     flops_reduction : float
@@ -51,7 +59,7 @@ class Report:
     tokens_per_layer: list[list[int]]
     visual_tokens_per_layer: list[list[int]]
     kv_tokens_per_layer: list[list[int]]
-    kept: dict[int, Tensor]
+    kept: KeptColumns
     prefill_flops: int
     dense_prefill_flops: int
     flops_reduction: float
@@ -62,7 +70,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types; `kept` as the list of columns that stayed, per layer and prompt."""
-        plain = asdict(self)
+        plain = asdict(replace(self, kept={}))  # type: ignore[arg-type]
         plain["kept"] = {
             str(layer): [row.nonzero()[:, 0].tolist() for row in mask]
             for layer, mask in self.kept.items()
@@ -111,8 +119,7 @@ class PrefillRecord:
     method: Method
     depth: int
     bytes_per_number: int
-    rows: int
-    prompt_valid: Tensor | None
+    prompt_visual: Tensor
     text: list[int]
     visual: list[int]
     stages: list[StageRecord]
@@ -132,7 +139,9 @@ class PrefillRecord:
             tokens_per_layer=tokens,
             visual_tokens_per_layer=visual,
             kv_tokens_per_layer=keys,
-            kept={stage.layer: self._kept(stage) for stage in self.stages},
+            kept=KeptColumns(
+                {stage.layer: self._kept(stage) for stage in self.stages}, self.prompt_visual.cpu()
+            ),
             prefill_flops=spent,
             dense_prefill_flops=dense_spent,
             flops_reduction=1 - spent / dense_spent,
@@ -162,7 +171,7 @@ class PrefillRecord:
         real = stage.valid
         if real is None:
             real = torch.ones_like(stage.origin, dtype=torch.bool)
-        kept = real.new_zeros(real.shape[0], self.rows)
+        kept = torch.zeros_like(self.prompt_visual)
         # Padding names column 0 as its origin: added up, it does not overwrite a row that stayed.
         return kept.to(torch.int8).scatter_add(1, stage.origin, real.to(torch.int8)).bool().cpu()
 
