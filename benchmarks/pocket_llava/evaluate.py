@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -22,11 +23,10 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 if __package__ is None or __package__ == "":  # run as a file: make the source tree importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from vtp_kernels.methods import method_from_spec
-
 import vtp_kernels as vtp
 from benchmarks.machine import describe
 from vtp_kernels.chat import chat_inputs, greedy_answers
+from vtp_kernels.methods import method_from_spec
 from vtp_kernels.pocket_llava import scenes
 from vtp_kernels.pocket_llava.model import TRAINED
 
@@ -36,35 +36,33 @@ LONGEST_ANSWER = 4  # tokens: two words, </s>, and one more to notice an answer 
 def evaluate(model, processor, method, count: int, batch_size: int, split: str, label: str) -> dict:
     """Exact match per kind of question; tokens and FLOPs that the method left, batch means."""
     right, asked = dict.fromkeys(scenes.KINDS, 0), dict.fromkeys(scenes.KINDS, 0)
-    reductions, visual_share = [], []
-    stream = tqdm(
-        scenes.cases(split, count), total=count, desc=label, unit=" questions", disable=None
-    )
+    visual_shares, reductions = [], []
+    progress = tqdm(total=count, desc=label, unit=" questions", disable=None)
+    stream = scenes.cases(split, count)
     pruning = contextlib.nullcontext() if method is None else vtp.prune(model, method)
     with pruning as run:
         while batch := list(itertools.islice(stream, batch_size)):
             images = [Image.fromarray(case.scene.image) for case in batch]
-            inputs = chat_inputs(processor, images, [case.question.text for case in batch]).to(
-                model.device
-            )
+            texts = [case.question.text for case in batch]
+            inputs = chat_inputs(processor, images, texts).to(model.device)
             answers = greedy_answers(model, processor, inputs, LONGEST_ANSWER)
             for case, answer in zip(batch, answers, strict=True):
                 asked[case.question.kind] += 1
                 right[case.question.kind] += answer == case.question.answer
+            progress.update(len(batch))
             if run is not None:
                 report = run.report()
-                layers = torch.tensor(report.visual_tokens_per_layer, dtype=torch.float64)
-                visual_share.append(layers.mean().item() / scenes.GRID**2)
+                visual = [tokens for layer in report.visual_tokens_per_layer for tokens in layer]
+                visual_shares.append(statistics.fmean(visual) / scenes.GRID**2)
                 reductions.append(report.flops_reduction)
-    mean = lambda values, dense: sum(values) / len(values) if values else dense  # noqa: E731
     return {
         "method": label,
         "split": split,
         "questions": count,
-        "exact_match": sum(right.values()) / max(1, sum(asked.values())),
+        "exact_match": sum(right.values()) / sum(asked.values()),
         "exact_match_by_kind": {kind: right[kind] / asked[kind] for kind in right if asked[kind]},
-        "visual_tokens_share": mean(visual_share, 1.0),
-        "prefill_flops_reduction": mean(reductions, 0.0),
+        "visual_tokens_share": statistics.fmean(visual_shares or [1.0]),
+        "prefill_flops_reduction": statistics.fmean(reductions or [0.0]),
     }
 
 
