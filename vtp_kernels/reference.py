@@ -331,6 +331,9 @@ def _kneedle(y: Tensor, n: Tensor, sensitivity: float) -> Tensor:
     d_i >= both, a minimum if d_i <= both. Walk i = 0 ... n - 2. A maximum at i arms the search with
     the threshold d_i - S * (1 / (n - 1)); a minimum at i, even if i is a maximum too, disarms it.
     While armed, d_{i+1} < threshold makes the last maximum the knee.
+
+    In place of 1 / (n - 1) kneed averages the rounded steps of x. The last bit of that shows only
+    where the two best scores are equal: d_1 is then exactly one step below d_0.
     """
     last = (n - 1).clamp(min=1)
     i = torch.arange(y.shape[1], device=y.device)

@@ -26,13 +26,24 @@ def chord(y):
     return knee
 
 
-def kneedle(y, sensitivity):
+def kneed_locator(y, sensitivity):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        locator = KneeLocator(
+        return KneeLocator(
             range(len(y)), y, S=sensitivity, curve="convex", direction="decreasing", online=False
         )
-    return None if locator.knee is None else int(locator.knee)
+
+
+def kneedle(y, sensitivity):
+    """kneed's walk with the exact step 1 / (n - 1) of x.
+
+    kneed takes the mean of the rounded steps. That differs in the last bit, which decides where the
+    two best scores are equal: d_1 is then exactly one step below d_0.
+    """
+    locator = kneed_locator(y, sensitivity)
+    locator.Tmx = locator.y_difference_maxima - sensitivity * (1.0 / (len(y) - 1))
+    knee, _ = locator.find_knee()
+    return None if knee is None else int(knee)
 
 
 def iqr(y):
@@ -151,13 +162,16 @@ def test_options(draw, backend, rule):
 
 
 def test_agrees_with_kneed(draw, backend):
-    """Many curves, nothing clipped: exactly kneed's first knee."""
+    """Many curves of distinct scores, nothing clipped: exactly kneed's first knee."""
     for _ in range(40):
-        curve = curves(draw, draw.integer(3, 150))
+        curve = curves(draw, draw.integer(3, 150))[[0, 1, 2, 3, 5, 6, 9]].double()
+        curve += 1e-9 * draw.uniform(*curve.shape, dtype=torch.float64)
         for sensitivity in (0.0, 1.0, 4.0):
             options = {"rule": "kneedle", "clip_quantile": 1.0, "sensitivity": sensitivity}
-            got = vtp.inflection(curve, **options, backend=backend)
-            assert got.counts.tolist() == [len(row) for row in expected(curve, **options)]
+            counts = vtp.inflection(curve, **options, backend=backend).counts.tolist()
+            for row, count in zip(curve.sort(descending=True)[0].tolist(), counts, strict=True):
+                knee = kneed_locator(row, sensitivity).knee
+                assert count == (len(row) if knee is None else knee + 1)
 
 
 def test_agrees_with_numpy_percentile(draw, backend):
