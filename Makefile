@@ -8,7 +8,7 @@ SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/* csrc/*/*)
 TEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench wheel evaluate clean
+.PHONY: help demo test lint bench gpu-check evaluate wheel clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -34,6 +34,9 @@ lint: $(READY) ## style and common mistakes
 
 bench: $(BUILT) ## every op beside what would be used instead
 	$(BIN)/python -m benchmarks
+
+gpu-check: $(BUILT) ## what a GPU is needed for: its tests, the sanitizer, the benchmarks
+	$(BIN)/python -m benchmarks.gpu_check
 
 evaluate: $(BUILT) ## exact match of the small LLaVA, dense and pruned, on 2,000 held-out questions
 	$(BIN)/python benchmarks/pocket_llava/evaluate.py --method none --questions 2000

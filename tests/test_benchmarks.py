@@ -1,0 +1,75 @@
+"""The benchmarks: what is timed is checked first, and the figures are what they say."""
+
+import importlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as benchmarks
+from benchmarks import gpu_check, harness
+from benchmarks.machine import describe
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("op", benchmarks.OPS)
+def test_op_and_rivals_agree_on_the_first_case(op):
+    """The check that runs before the clock does; the shapes of the first case are LLaVA-1.5's."""
+    case = importlib.import_module(f"benchmarks.{op}").cases("cpu")[0]
+    inputs = case.make()
+    assert case.op == op and case.bytes_moved > 0
+    with torch.no_grad():
+        for rival in case.rivals.values():
+            case.check(case.ours(*inputs), rival(*inputs))
+
+
+@pytest.fixture
+def case():
+    return harness.Case(
+        "double",
+        "1 MiB",
+        2**21,
+        lambda: (torch.randn(2**18),),
+        lambda x: x * 2,
+        {"sum": lambda x: x + x},
+        harness.assert_equal,
+    )
+
+
+def test_a_timing_has_time_bandwidth_and_ratios(case):
+    (timing,) = harness.measure([case], "cpu", turns=3)
+    assert timing.microseconds > 0 and timing.share_of_copy > 0
+    low, high = timing.spread["sum"]
+    assert low <= timing.speedup["sum"] <= high
+    assert "| double | 1 MiB |" in harness.table([timing])
+
+
+def test_a_wrong_result_is_never_timed(case):
+    wrong = replace(case, ours=lambda x: x * 2 + 1)
+    with pytest.raises(AssertionError):
+        harness.measure([wrong], "cpu", turns=1)
+
+
+def test_result_files_name_machine_versions_and_commit():
+    named = describe()
+    assert named["machine"]["cpu"] and named["machine"]["cores"]
+    assert named["versions"]["torch"] == torch.__version__
+    assert json.dumps(named)
+
+
+def test_unknown_op_is_named():
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "sort"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 2 and "unknown op sort" in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: gpu-check would run")
+def test_gpu_check_without_a_gpu_claims_nothing(capsys):
+    assert gpu_check.main() == 2
+    assert "nothing was checked" in capsys.readouterr().err
