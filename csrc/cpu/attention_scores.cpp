@@ -1,7 +1,8 @@
 // Attention received by every key, without an attention matrix in memory.
 //
 // A unit of work is up to 64 (head, query row) pairs that share a KV head, so K is read once for all of
-// them; it yields one column of weights, summed over its rows. Per panel of rows a first sweep turns
+// them; it yields one column of weights, summed over its rows. Few rows (the last token's) take dot
+// products and a softmax along the keys. Many go in panels, one row per vector lane: a first sweep turns
 // logits into exponentials relative to their block's maximum, while the rows' statistics run along; a
 // second sweep scales each block to the true maximum and sum and adds up the lanes. With a given
 // log-sum-exp the first sweep is enough. Last, the units of a batch row are reduced over heads.
@@ -9,12 +10,14 @@
 
 #include "panel.h"
 #include "parallel.h"
+#include "rows.h"
 
 namespace vtp::cpu {
 namespace VTP_ISA {
 namespace {
 
 constexpr int64_t kUnitRows = 64;  // the widest panel of all instruction sets
+constexpr int64_t kFewRows = 8;    // up to here dot products beat a panel of mostly idle lanes
 
 // The keys of one batch row that must be read, ascending, and which of them want a score.
 struct Keys {
@@ -59,6 +62,63 @@ struct Unit {
   Wide<T> row_weight;
   Wide<T>* column;  // [keys.size]
 };
+
+// One (head, query row) pair.
+struct Row {
+  int64_t head, index;
+};
+
+// The last key a row attends to, -1 for none.
+template <class T>
+int64_t last_key(const Unit<T>& u, const Row& row) {
+  const int64_t end = u.plan.length - 1;
+  if (u.a.lse && *view_as<const Wide<T>>(u.a.lse).at(u.batch, row.head, row.index) == -INFINITY) return -1;
+  if (!u.a.query_positions) return end;
+  return std::clamp<int64_t>(*u.a.query_positions.at(u.batch, row.index), -1, end);
+}
+
+// Log-sum-exp in base 2, as the logits are.
+template <class T>
+Wide<T> given_lse(const Unit<T>& u, const Row& row) {
+  using A = Wide<T>;
+  return *view_as<const A>(u.a.lse).at(u.batch, row.head, row.index) * static_cast<A>(kLog2e);
+}
+
+// How many of the listed keys come no later than `last`.
+int64_t keys_until(const Keys& keys, int64_t last) {
+  return std::upper_bound(keys.position, keys.position + keys.size, static_cast<int32_t>(last)) - keys.position;
+}
+
+template <class T>
+void add_few(const Unit<T>& u, const Row* rows, int64_t row_count) {
+  using A = Wide<T>;
+  const auto query = view_as<const T>(u.a.query);
+  const auto key = view_as<const T>(u.a.key);
+  const int64_t dim = u.plan.dim, stride = u.keys.size;
+  const Scratch<A> queries(row_count * dim), logits(row_count * stride);
+  int64_t farthest = -1;
+  for (int64_t r = 0; r < row_count; ++r) {
+    widen_row(query.at(u.batch, rows[r].head, rows[r].index), dim, queries + r * dim);
+    for (int64_t d = 0; d < dim; ++d) queries[r * dim + d] *= static_cast<A>(u.a.scale * kLog2e);
+    farthest = std::max(farthest, last_key(u, rows[r]));
+  }
+  dot_rows<T>(key.at(u.batch, u.kv_head), key.stride[2], u.keys.position, keys_until(u.keys, farthest), queries,
+              row_count, dim, logits, stride);
+  for (int64_t r = 0; r < row_count; ++r) {
+    const int64_t count = keys_until(u.keys, last_key(u, rows[r]));
+    if (count == 0) continue;
+    A* weights = logits + r * stride;
+    A share = u.row_weight;
+    if (u.a.lse) {
+      exponentials(weights, count, given_lse(u, rows[r]));
+    } else {
+      const A top = largest(weights, count);
+      const A sum = exponentials(weights, count, top == -INFINITY ? A{0} : top);
+      share = sum == 0 ? NAN : u.row_weight / sum;  // 0: all logits are -inf, of which softmax makes NaN
+    }
+    for (int64_t j = 0; j < count; ++j) u.column[j] += weights[j] * share;
+  }
+}
 
 // Exponentials need no statistics of ours: weight = exp(logit - lse).
 template <class T, int V>
@@ -124,11 +184,6 @@ void add_with_softmax(const Unit<T>& u, const Panel<T, V>& panel, int64_t key_co
   }
 }
 
-// One (head, query row) pair.
-struct Row {
-  int64_t head, index;
-};
-
 template <class T, int V>
 void add_panel(const Unit<T>& u, const Row* rows, int64_t row_count) {
   using A = Wide<T>;
@@ -137,21 +192,12 @@ void add_panel(const Unit<T>& u, const Row* rows, int64_t row_count) {
   alignas(64) A lse[panel.kWidth] = {};
   int64_t farthest = -1;
   for (int64_t r = 0; r < row_count; ++r) {
-    const auto [head, m] = rows[r];
-    const int64_t last = u.plan.length - 1;
-    int64_t bound = u.a.query_positions ? *u.a.query_positions.at(u.batch, m) : last;
-    if (u.a.lse) {
-      const A given = *view_as<const A>(u.a.lse).at(u.batch, head, m);
-      lse[r] = given * static_cast<A>(kLog2e);
-      if (given == -INFINITY) bound = -1;
-    }
-    bound = std::clamp<int64_t>(bound, -1, last);
-    panel.add_row(query.at(u.batch, head, m), bound);
-    farthest = std::max(farthest, bound);
+    const int64_t last = last_key(u, rows[r]);
+    panel.add_row(query.at(u.batch, rows[r].head, rows[r].index), last);
+    if (u.a.lse) lse[r] = given_lse(u, rows[r]);
+    farthest = std::max(farthest, last);
   }
-  const int32_t* end = u.keys.position + u.keys.size;
-  const int64_t key_count =
-      std::upper_bound(u.keys.position, end, static_cast<int32_t>(farthest)) - u.keys.position;
+  const int64_t key_count = keys_until(u.keys, farthest);
   if (key_count == 0) return;
   if (u.a.lse) {
     add_with_lse(u, panel, lse, key_count);
@@ -164,6 +210,7 @@ template <class T>
 void run_unit(const Unit<T>& u, const Row* rows, int64_t row_count) {
   constexpr int64_t kStep = kLanes<Wide<T>>;
   std::fill(u.column, u.column + u.keys.size, Wide<T>{0});
+  if (row_count <= kFewRows) return add_few(u, rows, row_count);
   for (int64_t r = 0; r < row_count;) {
     const int64_t left = row_count - r;
     if (left <= kStep) {

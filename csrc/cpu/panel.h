@@ -8,10 +8,7 @@ namespace vtp::cpu {
 namespace VTP_ISA {
 namespace {
 
-constexpr int kBlock = 48;        // keys a block: at D = 128 their floats take 24 KB of L1
-constexpr int kFewRows = 4;       // up to here dot products along D beat a panel of mostly idle lanes
-constexpr double kLog2e = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
+constexpr int kBlock = 48;  // keys a block: at D = 128 their floats take 24 KB of L1
 
 template <class A> struct LaneInt { using Type = int32_t; };
 template <> struct LaneInt<double> { using Type = int64_t; };
@@ -26,7 +23,6 @@ struct Panel {
   A factor;           // on the queries: logits come out in base 2
   Scratch<A> packed;  // [dim, kWidth]
   Scratch<A> tile;    // [kBlock, dim]: keys, widened
-  A few[kFewRows * 256];
   alignas(64) Int bound[kWidth];  // lane i attends keys up to bound[i]; -1 while it holds no row
 
   VTP_INLINE Panel(int64_t head_dim, double scale)
@@ -36,11 +32,7 @@ struct Panel {
   }
 
   VTP_INLINE void add_row(const T* query, int64_t last_key) {
-    for (int64_t d = 0; d < dim; ++d) {
-      const A x = widen(query[d]) * factor;
-      packed[d * kWidth + rows] = x;
-      if (rows < kFewRows) few[rows * dim + d] = x;
-    }
+    for (int64_t d = 0; d < dim; ++d) packed[d * kWidth + rows] = widen(query[d]) * factor;
     bound[rows] = static_cast<Int>(last_key);
     ++rows;
   }
@@ -52,21 +44,8 @@ struct Panel {
                          int64_t count, A* out) const {
     const T* base = key.at(batch, head);
     const int64_t stride = key.stride[2];
-    if (rows > kFewRows) {
-      for (int64_t j = 0; j < count; ++j) widen_row(base + position[j] * stride, dim, tile + j * dim);
-      return product<A, V>(packed, tile, dim, 1, dim, count, out, false);
-    }
-    for (int64_t j = 0; j < count; ++j) {
-      const T* row = base + position[j] * stride;
-      A* to = out + j * kWidth;
-      for (int v = 0; v < V; ++v) store(to + v * kLanes<A>, Vec<A>{});
-      switch (rows) {
-        case 1: dot_row<T, 1>(row, few, dim, to); break;
-        case 2: dot_row<T, 2>(row, few, dim, to); break;
-        case 3: dot_row<T, 3>(row, few, dim, to); break;
-        case 4: dot_row<T, 4>(row, few, dim, to); break;
-      }
-    }
+    for (int64_t j = 0; j < count; ++j) widen_row(base + position[j] * stride, dim, tile + j * dim);
+    product<A, V>(packed, tile, dim, 1, dim, count, out, false);
   }
 };
 

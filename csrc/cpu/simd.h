@@ -1,5 +1,4 @@
-// Vectors as wide as the instruction set this file is compiled for, and the two loops every attention
-// kernel is made of: dot products of few rows, and a register-tiled matrix product of many.
+// Vectors as wide as the instruction set this file is compiled for, and a register-tiled matrix product.
 //
 // Everything here lives in namespace vtp::cpu::VTP_ISA and is inlined, see VTP_INLINE.
 #pragma once
@@ -33,6 +32,8 @@ constexpr int kPanelVectors = 4;
 constexpr int kVectorBytes = 16;
 constexpr int kPanelVectors = 2;
 #endif
+
+constexpr double kLog2e = 1.4426950408889634;  // softmax is computed in base 2
 
 typedef float Float32s __attribute__((vector_size(kVectorBytes)));
 typedef double Float64s __attribute__((vector_size(kVectorBytes)));
@@ -147,31 +148,6 @@ VTP_INLINE void widen_row(const T* row, int64_t size, Wide<T>* out) {
   int64_t i = 0;
   for (; i + kLanes<Wide<T>> <= size; i += kLanes<Wide<T>>) store(out + i, load(row + i));
   for (; i < size; ++i) out[i] = widen(row[i]);
-}
-
-// Dot products of one row with R vectors, `vectors` [R, size]: R accumulators hide each other's latency
-// only from R = 4 on, hence two sets of them.
-template <class T, int R>
-VTP_INLINE void dot_row(const T* row, const Wide<T>* vectors, int64_t size, Wide<T>* out) {
-  using A = Wide<T>;
-  constexpr int kStep = kLanes<A>;
-  Vec<A> even[R] = {}, odd[R] = {};
-  int64_t i = 0;
-  for (; i + 2 * kStep <= size; i += 2 * kStep) {
-    const Vec<A> x = load(row + i), y = load(row + i + kStep);
-    for (int r = 0; r < R; ++r) even[r] = even[r] + x * load(vectors + r * size + i);
-    for (int r = 0; r < R; ++r) odd[r] = odd[r] + y * load(vectors + r * size + i + kStep);
-  }
-  if (i + kStep <= size) {
-    const Vec<A> x = load(row + i);
-    for (int r = 0; r < R; ++r) even[r] = even[r] + x * load(vectors + r * size + i);
-    i += kStep;
-  }
-  for (int r = 0; r < R; ++r) {
-    A sum = sum_lanes(even[r] + odd[r]);
-    for (int64_t j = i; j < size; ++j) sum += widen(row[j]) * vectors[r * size + j];
-    out[r] = sum;
-  }
 }
 
 // c[j][lane] = sum_k b[j * bj + k * bk] * x[k][lane] for J values of j; with `add`, on top of c.

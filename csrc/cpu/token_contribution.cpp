@@ -6,56 +6,14 @@
 // cosines of interest lie within 1e-3 of 1.
 #include <algorithm>
 
-#include "panel.h"
 #include "parallel.h"
+#include "rows.h"
 
 namespace vtp::cpu {
 namespace VTP_ISA {
 namespace {
 
 constexpr int64_t kTile = 32;  // rows of K or V that stay in L1 while all heads of a group use them
-
-// out[r][j] = <vectors[r], row j>, `count` vectors of `dim`; rows of out are `out_stride` apart.
-template <class T>
-void dot_rows(const T* rows, int64_t stride, const int32_t* position, int64_t size, const Wide<T>* vectors,
-              int64_t count, int64_t dim, Wide<T>* out, int64_t out_stride) {
-  for (int64_t begin = 0; begin < size; begin += kTile) {
-    const int64_t end = std::min(begin + kTile, size);
-    for (int64_t r = 0; r < count; r += 4) {
-      const Wide<T>* some = vectors + r * dim;
-      for (int64_t j = begin; j < end; ++j) {
-        const T* row = rows + position[j] * stride;
-        Wide<T> dots[4];
-        const int64_t used = std::min<int64_t>(4, count - r);
-        switch (used) {
-          case 1: dot_row<T, 1>(row, some, dim, dots); break;
-          case 2: dot_row<T, 2>(row, some, dim, dots); break;
-          case 3: dot_row<T, 3>(row, some, dim, dots); break;
-          case 4: dot_row<T, 4>(row, some, dim, dots); break;
-        }
-        for (int64_t i = 0; i < used; ++i) out[(r + i) * out_stride + j] = dots[i];
-      }
-    }
-  }
-}
-
-// Base-2 logits to softmax weights.
-template <class A>
-void softmax_row(A* x, int64_t size) {
-  constexpr int kStep = kLanes<A>;
-  A maximum = -INFINITY;
-  for (int64_t i = 0; i < size; ++i) maximum = x[i] > maximum ? x[i] : maximum;
-  Vec<A> sums = {};
-  int64_t i = 0;
-  for (; i + kStep <= size; i += kStep) {
-    const Vec<A> y = exp2_of(load(x + i) - maximum);
-    store(x + i, y);
-    sums = sums + y;
-  }
-  A sum = sum_lanes(sums);
-  for (; i < size; ++i) sum += x[i] = exp2_of(x[i] - maximum);
-  for (i = 0; i < size; ++i) x[i] /= sum;
-}
 
 // out += sum_j weight[j] * row j: as many sums as fit the registers, then on to the next columns.
 template <class T>
@@ -143,7 +101,11 @@ class Contributions {
 
     A* output = output_of(b, first);
     std::fill(output, output + group_ * dim_, A{0});
-    for (int64_t g = 0; g < group_; ++g) softmax_row<A>(weights_of(b, first + g), size);
+    for (int64_t g = 0; g < group_; ++g) {
+      A* weights = weights_of(b, first + g);
+      const A sum = exponentials(weights, size, largest(weights, size));
+      for (int64_t j = 0; j < size; ++j) weights[j] /= sum;
+    }
     for (int64_t begin = 0; begin < size; begin += kTile) {
       for (int64_t g = 0; g < group_; ++g) {
         weighted_rows<T>(values, value_.stride[2], position + begin, std::min(kTile, size - begin),
@@ -214,7 +176,7 @@ class Contributions {
 
   double dot(const A* x, const A* y) const {
     A result;
-    dot_row<A, 1>(x, y, dim_, &result);
+    dot_tile<A, 1, 1>(&x, y, dim_, &result, 1);
     return result;
   }
 
