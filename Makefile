@@ -6,6 +6,8 @@ READY  := $(VENV)/.ready
 BUILT  := $(VENV)/.built
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/* csrc/*/*)
 TEST_ARGS ?=
+METHODS ?= none fastv:2:0.5 fastv:2:0.22 pyramiddrop:2=0.5,4=0.25,6=0.125 schedule:4=0.22 \
+	random:0.5 random:0.22
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench gpu-check evaluate wheel clean
@@ -33,13 +35,14 @@ lint: $(READY) ## style and common mistakes
 	$(BIN)/ruff format --check .
 
 bench: $(BUILT) ## every op beside what would be used instead
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --json out/bench.json
 
 gpu-check: $(BUILT) ## what a GPU is needed for: its tests, the sanitizer, the benchmarks
 	$(BIN)/python -m benchmarks.gpu_check
 
 evaluate: $(BUILT) ## exact match of the small LLaVA, dense and pruned, on 2,000 held-out questions
-	$(BIN)/python benchmarks/pocket_llava/evaluate.py --method none --questions 2000
+	$(BIN)/python benchmarks/pocket_llava/evaluate.py --questions 2000 --method $(METHODS) \
+		--json out/accuracy.json
 
 wheel: $(READY) ## a wheel for the architectures in VTP_CUDA_ARCHS, in dist/
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .

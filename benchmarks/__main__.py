@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness
-from benchmarks.machine import describe
+from vtp_kernels.machine import describe
 
 OPS = (
     "attention_scores",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import describe
+from vtp_kernels.machine import describe
 
 RESULTS = Path(__file__).parent / "results"
 TESTS = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import __main__ as benchmarks
 from benchmarks import gpu_check, harness
-from benchmarks.machine import describe
+from vtp_kernels.machine import describe
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,16 +1,13 @@
 """info(): what is installed, and which backend each op would use, and why."""
 
-import importlib
-import importlib.metadata
-import platform
 from dataclasses import asdict, dataclass
 
 import torch
 
 from vtp_kernels import _native
+from vtp_kernels.machine import cpu_name, versions
 from vtp_kernels.ops._dispatch import BACKENDS, why_not
 
-_PACKAGES = ("torch", "triton", "transformers", "numpy")
 _OPS = tuple(op for op in _native.OPS if not op.endswith("_"))  # in-place variants follow their op
 
 
@@ -19,7 +16,7 @@ class Info:
     """What `info()` found. `str()` gives a page to read, `to_dict()` plain data for JSON.
 
     Attributes:
-        versions: vtp_kernels, Python and package versions; None: not installed.
+        versions: of vtp_kernels, Python and packages; None: not installed.
         devices: device types in use here, "cpu" first, each with a description.
         native: None if the native library is loaded, else why not.
         build: what the native library says of itself: version, compiler, cpu_isa, cuda_archs.
@@ -76,12 +73,12 @@ def info() -> Info:
 
     Starts no kernel; on a machine with a GPU it does initialise CUDA.
     """
-    devices = {"cpu": platform.processor() or platform.machine()}
+    devices = {"cpu": cpu_name()}
     if torch.cuda.is_available():
         names = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
         devices["cuda"] = ", ".join(f"{gpu.name} (sm_{gpu.major}{gpu.minor})" for gpu in names)
     return Info(
-        versions=_versions(),
+        versions=versions(),
         devices=devices,
         native=_native.missing,
         build=_native.build,
@@ -92,16 +89,3 @@ def info() -> Info:
             for device in devices
         },
     )
-
-
-def _versions() -> dict[str, str | None]:
-    from vtp_kernels import __version__
-
-    versions = {"vtp_kernels": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    versions["torch"] = torch.__version__
-    return versions

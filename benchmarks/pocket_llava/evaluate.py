@@ -24,8 +24,8 @@ if __package__ is None or __package__ == "":  # run as a file: make the source t
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import vtp_kernels as vtp
-from benchmarks.machine import describe
 from vtp_kernels.chat import chat_inputs, greedy_answers
+from vtp_kernels.machine import describe
 from vtp_kernels.methods import method_from_spec
 from vtp_kernels.pocket_llava import scenes
 from vtp_kernels.pocket_llava.model import TRAINED
@@ -121,6 +121,7 @@ def main() -> None:
     ]
     print(table(rows))
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"rows": rows, **describe()}, indent=2) + "\n")
 
 
