@@ -44,10 +44,13 @@ class MaskedReference:
             kwargs.get("pixel_values") is not None or features.get("image") is not None
         ) and bool(self.visual.any())
         self.rows = ids.shape[1]
-        mask = kwargs.get("attention_mask")
-        self.real = torch.ones_like(ids).bool() if mask is None else mask[:, -self.rows :].bool()
-        self.all_real = self.real if mask is None else mask.bool()
-        if self.all_real.shape[1] == self.rows:  # nothing came before
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        past = 0 if cache is None else cache.get_seq_length()
+        if mask is None:  # generate() drops masks that are all ones
+            mask = torch.ones(ids.shape[0], past + self.rows)
+        self.all_real = mask.bool()
+        self.real = self.all_real[:, -self.rows :]
+        if past == 0:
             self.keep = {}
         if self.with_images:
             self.total = self.visual.sum(1)

@@ -102,6 +102,28 @@ def test_contiguous_positions_from_layer_0(models):
     assert_same(pruned, reference)
 
 
+PADDING_CHANGES = {
+    # 11 rows of text each, but one image and two: 4 tokens of either leave no padding
+    "goes": ([(1, 5), (2, 3)], 4),
+    # 40 rows each, but one image and two: half of them are 8 and 16
+    "comes": ([(1, 18), (2, 0)], 0.5),
+}
+
+
+@pytest.mark.parametrize("change", PADDING_CHANGES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padding_that_comes_or_goes_with_pruning(models, attention, change):
+    prompts, keep = PADDING_CHANGES[change]
+    inputs = batch(*(prompt(*spec, seed) for seed, spec in enumerate(prompts)))
+    assert bool(inputs["attention_mask"].all()) == (change == "comes")
+    pruned, reference, kept, expected = generate_both(
+        models, attention, inputs, vtp.FastV(2, keep), {2: keep}
+    )
+    assert torch.equal(kept[2], expected[2])
+    assert len(set(kept[2].sum(1).tolist())) == (2 if change == "comes" else 1)
+    assert_same(pruned, reference)
+
+
 @pytest.mark.parametrize("text", ["mistral", "qwen2"])
 def test_text_models(text):
     models = {kind: tiny_llava(kind, text=text) for kind in ("sdpa", "eager")}

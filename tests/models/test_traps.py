@@ -62,7 +62,7 @@ def test_trap_1_compiled_before_pruning():
 
 def test_trap_1_a_compiled_model_can_be_given(model):
     compiled = torch.compile(tiny_llava("sdpa"), backend="eager")
-    with vtp.prune(compiled, METHOD) as run:
+    with vtp.prune(compiled, METHOD) as run, torch.no_grad():
         compiled(**one())
         assert run.report().visual_tokens_per_layer[4] == [4]
 

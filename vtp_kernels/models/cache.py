@@ -9,6 +9,7 @@ of its own class, whose methods also move what is remembered here.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache as memoize
 from typing import Any
 
@@ -62,15 +63,18 @@ class KeyRows:
             self.shift = self.shift.index_select(0, index.to(self.shift.device))
 
 
+@dataclass
 class CacheState:
-    """The key rows of every layer (None where the model's own masks and positions are right)."""
+    """What is remembered of a cache as a whole."""
 
-    def __init__(self, layers: list[KeyRows | None], removed: int, prompt: int) -> None:
-        self.layers = layers
-        self.removed = removed
-        """Rows that layer 0 lacks of what the model was given."""
-        self.prompt = prompt
-        """Rows of layer 0 up to the end of the last prompt that lost rows."""
+    layers: list[KeyRows | None]
+    """The key rows of every layer; None where the model's own masks and positions are right."""
+    removed: int
+    """Rows that layer 0 lacks of what the model was given."""
+    prompt: int
+    """Rows of layer 0 up to the end of the last prompt that lost rows."""
+    padded: bool
+    """Whether any row the model was given is padding, so that it makes masks of its own."""
 
     def stages(self) -> Iterator[tuple[int, KeyRows]]:
         """Each distinct KeyRows with the first layer it belongs to."""

@@ -34,9 +34,10 @@ class Continuation:
         rows = (embeddings if embeddings is not None else arguments["input_ids"]).shape[1]
         if rows > 1:
             _mark_padding(cache, arguments.get("attention_mask"), rows)
-        # Without a mask a single new row attends to all keys there are, however many.
-        unmasked = rows == 1 and parts.text.config._attn_implementation != "eager"
-        if unmasked and not is_static(cache):
+        # Without padding the model makes no mask for a single new row (but where attention is
+        # eager or the cache static), and the row attends to all keys there are, however many.
+        unmasked = rows == 1 and not cache.vtp.padded and not is_static(cache)
+        if unmasked and parts.text.config._attn_implementation != "eager":
             stages = (keys for _, keys in cache.vtp.stages())
             if all(keys.valid is None and keys.shift is None for keys in stages):
                 return None
@@ -78,5 +79,6 @@ def _mark_padding(cache: PrunedCache, attention_mask: Any, rows: int) -> None:
     past = int(cache.get_seq_length()) if attention_mask is not None else 0
     real = padding_of(attention_mask, rows, past)
     if real is not None and not bool(real.all()):
+        cache.vtp.padded = True
         for layer, keys in cache.vtp.stages():
             keys.mark(past_length(cache, layer), real)

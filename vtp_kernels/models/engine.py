@@ -35,6 +35,7 @@ class Engine:
         self, parts: ModelParts, method: Method, positions: str, backend: str | None
     ) -> None:
         self.parts, self.method, self.positions, self.backend = parts, method, positions, backend
+        self.observed_layers = frozenset(method.observed_layers)
         self.last_prefill: PrefillRecord | None = None
         self._hooks: list[Any] = []
 
@@ -52,7 +53,7 @@ class Engine:
         for index, layer in enumerate(parts.layers):
             before = functools.partial(self._before_layer, index)
             hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            if index in self.method.observed_layers:
+            if index in self.observed_layers:
                 hooks.append(
                     layer.self_attn.register_forward_pre_hook(
                         self._before_attention, with_kwargs=True
@@ -99,7 +100,7 @@ class Engine:
         call = kwargs.get(CALL)
         if call is None:
             return None
-        observed = index in self.method.observed_layers and isinstance(call, Prefill)
+        observed = index in self.observed_layers and isinstance(call, Prefill)
         if not observed:  # else the layer passes it on to its attention
             del kwargs[CALL]
         if args:
