@@ -141,7 +141,6 @@ struct CompactRows {
   bool align_right = false;  // padding first
 };
 
-void select_topk(const SelectTopk&);
 void inflection(const Inflection&);
 void compact_rows(const CompactRows&);
 void compact_rows_in_place(const CompactRows&);
@@ -154,6 +153,7 @@ void compact_rows_in_place(const CompactRows&);
   void name(const Arguments&);
 
 VTP_PER_ISA(attention_scores, AttentionScores)
+VTP_PER_ISA(select_topk, SelectTopk)
 VTP_PER_ISA(token_contribution, TokenContribution)
 VTP_PER_ISA(cosine_similarity, CosineSimilarity)
 VTP_PER_ISA(passive_attention, PassiveAttention)
