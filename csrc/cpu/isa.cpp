@@ -1,5 +1,6 @@
-// Chooses, once per process, which build of the vectorised kernels runs. VTP_CPU_ISA asks for a narrower
-// one than the CPU has, which is how one machine tests them all.
+// Chooses, once per process, which build of the vectorised kernels runs. The environment variable
+// VTP_CPU_ISA asks for a narrower one than the CPU has, which is how one machine tests them all. With the
+// macro VTP_ISA defined that one build is all there is.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -7,22 +8,35 @@
 
 #include "ops.h"
 
+#if !defined(__x86_64__) && !defined(VTP_ISA)
+#define VTP_ISA generic
+#endif
+
 namespace vtp::cpu {
+
+#ifdef VTP_ISA
+
+#define VTP_QUOTE(x) #x
+#define VTP_NAME(x) VTP_QUOTE(x)
+const char* isa_name() { return VTP_NAME(VTP_ISA); }
+
+#define VTP_DISPATCH(name, Arguments) \
+  void name(const Arguments& arguments) { VTP_ISA::name(arguments); }
+
+#else
+
 namespace {
 
 enum class Isa { generic, avx2, avx512 };
 constexpr const char* kNames[] = {"generic", "avx2", "avx512"};
 
 Isa widest() {
-#if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx2) return avx512 ? Isa::avx512 : Isa::avx2;
-#endif
-  return Isa::generic;
+  return !avx2 ? Isa::generic : avx512 ? Isa::avx512 : Isa::avx2;
 }
 
 Isa choose() {
@@ -45,18 +59,15 @@ Isa isa() {
 
 const char* isa_name() { return kNames[static_cast<int>(isa())]; }
 
-#if defined(__x86_64__)
-#define VTP_DISPATCH(name, Arguments)         \
-  void name(const Arguments& arguments) {       \
-    switch (isa()) {                            \
+#define VTP_DISPATCH(name, Arguments)                   \
+  void name(const Arguments& arguments) {               \
+    switch (isa()) {                                    \
       case Isa::avx512: return avx512::name(arguments); \
       case Isa::avx2: return avx2::name(arguments);     \
-      default: return generic::name(arguments);         \
-    }                                           \
+      case Isa::generic: return generic::name(arguments); \
+    }                                                   \
   }
-#else
-#define VTP_DISPATCH(name, Arguments) \
-  void name(const Arguments& arguments) { generic::name(arguments); }
+
 #endif
 
 VTP_DISPATCH(attention_scores, AttentionScores)

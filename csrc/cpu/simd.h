@@ -113,7 +113,7 @@ VTP_INLINE Float32s exp2_of(Float32s x) {
   p = p * f + 2.402264791363012e-1f;
   p = p * f + 6.931472028550421e-1f;
   p = p * f + 1.0f;
-  Float32s y = (Float32s)((Int32s)p + ((Int32s)shifted << 23));
+  Float32s y = (Float32s)((UInt32s)p + ((UInt32s)shifted << 23));
   y = x < -125.0f ? splat(0.0f) : y;
   y = x >= 128.0f ? splat(INFINITY) : y;
   return x == x ? y : x;

@@ -1,0 +1,104 @@
+"""Builds from the source tree: what VTP_BUILD says, wheels that stand alone, errors of one line."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def build(mode: str, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "VTP_BUILD": mode, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def wheel(mode: str, folder: Path) -> Path:
+    # Away from the tree: neither build/ nor the egg-info of an editable install is touched.
+    temporary = ("egg_info", "--egg-base", folder, "build", "--build-base", folder / "build")
+    command = ("setup.py", "-q", *temporary, "bdist_wheel", "--dist-dir", folder / "dist")
+    run = build(mode, *map(str, command))
+    assert run.returncode == 0, run.stderr[-4000:]
+    (path,) = (folder / "dist").glob("*.whl")
+    return path
+
+
+def run_from(path: Path, folder: Path, code: str) -> str:
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(folder / "site")
+    command = [sys.executable, "-P"] if sys.version_info >= (3, 11) else [sys.executable]
+    environment = {**os.environ, "PYTHONPATH": str(folder / "site")}
+    run = subprocess.run(
+        [*command, "-c", code], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return run.stdout.strip()
+
+
+SELECT = """
+import torch, vtp_kernels
+from vtp_kernels import _native
+assert vtp_kernels.__file__.startswith({site!r}), vtp_kernels.__file__
+chosen = vtp_kernels.select_topk(torch.tensor([[1.0, 3.0, 2.0]]), 2)
+assert chosen.indices.tolist() == [[1, 2]]
+print(_native.missing)
+"""
+
+
+def test_wheel_stands_alone(tmp_path):
+    path = wheel("cpu", tmp_path)
+    assert "-cp310-abi3-linux_" in path.name
+    names = zipfile.ZipFile(path).namelist()
+    assert "vtp_kernels/_C.abi3.so" in names
+    assert "vtp_kernels/pocket_llava/__init__.py" in names
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "csrc/"))]
+    assert run_from(path, tmp_path, SELECT.format(site=str(tmp_path))) == "None"
+
+
+def test_pure_python_wheel(tmp_path):
+    path = wheel("none", tmp_path)
+    assert path.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(path).namelist() if name.endswith(".so")]
+    assert "not built" in run_from(path, tmp_path, SELECT.format(site=str(tmp_path)))
+
+
+def error_of(run: subprocess.CompletedProcess) -> str:
+    assert run.returncode != 0
+    return run.stderr.strip().splitlines()[-1]
+
+
+def test_unknown_mode():
+    message = error_of(build("gpu", "setup.py", "--version"))
+    assert message == "vtp_kernels: VTP_BUILD='gpu', expected one of auto, cuda, cpu, none"
+
+
+@pytest.mark.skipif(any((ROOT / "csrc").glob("*.cu")), reason="this tree has CUDA kernels")
+def test_cuda_without_cuda_sources():
+    assert "no CUDA kernels (no csrc/*.cu)" in error_of(build("cuda", "setup.py", "--version"))
+
+
+@pytest.mark.parametrize(
+    "version, message",
+    [(None, "is not installed here"), ("2.9.1", "torch 2.9.1 is too old, torch >= 2.10 is needed")],
+)
+def test_missing_or_old_torch(version, message, tmp_path):
+    stand_in = tmp_path / "torch.py"
+    stand_in.write_text("raise ImportError" if version is None else f"__version__ = {version!r}")
+    command = (
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        str(tmp_path),
+        "--build-temp",
+        str(tmp_path),
+    )
+    assert message in error_of(build("cpu", *command, PYTHONPATH=str(tmp_path)))
