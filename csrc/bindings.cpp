@@ -1,11 +1,11 @@
-// The only file that knows torch: schemas, checks, dispatch keys. Built on libtorch's stable ABI, so one
-// binary loads on every torch from 2.10 on.
+// The only file that knows torch: schemas, checks, dispatch keys. Built on libtorch's stable ABI,
+// so one binary loads on every torch from 2.10 on.
 //
-// The Python layer has checked arguments and says what is wrong in its own words; the checks here are
-// those that keep a direct call of torch.ops.vtp_kernels.* from reading or writing out of bounds.
+// The Python layer has checked arguments and says what is wrong in its own words; the checks here
+// are those that keep a direct call of torch.ops.vtp_kernels.* from reading or writing out of
+// bounds.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
-
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -54,7 +54,8 @@ void check(bool ok, const Parts&... message) {
   throw std::runtime_error(text.str());
 }
 
-// ---- Reading tensors ---------------------------------------------------------------------------------
+// ---- Reading tensors
+// ---------------------------------------------------------------------------------
 
 namespace dtypes {
 const int32_t f32 = aoti_torch_dtype_float32(), f64 = aoti_torch_dtype_float64();
@@ -86,11 +87,13 @@ void read_shape(Strided& view, const char* name, const Tensor& t, const int64_t 
   const auto sizes = t.sizes(), strides = t.strides();
   bool fits = sizes.size() == Rank;
   for (int i = 0; fits && i < Rank; ++i) {
-    fits = (expected[i] == kAny || sizes[i] == expected[i]) && sizes[i] < std::numeric_limits<int32_t>::max();
+    fits = (expected[i] == kAny || sizes[i] == expected[i]) &&
+           sizes[i] < std::numeric_limits<int32_t>::max();
   }
   check(fits, name, " must have shape ", shape_text(expected, Rank), ", got ",
         shape_text(sizes.data(), sizes.size()));
-  check(sizes[Rank - 1] <= 1 || strides[Rank - 1] == 1, name, " must have stride 1 in its last dimension");
+  check(sizes[Rank - 1] <= 1 || strides[Rank - 1] == 1, name,
+        " must have stride 1 in its last dimension");
   for (int i = 0; i < Rank; ++i) {
     view.size[i] = sizes[i];
     view.stride[i] = strides[i];
@@ -98,7 +101,8 @@ void read_shape(Strided& view, const char* name, const Tensor& t, const int64_t 
 }
 
 template <class T, int Rank>
-View<const T, Rank> read(const char* name, const Tensor& t, int32_t dtype, const int64_t (&expected)[Rank]) {
+View<const T, Rank> read(const char* name, const Tensor& t, int32_t dtype,
+                         const int64_t (&expected)[Rank]) {
   View<const T, Rank> view;
   read_shape(view, name, t, expected);
   check(dtype_of(t) == dtype, name, " has the wrong dtype");
@@ -135,7 +139,8 @@ Floats<Rank> read_floats(const char* name, const Tensor& t, const int64_t (&expe
 }
 
 template <int Rank>
-Floats<Rank> read_floats_like(const char* name, const Tensor& t, DType dtype, const int64_t (&expected)[Rank]) {
+Floats<Rank> read_floats_like(const char* name, const Tensor& t, DType dtype,
+                              const int64_t (&expected)[Rank]) {
   const auto floats = read_floats(name, t, expected);
   check(floats.dtype == dtype, name, " has the wrong dtype");
   return floats;
@@ -157,7 +162,8 @@ std::vector<int64_t> read_integers(const char* name, const Tensor& t) {
   return out;
 }
 
-// ---- Making tensors ----------------------------------------------------------------------------------
+// ---- Making tensors
+// ----------------------------------------------------------------------------------
 
 Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
   std::vector<int64_t> strides(sizes.size());
@@ -179,7 +185,8 @@ T* data_of(const Tensor& t) {
 
 int32_t score_dtype(DType dtype) { return dtype == DType::f64 ? dtypes::f64 : dtypes::f32; }
 
-// ---- Options -----------------------------------------------------------------------------------------
+// ---- Options
+// -----------------------------------------------------------------------------------------
 
 // A `str` argument. (Unboxing it as std::string leaks one, as of torch 2.13.)
 class Text {
@@ -211,14 +218,17 @@ void check_heads(const Query& query, const Floats<4>& key) {
   const int64_t heads = query.size[1], kv_heads = key.size[1], dim = key.size[3];
   check(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, "query's ", heads,
         " heads must be a multiple of key's ", kv_heads);
-  check(dim > 0 && dim <= kMaxHeadDim, "the head dim must be within [1, ", kMaxHeadDim, "], got ", dim);
+  check(dim > 0 && dim <= kMaxHeadDim, "the head dim must be within [1, ", kMaxHeadDim, "], got ",
+        dim);
 }
 
-// ---- Scores ------------------------------------------------------------------------------------------
+// ---- Scores
+// ------------------------------------------------------------------------------------------
 
 Tensor attention_scores(Tensor query, Tensor key, Tensor candidates, OptionalTensor valid,
-                        OptionalTensor query_positions, OptionalTensor query_valid, OptionalTensor lse,
-                        double scale, StringHandle support, StringHandle head_reduce) {
+                        OptionalTensor query_positions, OptionalTensor query_valid,
+                        OptionalTensor lse, double scale, StringHandle support,
+                        StringHandle head_reduce) {
   const Text support_text(support), reduce_text(head_reduce);
   cpu::AttentionScores a;
   a.query = read_floats("query", query, {kAny, kAny, kAny, kAny});
@@ -234,7 +244,8 @@ Tensor attention_scores(Tensor query, Tensor key, Tensor candidates, OptionalTen
   if (lse) a.lse = read_floats_like("lse", *lse, float_type("lse", dtype), {batch, heads, rows});
   a.scale = scale;
   a.candidates_only = support_text.choose("support", {"all", "candidates"}) == 1;
-  a.head_reduce = static_cast<cpu::HeadReduce>(reduce_text.choose("head_reduce", {"mean", "max", "sum"}));
+  a.head_reduce =
+      static_cast<cpu::HeadReduce>(reduce_text.choose("head_reduce", {"mean", "max", "sum"}));
 
   Tensor scores = empty({batch, length}, dtype);
   a.scores = scores.data_ptr();
@@ -242,8 +253,9 @@ Tensor attention_scores(Tensor query, Tensor key, Tensor candidates, OptionalTen
   return scores;
 }
 
-std::tuple<Tensor, Tensor> token_contribution(Tensor query, Tensor key, Tensor value, Tensor candidates,
-                                              OptionalTensor valid, double scale) {
+std::tuple<Tensor, Tensor> token_contribution(Tensor query, Tensor key, Tensor value,
+                                              Tensor candidates, OptionalTensor valid,
+                                              double scale) {
   cpu::TokenContribution a;
   a.query = read_floats("query", query, {kAny, kAny, kAny});
   const auto [batch, heads, dim] = a.query.size;
@@ -263,8 +275,9 @@ std::tuple<Tensor, Tensor> token_contribution(Tensor query, Tensor key, Tensor v
   return {cosine, norm};
 }
 
-Tensor passive_attention(Tensor query, Tensor key, Tensor value, Tensor visual, OptionalTensor valid,
-                         StringHandle sink, StringHandle visual_rows, bool renormalize, double scale) {
+Tensor passive_attention(Tensor query, Tensor key, Tensor value, Tensor visual,
+                         OptionalTensor valid, StringHandle sink, StringHandle visual_rows,
+                         bool renormalize, double scale) {
   const Text sink_text(sink), rows_text(visual_rows);
   cpu::PassiveAttention a;
   a.query = read_floats("query", query, {kAny, kAny, kAny, kAny});
@@ -275,7 +288,8 @@ Tensor passive_attention(Tensor query, Tensor key, Tensor value, Tensor visual, 
   a.visual = read_mask("visual", visual, {batch, length});
   a.valid = read_mask("valid", valid, {batch, length});
   a.merge = sink_text.choose("sink", {"merge", "drop"}) == 0;
-  a.visual_rows = static_cast<cpu::VisualRows>(rows_text.choose("visual_rows", {"prefix", "causal", "skip"}));
+  a.visual_rows =
+      static_cast<cpu::VisualRows>(rows_text.choose("visual_rows", {"prefix", "causal", "skip"}));
   a.renormalize = renormalize;
   a.scale = scale;
 
@@ -285,7 +299,8 @@ Tensor passive_attention(Tensor query, Tensor key, Tensor value, Tensor visual, 
   return output;
 }
 
-// ---- Selection ---------------------------------------------------------------------------------------
+// ---- Selection
+// ---------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> select_topk(Tensor scores, OptionalTensor k_per_row, int64_t k,
                                        OptionalTensor candidates, OptionalTensor keep,
@@ -296,8 +311,8 @@ std::tuple<Tensor, Tensor> select_topk(Tensor scores, OptionalTensor k_per_row, 
   std::vector<int64_t> k_values = {k};
   if (k_per_row) {
     k_values = read_integers("k_per_row", *k_per_row);
-    check(static_cast<int64_t>(k_values.size()) == batch, "k_per_row must have ", batch, " entries, got ",
-          k_values.size());
+    check(static_cast<int64_t>(k_values.size()) == batch, "k_per_row must have ", batch,
+          " entries, got ", k_values.size());
     a.k_stride = 1;
   }
   a.k = k_values.data();
@@ -316,13 +331,14 @@ std::tuple<Tensor, Tensor> select_topk(Tensor scores, OptionalTensor k_per_row, 
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_topk(
-    Tensor query, Tensor key, OptionalTensor k_per_row, int64_t k, Tensor candidates, OptionalTensor valid,
-    OptionalTensor query_positions, OptionalTensor query_valid, OptionalTensor lse, double scale,
-    StringHandle support, StringHandle head_reduce, OptionalTensor keep, std::optional<double> threshold,
-    int64_t capacity) {
-  const Tensor scores = attention_scores(query, key, candidates, valid, query_positions, query_valid, lse,
-                                         scale, support, head_reduce);
-  const auto [indices, counts] = select_topk(scores, k_per_row, k, candidates, keep, threshold, capacity);
+    Tensor query, Tensor key, OptionalTensor k_per_row, int64_t k, Tensor candidates,
+    OptionalTensor valid, OptionalTensor query_positions, OptionalTensor query_valid,
+    OptionalTensor lse, double scale, StringHandle support, StringHandle head_reduce,
+    OptionalTensor keep, std::optional<double> threshold, int64_t capacity) {
+  const Tensor scores = attention_scores(query, key, candidates, valid, query_positions,
+                                         query_valid, lse, scale, support, head_reduce);
+  const auto [indices, counts] =
+      select_topk(scores, k_per_row, k, candidates, keep, threshold, capacity);
   return {indices, counts, scores};
 }
 
@@ -334,7 +350,8 @@ std::tuple<Tensor, Tensor> inflection_of(const Floats<2>& curve, const Text& rul
   const auto [batch, length] = curve.size;
   a.rule = static_cast<cpu::Rule>(rule.choose("rule", {"chord", "kneedle", "iqr", "mass"}));
   check(min_keep >= 0 && max_keep.value_or(0) >= 0, "min_keep and max_keep must be at least 0");
-  check(clip_quantile > 0.0 && clip_quantile <= 1.0, "clip_quantile must be within (0, 1], got ", clip_quantile);
+  check(clip_quantile > 0.0 && clip_quantile <= 1.0, "clip_quantile must be within (0, 1], got ",
+        clip_quantile);
   a.min_keep = min_keep;
   a.capacity = std::min<int64_t>(max_keep.value_or(length), length);
   a.clip_quantile = clip_quantile;
@@ -352,13 +369,14 @@ std::tuple<Tensor, Tensor> inflection(Tensor curve, StringHandle rule, int64_t m
                                       std::optional<int64_t> max_keep, double clip_quantile,
                                       double sensitivity, double mass) {
   const Text rule_text(rule);
-  return inflection_of(read_floats("curve", curve, {kAny, kAny}), rule_text, min_keep, max_keep, clip_quantile,
-                       sensitivity, mass);
+  return inflection_of(read_floats("curve", curve, {kAny, kAny}), rule_text, min_keep, max_keep,
+                       clip_quantile, sensitivity, mass);
 }
 
 std::tuple<Tensor, Tensor, Tensor> cls_inflection(Tensor features, Tensor cls, StringHandle rule,
                                                   int64_t min_keep, std::optional<int64_t> max_keep,
-                                                  double clip_quantile, double sensitivity, double mass) {
+                                                  double clip_quantile, double sensitivity,
+                                                  double mass) {
   const Text rule_text(rule);
   cpu::CosineSimilarity a;
   a.features = read_floats("features", features, {kAny, kAny, kAny});
@@ -367,12 +385,14 @@ std::tuple<Tensor, Tensor, Tensor> cls_inflection(Tensor features, Tensor cls, S
   Tensor similarity = empty({batch, length}, score_dtype(a.features.dtype));
   a.similarity = similarity.data_ptr();
   cpu::cosine_similarity(a);
-  const auto [indices, counts] = inflection_of(read_floats("similarity", similarity, {batch, length}), rule_text,
-                                               min_keep, max_keep, clip_quantile, sensitivity, mass);
+  const auto [indices, counts] =
+      inflection_of(read_floats("similarity", similarity, {batch, length}), rule_text, min_keep,
+                    max_keep, clip_quantile, sensitivity, mass);
   return {indices, counts, similarity};
 }
 
-// ---- Compaction --------------------------------------------------------------------------------------
+// ---- Compaction
+// --------------------------------------------------------------------------------------
 
 // indices [B, K], [L, B, K] or [L, B, H, K] and the counts that go with them, seen as [L, B, H, K].
 struct Rows {
@@ -388,7 +408,8 @@ struct Rows {
     check(indices.is_cpu() && dtype_of(indices) == dtypes::i64, "indices must be int64 on the CPU");
     check(rank >= 2 && rank <= 4, "indices must have 2 to 4 dimensions, got ", rank);
     view.indices.data = data_of<const int64_t>(indices);
-    const int from[4] = {rank > 2 ? 0 : -1, rank > 2 ? 1 : 0, rank > 3 ? 2 : -1, static_cast<int>(rank) - 1};
+    const int from[4] = {rank > 2 ? 0 : -1, rank > 2 ? 1 : 0, rank > 3 ? 2 : -1,
+                         static_cast<int>(rank) - 1};
     for (int i = 0; i < 4; ++i) {
       view.indices.size[i] = from[i] < 0 ? 1 : sizes[from[i]];
       view.indices.stride[i] = from[i] < 0 ? 0 : strides[from[i]];
@@ -418,7 +439,8 @@ struct Rows {
         int64_t last = -1;
         for (int64_t slot = 0; slot < count; ++slot) {
           const int64_t index = *view.indices.at(layer, b, h, slot);
-          check(index >= 0 && index < length, "indices must be within [0, ", length, "), got ", index);
+          check(index >= 0 && index < length, "indices must be within [0, ", length, "), got ",
+                index);
           check(index > last, "indices must ascend strictly within a row, got ", last, ", ", index);
           last = index;
         }
@@ -436,7 +458,7 @@ cpu::RowTensor heads_of_rows(const Tensor& source, const Tensor* target, int64_t
   cpu::RowTensor t;
   t.source = data_of<const char>(source);
   t.target = data_of<char>(to);
-  t.layer = layer, t.batch = source.size(0), t.heads = source.size(1), t.length = source.size(2);
+  t.layer = layer, t.batch = source.size(0), t.heads = source.size(1);
   t.row_bytes = source.size(3) * bytes;
   for (int i = 0; i < 3; ++i) {
     t.source_stride[i] = source.stride(i) * bytes;
@@ -451,13 +473,15 @@ void check_layers(const Tensors& keys, const Tensors& values, const Rows& rows) 
         values.size());
   check(rows.view.indices.stride[0] == 0 || rows.layers == layers, "indices must have ", layers,
         " layers, got ", rows.layers);
-  int64_t batch = rows.view.indices.size[1], heads = kAny, shortest = std::numeric_limits<int64_t>::max();
+  int64_t batch = rows.view.indices.size[1], heads = kAny,
+          shortest = std::numeric_limits<int64_t>::max();
   for (int64_t layer = 0; layer < layers; ++layer) {
     Floats<4> key, value;  // shapes alone, any dtype will do
     read_shape(key, "keys", keys[layer], {batch, heads, kAny, kAny});
     read_shape(value, "values", values[layer], {batch, key.size[1], key.size[2], key.size[3]});
     heads = key.size[1];
-    check(rows.heads == 1 || rows.heads == heads, "indices must have ", heads, " heads, got ", rows.heads);
+    check(rows.heads == 1 || rows.heads == heads, "indices must have ", heads, " heads, got ",
+          rows.heads);
     shortest = std::min(shortest, key.size[2]);
     if (rows.layers > 1) rows.check_range(layer, key.size[2]);
   }
@@ -489,19 +513,21 @@ void compact_kv_(Tensors keys, Tensors values, Tensor indices, OptionalTensor co
       tensors.push_back(heads_of_rows((*side)[layer], nullptr, layer));
     }
   }
-  cpu::compact_rows_in_place({tensors.data(), static_cast<int64_t>(tensors.size()), rows.view, false});
+  cpu::compact_rows_in_place(
+      {tensors.data(), static_cast<int64_t>(tensors.size()), rows.view, false});
 }
 
 Tensors compact_rows(Tensors sources, Tensor indices, OptionalTensor counts, StringHandle align) {
   const Text align_text(align);
   const Rows rows(indices, counts);
-  check(rows.view.indices.stride[0] == 0 && indices.dim() == 2, "indices must have 2 dimensions, got ",
-        indices.dim());
+  check(rows.view.indices.stride[0] == 0 && indices.dim() == 2,
+        "indices must have 2 dimensions, got ", indices.dim());
   const int64_t batch = indices.size(0);
   Tensors out;
   std::vector<cpu::RowTensor> tensors;
   for (Tensor& x : sources) {
-    check(x.is_cpu() && x.dim() >= 2 && x.size(0) == batch, "tensors must be [", batch, ", S, ...] on the CPU");
+    check(x.is_cpu() && x.dim() >= 2 && x.size(0) == batch, "tensors must be [", batch,
+          ", S, ...] on the CPU");
     std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
     rows.check_range(0, sizes[1]);
     sizes[1] = rows.slots;
@@ -518,7 +544,7 @@ Tensors compact_rows(Tensors sources, Tensor indices, OptionalTensor counts, Str
     cpu::RowTensor t;
     t.source = data_of<const char>(x);
     t.target = data_of<char>(out.back());
-    t.batch = batch, t.heads = 1, t.length = x.size(1), t.row_bytes = row_elements * bytes;
+    t.batch = batch, t.heads = 1, t.row_bytes = row_elements * bytes;
     t.source_stride[0] = x.stride(0) * bytes, t.source_stride[2] = x.stride(1) * bytes;
     t.target_stride[0] = rows.slots * t.row_bytes, t.target_stride[2] = t.row_bytes;
     tensors.push_back(t);
@@ -528,12 +554,13 @@ Tensors compact_rows(Tensors sources, Tensor indices, OptionalTensor counts, Str
   return out;
 }
 
-// ---- About the library -------------------------------------------------------------------------------
+// ---- About the library
+// -------------------------------------------------------------------------------
 
 std::string build_info() {
   std::ostringstream json;
-  json << "{\"version\": \"" VTP_VERSION "\", \"compiler\": \"" VTP_COMPILER "\", \"cpu_isa\": \"" << cpu::isa_name()
-       << "\", \"cuda_archs\": []}";
+  json << "{\"version\": \"" VTP_VERSION "\", \"compiler\": \"" VTP_COMPILER "\", \"cpu_isa\": \""
+       << cpu::isa_name() << "\", \"cuda_archs\": []}";
   return json.str();
 }
 
@@ -542,29 +569,39 @@ std::string build_info() {
 
 STABLE_TORCH_LIBRARY(vtp_kernels, m) {
   m.def(
-      "attention_scores(Tensor query, Tensor key, Tensor candidates, Tensor? valid, Tensor? query_positions, "
+      "attention_scores(Tensor query, Tensor key, Tensor candidates, Tensor? valid, Tensor? "
+      "query_positions, "
       "Tensor? query_valid, Tensor? lse, float scale, str support, str head_reduce) -> Tensor");
   m.def(
-      "select_topk(Tensor scores, Tensor? k_per_row, int k, Tensor? candidates, Tensor? keep, float? threshold, "
+      "select_topk(Tensor scores, Tensor? k_per_row, int k, Tensor? candidates, Tensor? keep, "
+      "float? threshold, "
       "int capacity) -> (Tensor indices, Tensor counts)");
   m.def(
-      "attention_topk(Tensor query, Tensor key, Tensor? k_per_row, int k, Tensor candidates, Tensor? valid, "
-      "Tensor? query_positions, Tensor? query_valid, Tensor? lse, float scale, str support, str head_reduce, "
-      "Tensor? keep, float? threshold, int capacity) -> (Tensor indices, Tensor counts, Tensor scores)");
+      "attention_topk(Tensor query, Tensor key, Tensor? k_per_row, int k, Tensor candidates, "
+      "Tensor? valid, "
+      "Tensor? query_positions, Tensor? query_valid, Tensor? lse, float scale, str support, str "
+      "head_reduce, "
+      "Tensor? keep, float? threshold, int capacity) -> (Tensor indices, Tensor counts, Tensor "
+      "scores)");
   m.def(
-      "token_contribution(Tensor query, Tensor key, Tensor value, Tensor candidates, Tensor? valid, float scale) "
+      "token_contribution(Tensor query, Tensor key, Tensor value, Tensor candidates, Tensor? "
+      "valid, float scale) "
       "-> (Tensor cosine, Tensor norm)");
   m.def("compact_kv(Tensor[] keys, Tensor[] values, Tensor indices, Tensor? counts) -> Tensor[]");
-  m.def("compact_kv_(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor indices, Tensor? counts) -> ()");
+  m.def(
+      "compact_kv_(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor indices, Tensor? counts) -> ()");
   m.def("compact_rows(Tensor[] tensors, Tensor indices, Tensor? counts, str align) -> Tensor[]");
   m.def(
-      "inflection(Tensor curve, str rule, int min_keep, int? max_keep, float clip_quantile, float sensitivity, "
+      "inflection(Tensor curve, str rule, int min_keep, int? max_keep, float clip_quantile, float "
+      "sensitivity, "
       "float mass) -> (Tensor indices, Tensor counts)");
   m.def(
-      "cls_inflection(Tensor features, Tensor cls, str rule, int min_keep, int? max_keep, float clip_quantile, "
+      "cls_inflection(Tensor features, Tensor cls, str rule, int min_keep, int? max_keep, float "
+      "clip_quantile, "
       "float sensitivity, float mass) -> (Tensor indices, Tensor counts, Tensor similarity)");
   m.def(
-      "passive_attention(Tensor query, Tensor key, Tensor value, Tensor visual, Tensor? valid, str sink, "
+      "passive_attention(Tensor query, Tensor key, Tensor value, Tensor visual, Tensor? valid, str "
+      "sink, "
       "str visual_rows, bool renormalize, float scale) -> Tensor");
   m.def("build_info() -> str");
 }
@@ -587,6 +624,7 @@ STABLE_TORCH_LIBRARY_IMPL(vtp_kernels, CompositeExplicitAutograd, m) {
 }
 
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

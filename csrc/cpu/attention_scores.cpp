@@ -1,11 +1,12 @@
 // Attention received by every key, without an attention matrix in memory.
 //
-// A unit of work is up to 64 (head, query row) pairs that share a KV head, so K is read once for all of
-// them; it yields one column of weights, summed over its rows. Few rows (the last token's) take dot
-// products and a softmax along the keys. Many go in panels, one row per vector lane: a first sweep turns
-// logits into exponentials relative to their block's maximum, while the rows' statistics run along; a
-// second sweep scales each block to the true maximum and sum and adds up the lanes. With a given
-// log-sum-exp the first sweep is enough. Last, the units of a batch row are reduced over heads.
+// A unit of work is up to 64 (head, query row) pairs that share a KV head, so K is read once for
+// all of them; it yields one column of weights, summed over its rows. Few rows (the last token's)
+// take dot products and a softmax along the keys. Many go in panels, one row per vector lane: a
+// first sweep turns logits into exponentials relative to their block's maximum, while the rows'
+// statistics run along; a second sweep scales each block to the true maximum and sum and adds up
+// the lanes. With a given log-sum-exp the first sweep is enough. Last, the units of a batch row are
+// reduced over heads.
 #include <algorithm>
 
 #include "panel.h"
@@ -31,17 +32,23 @@ struct Plan {
   int64_t unit_heads, group_units, units;  // heads a unit, units a KV head, units a batch row
 
   explicit Plan(const AttentionScores& a)
-      : batch(a.query.size[0]), heads(a.query.size[1]), rows(a.query.size[2]), dim(a.query.size[3]),
-        length(a.key.size[2]), group(heads / a.key.size[1]) {
+      : batch(a.query.size[0]),
+        heads(a.query.size[1]),
+        rows(a.query.size[2]),
+        dim(a.query.size[3]),
+        length(a.key.size[2]),
+        group(heads / a.key.size[1]) {
     // A maximum over heads needs a column for every head.
-    const int64_t fitting = a.head_reduce == HeadReduce::max ? 1 : kUnitRows / std::max<int64_t>(rows, 1);
+    const int64_t fitting =
+        a.head_reduce == HeadReduce::max ? 1 : kUnitRows / std::max<int64_t>(rows, 1);
     unit_heads = std::clamp<int64_t>(fitting, 1, group);
     group_units = (group + unit_heads - 1) / unit_heads;
     units = a.key.size[1] * group_units;
   }
 };
 
-int64_t list_keys(const AttentionScores& a, int64_t batch, int64_t length, int32_t* position, bool* wanted) {
+int64_t list_keys(const AttentionScores& a, int64_t batch, int64_t length, int32_t* position,
+                  bool* wanted) {
   const bool only_candidates = a.candidates_only || a.lse;
   int64_t size = 0;
   for (int64_t s = 0; s < length; ++s) {
@@ -72,7 +79,8 @@ struct Row {
 template <class T>
 int64_t last_key(const Unit<T>& u, const Row& row) {
   const int64_t end = u.plan.length - 1;
-  if (u.a.lse && *view_as<const Wide<T>>(u.a.lse).at(u.batch, row.head, row.index) == -INFINITY) return -1;
+  if (u.a.lse && *view_as<const Wide<T>>(u.a.lse).at(u.batch, row.head, row.index) == -INFINITY)
+    return -1;
   if (!u.a.query_positions) return end;
   return std::clamp<int64_t>(*u.a.query_positions.at(u.batch, row.index), -1, end);
 }
@@ -86,7 +94,8 @@ Wide<T> given_lse(const Unit<T>& u, const Row& row) {
 
 // How many of the listed keys come no later than `last`.
 int64_t keys_until(const Keys& keys, int64_t last) {
-  return std::upper_bound(keys.position, keys.position + keys.size, static_cast<int32_t>(last)) - keys.position;
+  return std::upper_bound(keys.position, keys.position + keys.size, static_cast<int32_t>(last)) -
+         keys.position;
 }
 
 template <class T>
@@ -102,8 +111,8 @@ void add_few(const Unit<T>& u, const Row* rows, int64_t row_count) {
     for (int64_t d = 0; d < dim; ++d) queries[r * dim + d] *= static_cast<A>(u.a.scale * kLog2e);
     farthest = std::max(farthest, last_key(u, rows[r]));
   }
-  dot_rows<T>(key.at(u.batch, u.kv_head), key.stride[2], u.keys.position, keys_until(u.keys, farthest), queries,
-              row_count, dim, logits, stride);
+  dot_rows<T>(key.at(u.batch, u.kv_head), key.stride[2], u.keys.position,
+              keys_until(u.keys, farthest), queries, row_count, dim, logits, stride);
   for (int64_t r = 0; r < row_count; ++r) {
     const int64_t count = keys_until(u.keys, last_key(u, rows[r]));
     if (count == 0) continue;
@@ -114,7 +123,8 @@ void add_few(const Unit<T>& u, const Row* rows, int64_t row_count) {
     } else {
       const A top = largest(weights, count);
       const A sum = exponentials(weights, count, top == -INFINITY ? A{0} : top);
-      share = sum == 0 ? NAN : u.row_weight / sum;  // 0: all logits are -inf, of which softmax makes NaN
+      share = sum == 0 ? NAN
+                       : u.row_weight / sum;  // 0: all logits are -inf, of which softmax makes NaN
     }
     for (int64_t j = 0; j < count; ++j) u.column[j] += weights[j] * share;
   }
@@ -122,7 +132,8 @@ void add_few(const Unit<T>& u, const Row* rows, int64_t row_count) {
 
 // Exponentials need no statistics of ours: weight = exp(logit - lse).
 template <class T, int V>
-void add_with_lse(const Unit<T>& u, const Panel<T, V>& panel, const Wide<T>* lse, int64_t key_count) {
+void add_with_lse(const Unit<T>& u, const Panel<T, V>& panel, const Wide<T>* lse,
+                  int64_t key_count) {
   using A = Wide<T>;
   const auto key = view_as<const T>(u.a.key);
   const Scratch<A> block(kBlock * panel.kWidth);
@@ -133,7 +144,8 @@ void add_with_lse(const Unit<T>& u, const Panel<T, V>& panel, const Wide<T>* lse
     for (int64_t j = 0; j < count; ++j) {
       Vec<A> weight = {};
       for (int v = 0; v < V; ++v) {
-        const Vec<A> logit = load(block + (j * V + v) * kLanes<A>), base = load(lse + v * kLanes<A>);
+        const Vec<A> logit = load(block + (j * V + v) * kLanes<A>),
+                     base = load(lse + v * kLanes<A>);
         weight = weight + (panel.bounds(v) >= position[j] ? exp2_of(logit - base) : Vec<A>{});
       }
       u.column[begin + j] += sum_lanes(weight) * u.row_weight;
@@ -148,7 +160,9 @@ void add_with_softmax(const Unit<T>& u, const Panel<T, V>& panel, int64_t key_co
   const auto key = view_as<const T>(u.a.key);
   const int64_t blocks = (key_count + kBlock - 1) / kBlock;
   const Scratch<A> weights(key_count * kWidth), block_maximum(blocks * kWidth);
-  const auto block_size = [&](int64_t b) { return std::min<int64_t>(kBlock, key_count - b * kBlock); };
+  const auto block_size = [&](int64_t b) {
+    return std::min<int64_t>(kBlock, key_count - b * kBlock);
+  };
 
   LaneSoftmax<A> softmax[V];
   for (int64_t b = 0; b < blocks; ++b) {
@@ -157,7 +171,8 @@ void add_with_softmax(const Unit<T>& u, const Panel<T, V>& panel, int64_t key_co
     panel.logits(key, u.batch, u.kv_head, position, block_size(b), block);
     for (int v = 0; v < V; ++v) {
       const int64_t at = v * kLanes<A>;
-      const auto step = softmax[v].add(block + at, kWidth, position, block_size(b), panel.bounds(v));
+      const auto step =
+          softmax[v].add(block + at, kWidth, position, block_size(b), panel.bounds(v));
       store(block_maximum + b * kWidth + at, step.top);
     }
   }
@@ -165,7 +180,8 @@ void add_with_softmax(const Unit<T>& u, const Panel<T, V>& panel, int64_t key_co
   Vec<A> base[V], share[V];
   for (int v = 0; v < V; ++v) {
     base[v] = softmax[v].base(softmax[v].maximum);
-    share[v] = softmax_share<A>(u.row_weight, softmax[v].sum, panel.bounds(v) >= u.keys.position[0]);
+    share[v] =
+        softmax_share<A>(u.row_weight, softmax[v].sum, panel.bounds(v) >= u.keys.position[0]);
   }
   for (int64_t b = 0; b < blocks; ++b) {
     Vec<A> factor[V];
@@ -236,7 +252,9 @@ void scores_of(const AttentionScores& a) {
   const auto keys_of = [&](int64_t b) {
     return Keys{positions + b * plan.length, wanted + b * plan.length, sizes[b]};
   };
-  const auto row_valid = [&](int64_t b, int64_t m) { return !a.query_valid || *a.query_valid.at(b, m); };
+  const auto row_valid = [&](int64_t b, int64_t m) {
+    return !a.query_valid || *a.query_valid.at(b, m);
+  };
   parallel(plan.batch, 2 * plan.length + plan.rows, [&](int64_t b) {
     sizes[b] = list_keys(a, b, plan.length, positions + b * plan.length, wanted + b * plan.length);
     rows_valid[b] = 0;
@@ -258,7 +276,8 @@ void scores_of(const AttentionScores& a) {
       }
     }
     const A weight = A{1} / static_cast<A>(std::max<int64_t>(rows_valid[b], 1));
-    run_unit<T>({a, plan, keys_of(b), b, kv_head, weight, columns + unit * plan.length}, rows, row_count);
+    run_unit<T>({a, plan, keys_of(b), b, kv_head, weight, columns + unit * plan.length}, rows,
+                row_count);
   });
 
   parallel(plan.batch, plan.length * plan.units / 4, [&](int64_t b) {

@@ -1,5 +1,5 @@
-// The similarity of cls_inflection: cosine of every token and CLS, dot product and norm in one read. The
-// knee is found by inflection.cpp.
+// The similarity of cls_inflection: cosine of every token and CLS, dot product and norm in one
+// read. The knee is found by inflection.cpp.
 #include <algorithm>
 
 #include "parallel.h"
@@ -11,7 +11,8 @@ namespace {
 
 // <row, cls> and <row, row>
 template <class T>
-VTP_INLINE void dot_and_square(const T* row, const Wide<T>* cls, int64_t size, Wide<T>* dot, Wide<T>* square) {
+VTP_INLINE void dot_and_square(const T* row, const Wide<T>* cls, int64_t size, Wide<T>* dot,
+                               Wide<T>* square) {
   using A = Wide<T>;
   constexpr int kStep = kLanes<A>;
   Vec<A> dots[2] = {}, squares[2] = {};

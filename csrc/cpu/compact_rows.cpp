@@ -1,4 +1,5 @@
-// Row gathering for compact_rows and compact_kv: any dtype, all tensors of a call in one parallel loop.
+// Row gathering for compact_rows and compact_kv: any dtype, all tensors of a call in one parallel
+// loop.
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -38,14 +39,18 @@ void copy_small(const Chain& c, const RowTensor& t, int64_t first, int64_t begin
   }
 }
 
-// Slots [begin, end), of which slot p takes row index(p - first). Neighbours that stay neighbours, such
-// as the text around an image, go in one copy.
+// Slots [begin, end), of which slot p takes row index(p - first). Neighbours that stay neighbours,
+// such as the text around an image, go in one copy.
 void copy_rows(const Chain& c, const RowTensor& t, int64_t first, int64_t begin, int64_t end) {
   switch (t.row_bytes) {
-    case 1: return copy_small<uint8_t>(c, t, first, begin, end);
-    case 2: return copy_small<uint16_t>(c, t, first, begin, end);
-    case 4: return copy_small<uint32_t>(c, t, first, begin, end);
-    case 8: return copy_small<uint64_t>(c, t, first, begin, end);
+    case 1:
+      return copy_small<uint8_t>(c, t, first, begin, end);
+    case 2:
+      return copy_small<uint16_t>(c, t, first, begin, end);
+    case 4:
+      return copy_small<uint32_t>(c, t, first, begin, end);
+    case 8:
+      return copy_small<uint64_t>(c, t, first, begin, end);
   }
   const bool dense = t.source_stride[2] == t.row_bytes && t.target_stride[2] == t.row_bytes;
   for (int64_t slot = begin, run; slot < end; slot += run) {
@@ -90,19 +95,22 @@ int64_t widest_row(const CompactRows& a) {
 void compact_rows(const CompactRows& a) {
   const int64_t slots = a.rows.indices.size[3];
   // 64 KB a part: enough parts for a single hidden state [1, K, 4096] to keep many threads busy.
-  const int64_t part_slots = std::clamp<int64_t>(65536 / widest_row(a), 1, std::max<int64_t>(slots, 1));
+  const int64_t part_slots =
+      std::clamp<int64_t>(65536 / widest_row(a), 1, std::max<int64_t>(slots, 1));
   const int64_t parts = (slots + part_slots - 1) / part_slots;
   const int64_t cost = part_slots * (4 + widest_row(a) / 8);
-  for_each_chain(a, parts, cost, [&](const RowTensor& t, int64_t batch, int64_t head, int64_t part) {
-    const Chain c = chain_of(t, a.rows, batch, head);
-    const int64_t first = a.align_right ? slots - c.count : 0;  // real slots: [first, first + count)
-    const int64_t begin = part * part_slots, end = std::min(begin + part_slots, slots);
-    const int64_t real_begin = std::clamp(first, begin, end);
-    const int64_t real_end = std::clamp(first + c.count, real_begin, end);
-    clear_rows(c, t, begin, real_begin);
-    copy_rows(c, t, first, real_begin, real_end);
-    clear_rows(c, t, real_end, end);
-  });
+  for_each_chain(
+      a, parts, cost, [&](const RowTensor& t, int64_t batch, int64_t head, int64_t part) {
+        const Chain c = chain_of(t, a.rows, batch, head);
+        const int64_t first =
+            a.align_right ? slots - c.count : 0;  // real slots: [first, first + count)
+        const int64_t begin = part * part_slots, end = std::min(begin + part_slots, slots);
+        const int64_t real_begin = std::clamp(first, begin, end);
+        const int64_t real_end = std::clamp(first + c.count, real_begin, end);
+        clear_rows(c, t, begin, real_begin);
+        copy_rows(c, t, first, real_begin, real_end);
+        clear_rows(c, t, real_end, end);
+      });
 }
 
 void compact_rows_in_place(const CompactRows& a) {

@@ -8,8 +8,12 @@
 
 namespace vtp::cpu {
 
-struct float16 { uint16_t bits; };
-struct bfloat16 { uint16_t bits; };
+struct float16 {
+  uint16_t bits;
+};
+struct bfloat16 {
+  uint16_t bits;
+};
 
 namespace {
 
@@ -30,8 +34,8 @@ VTP_INLINE double widen(double x) { return x; }
 VTP_INLINE float widen(bfloat16 x) { return bits_to_float(uint32_t{x.bits} << 16); }
 VTP_INLINE float widen(float16 x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = (x.bits & 0x7fffu) << 13;
-  // Infinity and NaN keep an all-ones exponent; the rest is rebiased by a multiplication, which also
-  // normalises subnormals.
+  // Infinity and NaN keep an all-ones exponent; the rest is rebiased by a multiplication, which
+  // also normalises subnormals.
   if (magnitude >= 0x0f800000u) return bits_to_float(sign | magnitude | 0x7f800000u);
   return bits_to_float(sign | float_to_bits(bits_to_float(magnitude) * 0x1p112f));
 }
@@ -44,7 +48,8 @@ VTP_INLINE void narrow(float x, bfloat16& out) {
   out.bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
 }
 VTP_INLINE void narrow(float x, float16& out) {
-  const uint32_t bits = float_to_bits(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  const uint32_t bits = float_to_bits(x), sign = (bits >> 16) & 0x8000u,
+                 magnitude = bits & 0x7fffffffu;
   uint32_t half;
   if (magnitude > 0x7f800000u) {
     half = 0x7e00u;
@@ -62,10 +67,14 @@ VTP_INLINE void narrow(float x, float16& out) {
 template <class F>
 VTP_INLINE void with_type(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::f32: return f(float{});
-    case DType::f64: return f(double{});
-    case DType::f16: return f(float16{});
-    case DType::bf16: return f(bfloat16{});
+    case DType::f32:
+      return f(float{});
+    case DType::f64:
+      return f(double{});
+    case DType::f16:
+      return f(float16{});
+    case DType::bf16:
+      return f(bfloat16{});
   }
 }
 

@@ -1,6 +1,6 @@
-// The knee of every row's sorted curve. A transcription of vtp_kernels/reference.py, where the rules are
-// explained: the same float64 operations in the same order, so the kept sets are equal bit for bit. This
-// file must therefore be compiled without contraction to fused multiply-add.
+// The knee of every row's sorted curve. A transcription of vtp_kernels/reference.py, where the
+// rules are explained: the same float64 operations in the same order, so the kept sets are equal
+// bit for bit. This file must therefore be compiled without contraction to fused multiply-add.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -20,8 +20,8 @@ struct Ranked {
   int32_t index;
 };
 
-// Descending by key, equal keys in index order: byte-wise radix sort, skipping bytes all keys share.
-// The result is in `items`; `other` is scratch of the same size.
+// Descending by key, equal keys in index order: byte-wise radix sort, skipping bytes all keys
+// share. The result is in `items`; `other` is scratch of the same size.
 template <class Key>
 void sort_descending(std::unique_ptr<Ranked<Key>[]>& items, std::unique_ptr<Ranked<Key>[]>& other,
                      int64_t size) {
@@ -120,10 +120,14 @@ int64_t find_knee(const Inflection& a, double* y, int64_t n) {
   }
   if (!(y[0] > y[n - 1])) return -1;
   switch (a.rule) {
-    case Rule::chord: return chord(y, n);
-    case Rule::kneedle: return kneedle(y, n, a.sensitivity);
-    case Rule::iqr: return iqr(y, n);
-    case Rule::mass: return mass_holder(y, n, a.mass);
+    case Rule::chord:
+      return chord(y, n);
+    case Rule::kneedle:
+      return kneedle(y, n, a.sensitivity);
+    case Rule::iqr:
+      return iqr(y, n);
+    case Rule::mass:
+      return mass_holder(y, n, a.mass);
   }
   return -1;
 }

@@ -1,6 +1,6 @@
 // Chooses, once per process, which build of the vectorised kernels runs. The environment variable
-// VTP_CPU_ISA asks for a narrower one than the CPU has, which is how one machine tests them all. With the
-// macro VTP_ISA defined that one build is all there is.
+// VTP_CPU_ISA asks for a narrower one than the CPU has, which is how one machine tests them all.
+// With the macro VTP_ISA defined that one build is all there is.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -47,7 +47,8 @@ Isa choose() {
     if (std::strcmp(wanted, kNames[i]) == 0) return static_cast<Isa>(i);
   }
   throw std::runtime_error(std::string("VTP_CPU_ISA=") + wanted + ", this CPU has: generic" +
-                           (best >= Isa::avx2 ? ", avx2" : "") + (best == Isa::avx512 ? ", avx512" : ""));
+                           (best >= Isa::avx2 ? ", avx2" : "") +
+                           (best == Isa::avx512 ? ", avx512" : ""));
 }
 
 Isa isa() {
@@ -59,13 +60,16 @@ Isa isa() {
 
 const char* isa_name() { return kNames[static_cast<int>(isa())]; }
 
-#define VTP_DISPATCH(name, Arguments)                   \
-  void name(const Arguments& arguments) {               \
-    switch (isa()) {                                    \
-      case Isa::avx512: return avx512::name(arguments); \
-      case Isa::avx2: return avx2::name(arguments);     \
-      case Isa::generic: return generic::name(arguments); \
-    }                                                   \
+#define VTP_DISPATCH(name, Arguments)     \
+  void name(const Arguments& arguments) { \
+    switch (isa()) {                      \
+      case Isa::avx512:                   \
+        return avx512::name(arguments);   \
+      case Isa::avx2:                     \
+        return avx2::name(arguments);     \
+      case Isa::generic:                  \
+        return generic::name(arguments);  \
+    }                                     \
   }
 
 #endif

@@ -1,11 +1,11 @@
-// The CPU kernels' interface: raw pointers, sizes and strides, no torch. Arguments are taken as checked
-// (csrc/bindings.cpp does that); contracts are those of the Python ops of the same names.
+// The CPU kernels' interface: raw pointers, sizes and strides, no torch. Arguments are taken as
+// checked (csrc/bindings.cpp does that); contracts are those of the Python ops of the same names.
 #pragma once
 
 #include <cstdint>
 
-// Small accessors are always inlined: a shared out-of-line copy, compiled for AVX-512 in one file and
-// merged with its baseline twin by the linker, would bring AVX-512 code to CPUs without it.
+// Small accessors are always inlined: a shared out-of-line copy, compiled for AVX-512 in one file
+// and merged with its baseline twin by the linker, would bring AVX-512 code to CPUs without it.
 #define VTP_INLINE inline __attribute__((always_inline))
 
 namespace vtp::cpu {
@@ -97,10 +97,10 @@ struct PassiveAttention {
 };
 
 struct SelectTopk {
-  Floats<2> scores;                // [B, S]
-  const int64_t* k = nullptr;      // [B], or one for all with stride 0
+  Floats<2> scores;            // [B, S]
+  const int64_t* k = nullptr;  // [B], or one for all with stride 0
   int64_t k_stride = 0;
-  Mask candidates, keep;           // [B, S]
+  Mask candidates, keep;  // [B, S]
   bool has_threshold = false;
   double threshold = 0.0;
   int64_t capacity = 0;
@@ -128,7 +128,7 @@ struct RowIndices {
 struct RowTensor {
   const char* source = nullptr;
   char* target = nullptr;  // == source: in place
-  int64_t layer = 0, batch = 0, heads = 0, length = 0;
+  int64_t layer = 0, batch = 0, heads = 0;
   int64_t row_bytes = 0;
   int64_t source_stride[3] = {};  // bytes: batch, head, row
   int64_t target_stride[3] = {};
@@ -146,10 +146,16 @@ void compact_rows(const CompactRows&);
 void compact_rows_in_place(const CompactRows&);
 
 // Kernels compiled once per instruction set; the plain name calls the widest one this CPU has.
-#define VTP_PER_ISA(name, Arguments)               \
-  namespace generic { void name(const Arguments&); } \
-  namespace avx2 { void name(const Arguments&); }    \
-  namespace avx512 { void name(const Arguments&); }  \
+#define VTP_PER_ISA(name, Arguments) \
+  namespace generic {                \
+  void name(const Arguments&);       \
+  }                                  \
+  namespace avx2 {                   \
+  void name(const Arguments&);       \
+  }                                  \
+  namespace avx512 {                 \
+  void name(const Arguments&);       \
+  }                                  \
   void name(const Arguments&);
 
 VTP_PER_ISA(attention_scores, AttentionScores)

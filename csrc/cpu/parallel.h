@@ -1,5 +1,5 @@
-// Threads. The library that links the kernels provides parallel_for: the extension hands the work to
-// torch's own pool (so torch.set_num_threads holds), a stand-alone test may bring std::thread.
+// Threads. The library that links the kernels provides parallel_for: the extension hands the work
+// to torch's own pool (so torch.set_num_threads holds), a stand-alone test may bring std::thread.
 // No kernel's result depends on how the range was split.
 #pragma once
 
@@ -13,8 +13,8 @@ void parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*
 
 namespace {
 
-// Calls f(i) for i in [0, n). `cost` is the work of one item in units of about a nanosecond; items are
-// handed out so that a thread is only woken for some 20 us of work, what waking it takes.
+// Calls f(i) for i in [0, n). `cost` is the work of one item in units of about a nanosecond; items
+// are handed out so that a thread is only woken for some 20 us of work, what waking it takes.
 template <class F>
 VTP_INLINE void parallel(int64_t n, int64_t cost, const F& f) {
   const auto body = [](int64_t begin, int64_t end, void* context) {

@@ -1,7 +1,8 @@
-// Causal attention with visual tokens as passive sinks, without the work on what has no weight. The rows
-// of a panel are of one kind, text or visual, and have two lists of keys: `weighted` ones, which reach
-// the output, and `silent` ones, which only stand in the softmax denominator: for those no value is read
-// and no product taken. Both lists run through an online softmax of their own and meet at the end.
+// Causal attention with visual tokens as passive sinks, without the work on what has no weight. The
+// rows of a panel are of one kind, text or visual, and have two lists of keys: `weighted` ones,
+// which reach the output, and `silent` ones, which only stand in the softmax denominator: for those
+// no value is read and no product taken. Both lists run through an online softmax of their own and
+// meet at the end.
 #include <algorithm>
 
 #include "panel.h"
@@ -36,9 +37,12 @@ Panels text_panels(const PassiveAttention& a, const Tokens& t) {
 
 Panels visual_panels(const PassiveAttention& a, const Tokens& t) {
   switch (a.visual_rows) {
-    case VisualRows::causal: return {t.visual, t.all, {}, false};
-    case VisualRows::prefix: return {t.visual, t.text, a.renormalize ? Positions{} : t.visual, false};
-    case VisualRows::skip: break;
+    case VisualRows::causal:
+      return {t.visual, t.all, {}, false};
+    case VisualRows::prefix:
+      return {t.visual, t.text, a.renormalize ? Positions{} : t.visual, false};
+    case VisualRows::skip:
+      break;
   }
   return {};
 }
@@ -54,14 +58,21 @@ class Attend {
   static constexpr int V = kPanelVectors, kWidth = V * kLanes<A>;
 
   Attend(const PassiveAttention& a, int64_t batch, int64_t head)
-      : a_(a), query_(view_as<const T>(a.query)), key_(view_as<const T>(a.key)), value_(view_as<const T>(a.value)),
-        batch_(batch), head_(head), kv_head_(head / (query_.size[1] / key_.size[1])), dim_(query_.size[3]) {}
+      : a_(a),
+        query_(view_as<const T>(a.query)),
+        key_(view_as<const T>(a.key)),
+        value_(view_as<const T>(a.value)),
+        batch_(batch),
+        head_(head),
+        kv_head_(head / (query_.size[1] / key_.size[1])),
+        dim_(query_.size[3]) {}
 
   void run(const Panels& p, int64_t first_row, int32_t first_visual) const {
     Panel<T, V> panel(dim_, a_.scale);
     const int64_t row_count = std::min(kRows<T>, p.rows.size - first_row);
     const int32_t* rows = p.rows.data + first_row;
-    for (int64_t r = 0; r < row_count; ++r) panel.add_row(query_.at(batch_, head_, rows[r]), rows[r]);
+    for (int64_t r = 0; r < row_count; ++r)
+      panel.add_row(query_.at(batch_, head_, rows[r]), rows[r]);
 
     const Scratch<A> sums(dim_ * kWidth);  // of weight * value, transposed: [D, kWidth]
     std::memset(sums, 0, sizeof(A) * dim_ * kWidth);
@@ -109,9 +120,11 @@ class Attend {
         A* lanes = block + v * kLanes<A>;
         const auto step = softmax[v].add(lanes, kWidth, position, count, panel.bounds(v));
         if (sums == nullptr) continue;
-        for (int64_t j = 0; j < count; ++j) store(lanes + j * kWidth, load(lanes + j * kWidth) * step.gain);
+        for (int64_t j = 0; j < count; ++j)
+          store(lanes + j * kWidth, load(lanes + j * kWidth) * step.gain);
         A* own = sums + v * kLanes<A>;
-        for (int64_t d = 0; d < dim_; ++d) store(own + d * kWidth, load(own + d * kWidth) * step.keep);
+        for (int64_t d = 0; d < dim_; ++d)
+          store(own + d * kWidth, load(own + d * kWidth) * step.keep);
       }
       if (sums == nullptr) continue;
       for (int64_t j = 0; j < count; ++j) {
@@ -149,13 +162,17 @@ Tokens list_tokens(const PassiveAttention& a, int64_t batch, int64_t length, int
 template <class T>
 void attend_all(const PassiveAttention& a) {
   const int64_t batch = a.query.size[0], heads = a.query.size[1], length = a.query.size[2];
-  const int64_t panels = length / kRows<T> + 2;  // at most: text and visual rows each end in a partial one
+  const int64_t panels =
+      length / kRows<T> + 2;  // at most: text and visual rows each end in a partial one
   const Scratch<int32_t> memory(batch * 4 * length);
-  const auto tokens_of = [&](int64_t b) { return list_tokens(a, b, length, memory + b * 4 * length); };
+  const auto tokens_of = [&](int64_t b) {
+    return list_tokens(a, b, length, memory + b * 4 * length);
+  };
   const Scratch<Tokens> tokens(batch);
   for (int64_t b = 0; b < batch; ++b) tokens[b] = tokens_of(b);
 
-  // Consecutive units are panels of one head: a thread's share holds early, cheap and late, dear ones.
+  // Consecutive units are panels of one head: a thread's share holds early, cheap and late, dear
+  // ones.
   const int64_t cost = length * a.query.size[3] * kRows<T> / 16;
   parallel(batch * heads * panels, cost, [&](int64_t unit) {
     const int64_t b = unit / (heads * panels), head = unit / panels % heads, panel = unit % panels;

@@ -34,8 +34,9 @@ VTP_INLINE void dot_tile(const T* const* rows, const Wide<T>* vectors, int64_t s
 
 // out[r][j] = <vectors[r], row position[j]>; rows of out are `out_stride` apart.
 template <class T>
-void dot_rows(const T* rows, int64_t stride, const int32_t* position, int64_t size, const Wide<T>* vectors,
-              int64_t count, int64_t dim, Wide<T>* out, int64_t out_stride) {
+void dot_rows(const T* rows, int64_t stride, const int32_t* position, int64_t size,
+              const Wide<T>* vectors, int64_t count, int64_t dim, Wide<T>* out,
+              int64_t out_stride) {
   constexpr int kTile = 4;  // 4 x 4 sums fill 16 registers and hide the latency of the additions
   const auto tile = [&](int64_t j, auto rows_of_tile) {
     constexpr int K = decltype(rows_of_tile)::value;

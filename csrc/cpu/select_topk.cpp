@@ -1,7 +1,7 @@
 // Top-k of every row without a sort: a binary search over the bits of sortable keys finds the k-th
-// largest, then one ascending pass emits the indices, so order and ties (smaller index first) come for
-// free. A step of the search is a vectorised count, 10,000 keys in some 0.3 us, and about log2(S) steps
-// past the bits that all keys share usually do.
+// largest, then one ascending pass emits the indices, so order and ties (smaller index first) come
+// for free. A step of the search is a vectorised count, 10,000 keys in some 0.3 us, and about
+// log2(S) steps past the bits that all keys share usually do.
 #include <algorithm>
 #include <type_traits>
 
@@ -53,7 +53,8 @@ class SelectRow {
   using Value = Wide<Score>;
   using Key = decltype(sortable(Value{}));
 
-  SelectRow(const SelectTopk& a, int64_t row) : a_(a), row_(row), size_(static_cast<int32_t>(a.scores.size[1])), keys_(size_) {}
+  SelectRow(const SelectTopk& a, int64_t row)
+      : a_(a), row_(row), size_(static_cast<int32_t>(a.scores.size[1])), keys_(size_) {}
 
   void run() const {
     rank_competitors();

@@ -1,4 +1,5 @@
-// Vectors as wide as the instruction set this file is compiled for, and a register-tiled matrix product.
+// Vectors as wide as the instruction set this file is compiled for, and a register-tiled matrix
+// product.
 //
 // Everything here lives in namespace vtp::cpu::VTP_ISA and is inlined, see VTP_INLINE.
 #pragma once
@@ -43,19 +44,42 @@ typedef uint32_t UInt32s __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 
 // What an element type is computed in.
-template <class T> struct Compute { using Scalar = float; };
-template <> struct Compute<double> { using Scalar = double; };
-template <class T> using Wide = typename Compute<T>::Scalar;
+template <class T>
+struct Compute {
+  using Scalar = float;
+};
+template <>
+struct Compute<double> {
+  using Scalar = double;
+};
+template <class T>
+using Wide = typename Compute<T>::Scalar;
 
-template <class A> struct Simd;
-template <> struct Simd<float> { using V = Float32s; using I = Int32s; };
-template <> struct Simd<double> { using V = Float64s; using I = Int64s; };
-template <class A> using Vec = typename Simd<A>::V;
-template <class A> using Ints = typename Simd<A>::I;
-template <class A> constexpr int kLanes = kVectorBytes / sizeof(A);
-template <class A> constexpr int kPanelLanes = kPanelVectors * kLanes<A>;
+template <class A>
+struct Simd;
+template <>
+struct Simd<float> {
+  using V = Float32s;
+  using I = Int32s;
+};
+template <>
+struct Simd<double> {
+  using V = Float64s;
+  using I = Int64s;
+};
+template <class A>
+using Vec = typename Simd<A>::V;
+template <class A>
+using Ints = typename Simd<A>::I;
+template <class A>
+constexpr int kLanes = kVectorBytes / sizeof(A);
+template <class A>
+constexpr int kPanelLanes = kPanelVectors * kLanes<A>;
 
-template <class A> VTP_INLINE Vec<A> splat(A x) { return Vec<A>{} + x; }
+template <class A>
+VTP_INLINE Vec<A> splat(A x) {
+  return Vec<A>{} + x;
+}
 
 template <class V, class T>
 VTP_INLINE V bits_at(const T* p) {
@@ -64,7 +88,10 @@ VTP_INLINE V bits_at(const T* p) {
   return v;
 }
 
-template <class A> VTP_INLINE void store(A* p, Vec<A> v) { std::memcpy(p, &v, sizeof v); }
+template <class A>
+VTP_INLINE void store(A* p, Vec<A> v) {
+  std::memcpy(p, &v, sizeof v);
+}
 
 VTP_INLINE Float32s load(const float* p) { return bits_at<Float32s>(p); }
 VTP_INLINE Float64s load(const double* p) { return bits_at<Float64s>(p); }
@@ -123,9 +150,14 @@ VTP_INLINE Float64s exp2_of(Float64s x) {
   return x;
 }
 template <class A>
-VTP_INLINE A exp2_of(A x) { return exp2_of(splat(x))[0]; }
+VTP_INLINE A exp2_of(A x) {
+  return exp2_of(splat(x))[0];
+}
 
-template <class A> VTP_INLINE Vec<A> larger(Vec<A> a, Vec<A> b) { return b > a ? b : a; }
+template <class A>
+VTP_INLINE Vec<A> larger(Vec<A> a, Vec<A> b) {
+  return b > a ? b : a;
+}
 
 // Uninitialised scratch memory, aligned for vectors.
 template <class T>
@@ -153,7 +185,8 @@ VTP_INLINE void widen_row(const T* row, int64_t size, Wide<T>* out) {
 // c[j][lane] = sum_k b[j * bj + k * bk] * x[k][lane] for J values of j; with `add`, on top of c.
 // x and c have V vectors a row.
 template <class A, int V, int J>
-VTP_INLINE void product_tile(const A* x, const A* b, int64_t bj, int64_t bk, int64_t size, A* c, bool add) {
+VTP_INLINE void product_tile(const A* x, const A* b, int64_t bj, int64_t bk, int64_t size, A* c,
+                             bool add) {
   constexpr int kStep = kLanes<A>;
   Vec<A> sum[J][V] = {};
   if (add) {
@@ -176,8 +209,8 @@ VTP_INLINE void product_tile(const A* x, const A* b, int64_t bj, int64_t bk, int
 
 // The same for any number of rows j.
 template <class A, int V>
-VTP_INLINE void product(const A* x, const A* b, int64_t bj, int64_t bk, int64_t size, int64_t rows, A* c,
-                        bool add) {
+VTP_INLINE void product(const A* x, const A* b, int64_t bj, int64_t bk, int64_t size, int64_t rows,
+                        A* c, bool add) {
   constexpr int kTile = 6 * (kPanelVectors / V);
   int64_t j = 0;
   for (; j + kTile <= rows; j += kTile) {

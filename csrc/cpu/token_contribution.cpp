@@ -1,7 +1,8 @@
 // What each token adds to the attention output of one row, in closed form: with o the output and
 // c_j = concat_h a[h,j] v[h,j],
-//   alpha_j = <o, c_j> = sum_h a[h,j] <o_h, v[h,j]>,   beta_j = ||c_j||^2 = sum_h a[h,j]^2 ||v[h,j]||^2,
-//   cos(o - c_j, o) = (||o||^2 - alpha_j) / (||o|| sqrt(||o||^2 - 2 alpha_j + beta_j)).
+//   alpha_j = <o, c_j> = sum_h a[h,j] <o_h, v[h,j]>,   beta_j = ||c_j||^2 = sum_h a[h,j]^2
+//   ||v[h,j]||^2, cos(o - c_j, o) = (||o||^2 - alpha_j) / (||o|| sqrt(||o||^2 - 2 alpha_j +
+//   beta_j)).
 // K is read once, V twice, and nothing of size [S, H, D] is made. Heads are summed in double: the
 // cosines of interest lie within 1e-3 of 1.
 #include <algorithm>
@@ -33,7 +34,8 @@ void weighted_rows(const T* rows, int64_t stride, const int32_t* position, int64
   }
   for (; d + kStep <= dim; d += kStep) {
     Vec<A> sum = load(out + d);
-    for (int64_t j = 0; j < size; ++j) sum = sum + load(rows + position[j] * stride + d) * weight[j];
+    for (int64_t j = 0; j < size; ++j)
+      sum = sum + load(rows + position[j] * stride + d) * weight[j];
     store(out + d, sum);
   }
   for (; d < dim; ++d) {
@@ -54,11 +56,22 @@ class Contributions {
   using A = Wide<T>;
 
   explicit Contributions(const TokenContribution& a)
-      : a_(a), key_(view_as<const T>(a.key)), value_(view_as<const T>(a.value)), batch_(a.query.size[0]),
-        heads_(a.query.size[1]), dim_(a.query.size[2]), kv_heads_(a.key.size[1]), length_(a.key.size[2]),
-        group_(heads_ / kv_heads_), positions_(batch_ * length_), wanted_(batch_ * length_), sizes_(batch_),
-        weights_(batch_ * heads_ * length_), output_(batch_ * heads_ * dim_),
-        alpha_(batch_ * kv_heads_ * length_), beta_(batch_ * kv_heads_ * length_),
+      : a_(a),
+        key_(view_as<const T>(a.key)),
+        value_(view_as<const T>(a.value)),
+        batch_(a.query.size[0]),
+        heads_(a.query.size[1]),
+        dim_(a.query.size[2]),
+        kv_heads_(a.key.size[1]),
+        length_(a.key.size[2]),
+        group_(heads_ / kv_heads_),
+        positions_(batch_ * length_),
+        wanted_(batch_ * length_),
+        sizes_(batch_),
+        weights_(batch_ * heads_ * length_),
+        output_(batch_ * heads_ * dim_),
+        alpha_(batch_ * kv_heads_ * length_),
+        beta_(batch_ * kv_heads_ * length_),
         output_squared_(batch_ * kv_heads_) {}
 
   void run() const {
@@ -81,7 +94,9 @@ class Contributions {
     sizes_[b] = size;
   }
 
-  Keys keys_of(int64_t b) const { return {positions_ + b * length_, wanted_ + b * length_, sizes_[b]}; }
+  Keys keys_of(int64_t b) const {
+    return {positions_ + b * length_, wanted_ + b * length_, sizes_[b]};
+  }
   A* weights_of(int64_t b, int64_t head) const { return weights_ + (b * heads_ + head) * length_; }
   A* output_of(int64_t b, int64_t head) const { return output_ + (b * heads_ + head) * dim_; }
 
@@ -97,7 +112,8 @@ class Contributions {
       widen_row(view_as<const T>(a_.query).at(b, first + g), dim_, queries + g * dim_);
       for (int64_t d = 0; d < dim_; ++d) queries[g * dim_ + d] *= factor;
     }
-    dot_rows<T>(keys, key_.stride[2], position, size, queries, group_, dim_, weights_of(b, first), length_);
+    dot_rows<T>(keys, key_.stride[2], position, size, queries, group_, dim_, weights_of(b, first),
+                length_);
 
     A* output = output_of(b, first);
     std::fill(output, output + group_ * dim_, A{0});
@@ -114,7 +130,8 @@ class Contributions {
     }
 
     output_squared_[unit] = 0.0;
-    for (int64_t g = 0; g < group_; ++g) output_squared_[unit] += dot(output + g * dim_, output + g * dim_);
+    for (int64_t g = 0; g < group_; ++g)
+      output_squared_[unit] += dot(output + g * dim_, output + g * dim_);
     const Scratch<A> row(dim_);
     for (int64_t j = 0; j < size; ++j) {
       if (!wanted[j]) continue;
@@ -149,8 +166,8 @@ class Contributions {
       }
       if (beta == 0.0) continue;  // no contribution: cosine 1
       norm[position[j]] = static_cast<A>(std::sqrt(beta));
-      // The closed form subtracts numbers as large as ||o||^2: where less than 0.1 % of that is left, a
-      // token that is nearly all of the output, the rest is added up instead.
+      // The closed form subtracts numbers as large as ||o||^2: where less than 0.1 % of that is
+      // left, a token that is nearly all of the output, the rest is added up instead.
       double rest_squared = squared - 2.0 * alpha + beta, rest_dot_output = squared - alpha;
       if (rest_squared < 1e-3 * squared) add_rest(b, j, &rest_squared, &rest_dot_output);
       const double scale = std::sqrt(rest_squared) * std::sqrt(squared);
@@ -168,7 +185,8 @@ class Contributions {
       const A* weights = weights_of(b, head);
       std::fill(&rest[0], &rest[dim_], A{0});
       weighted_rows<T>(values, value_.stride[2], position, j, weights, dim_, rest);
-      weighted_rows<T>(values, value_.stride[2], position + j + 1, size - j - 1, weights + j + 1, dim_, rest);
+      weighted_rows<T>(values, value_.stride[2], position + j + 1, size - j - 1, weights + j + 1,
+                       dim_, rest);
       *rest_squared += dot(rest, rest);
       *rest_dot_output += dot(rest, output_of(b, head));
     }
@@ -183,11 +201,11 @@ class Contributions {
   const TokenContribution& a_;
   const View<const T, 4> key_, value_;
   const int64_t batch_, heads_, dim_, kv_heads_, length_, group_;
-  const Scratch<int32_t> positions_;  // [B, S]
-  const Scratch<bool> wanted_;        // [B, S]
-  const Scratch<int64_t> sizes_;      // [B]
-  const Scratch<A> weights_;          // [B, Hq, S]
-  const Scratch<A> output_;           // [B, Hq, D]
+  const Scratch<int32_t> positions_;                     // [B, S]
+  const Scratch<bool> wanted_;                           // [B, S]
+  const Scratch<int64_t> sizes_;                         // [B]
+  const Scratch<A> weights_;                             // [B, Hq, S]
+  const Scratch<A> output_;                              // [B, Hq, D]
   const Scratch<double> alpha_, beta_, output_squared_;  // [B, Hkv, S], [B, Hkv]
 };
 

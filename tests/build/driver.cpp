@@ -1,6 +1,6 @@
-// Stand-alone run of every CPU kernel over random ragged inputs, for builds with AddressSanitizer and
-// UndefinedBehaviorSanitizer. Arrays are allocated to the exact byte, so one step too far is caught.
-// Results are checked elsewhere (tests/ops); here only what must hold of any result.
+// Stand-alone run of every CPU kernel over random ragged inputs, for builds with AddressSanitizer
+// and UndefinedBehaviorSanitizer. Arrays are allocated to the exact byte, so one step too far is
+// caught. Results are checked elsewhere (tests/ops); here only what must hold of any result.
 //
 // Usage: driver <seed> <rounds>
 #include <algorithm>
@@ -34,7 +34,9 @@ using namespace vtp::cpu;
 
 std::mt19937_64 generator;
 
-int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+int64_t integer(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(generator);
+}
 bool coin() { return integer(0, 1) == 1; }
 
 void require(bool ok, const char* what) {
@@ -53,12 +55,18 @@ T* allocate(int64_t size) {
 
 double number() {
   switch (integer(0, 40)) {
-    case 0: return std::numeric_limits<double>::quiet_NaN();
-    case 1: return std::numeric_limits<double>::infinity();
-    case 2: return -std::numeric_limits<double>::infinity();
-    case 3: return -0.0;
-    case 4: return 1e-42;
-    default: return std::normal_distribution<double>()(generator);
+    case 0:
+      return std::numeric_limits<double>::quiet_NaN();
+    case 1:
+      return std::numeric_limits<double>::infinity();
+    case 2:
+      return -std::numeric_limits<double>::infinity();
+    case 3:
+      return -0.0;
+    case 4:
+      return 1e-42;
+    default:
+      return std::normal_distribution<double>()(generator);
   }
 }
 
@@ -105,17 +113,21 @@ Mask mask(int64_t rows, int64_t columns) {
 
 Mask maybe_mask(int64_t rows, int64_t columns) { return coin() ? mask(rows, columns) : Mask{}; }
 DType any_dtype() { return static_cast<DType>(integer(0, 3)); }
-char* scores(DType dtype, int64_t size) { return allocate<char>(size * (dtype == DType::f64 ? 8 : 4)); }
+char* scores(DType dtype, int64_t size) {
+  return allocate<char>(size * (dtype == DType::f64 ? 8 : 4));
+}
 int64_t any_length() { return coin() ? integer(0, 20) : integer(0, 200); }
 int64_t any_dim() { return coin() ? 16 * integer(1, 8) : integer(1, 70); }
 
-void check_selection(const int64_t* indices, const int32_t* counts, int64_t batch, int64_t capacity, int64_t length) {
+void check_selection(const int64_t* indices, const int32_t* counts, int64_t batch, int64_t capacity,
+                     int64_t length) {
   for (int64_t b = 0; b < batch; ++b) {
     int64_t last = -1;
     require(counts[b] >= 0 && counts[b] <= std::min(capacity, length), "count out of range");
     for (int64_t i = 0; i < capacity; ++i) {
       const int64_t index = indices[b * capacity + i];
-      require(i < counts[b] ? index > last && index < length : index == -1, "indices not ascending in range");
+      require(i < counts[b] ? index > last && index < length : index == -1,
+              "indices not ascending in range");
       last = index;
     }
   }
@@ -123,7 +135,8 @@ void check_selection(const int64_t* indices, const int32_t* counts, int64_t batc
 
 void run_attention_scores() {
   const int64_t batch = integer(0, 3), kv_heads = integer(1, 3), heads = kv_heads * integer(1, 9);
-  const int64_t rows = coin() ? integer(0, 3) : integer(0, 150), length = any_length(), dim = any_dim();
+  const int64_t rows = coin() ? integer(0, 3) : integer(0, 150), length = any_length(),
+                dim = any_dim();
   AttentionScores a;
   a.query = floats(any_dtype(), {batch, heads, rows, dim});
   a.key = floats(a.query.dtype, {batch, kv_heads, length, dim});
@@ -197,7 +210,8 @@ void run_select_topk() {
 }
 
 void run_inflection() {
-  const int64_t batch = integer(0, 4), length = coin() ? any_length() : integer(0, 3000), channels = integer(1, 70);
+  const int64_t batch = integer(0, 4), length = coin() ? any_length() : integer(0, 3000),
+                channels = integer(1, 70);
   CosineSimilarity c;
   c.features = floats(any_dtype(), {batch, length, channels});
   c.cls = floats(c.features.dtype, {batch, channels});
@@ -207,7 +221,10 @@ void run_inflection() {
   Inflection a;
   a.curve = floats(any_dtype(), {batch, length});
   if (coin()) {
-    a.curve = {c.similarity, c.features.dtype == DType::f64 ? DType::f64 : DType::f32, {batch, length}, {length, 1}};
+    a.curve = {c.similarity,
+               c.features.dtype == DType::f64 ? DType::f64 : DType::f32,
+               {batch, length},
+               {length, 1}};
   }
   a.rule = static_cast<Rule>(integer(0, 3));
   a.min_keep = integer(0, 5);
@@ -223,7 +240,8 @@ void run_inflection() {
 
 void run_compact_rows() {
   const int64_t batch = integer(0, 3), heads = integer(1, 3), length = any_length();
-  const int64_t slots = integer(0, length), row_bytes = coin() ? int64_t{1} << integer(0, 3) : integer(1, 600);
+  const int64_t slots = integer(0, length),
+                row_bytes = coin() ? int64_t{1} << integer(0, 3) : integer(1, 600);
   const int64_t chains = batch * heads;
   auto* indices = allocate<int64_t>(chains * slots);
   auto* counts = allocate<int64_t>(chains);
@@ -239,11 +257,12 @@ void run_compact_rows() {
   a.rows.counts = {counts, {1, batch, heads}, {0, heads, 1}};
 
   auto* source = allocate<char>(chains * length * row_bytes);
-  std::generate_n(source, chains * length * row_bytes, [] { return static_cast<char>(generator()); });
+  std::generate_n(source, chains * length * row_bytes,
+                  [] { return static_cast<char>(generator()); });
   RowTensor t;
   t.source = source;
   t.target = allocate<char>(chains * slots * row_bytes);
-  t.batch = batch, t.heads = heads, t.length = length, t.row_bytes = row_bytes;
+  t.batch = batch, t.heads = heads, t.row_bytes = row_bytes;
   const int64_t from[] = {heads * length * row_bytes, length * row_bytes, row_bytes};
   const int64_t to[] = {heads * slots * row_bytes, slots * row_bytes, row_bytes};
   std::copy_n(from, 3, t.source_stride);
@@ -261,7 +280,8 @@ void run_compact_rows() {
   a.tensors = &in_place;
   compact_rows_in_place(a);
   for (int64_t chain = 0; chain < chains; ++chain) {
-    require(std::equal(t.target + chain * slots * row_bytes, t.target + (chain * slots + counts[chain]) * row_bytes,
+    require(std::equal(t.target + chain * slots * row_bytes,
+                       t.target + (chain * slots + counts[chain]) * row_bytes,
                        source + chain * length * row_bytes),
             "in place differs from out of place");
   }
