@@ -36,15 +36,16 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.ops) - set(OPS):
         parser.error(f"unknown op {', '.join(sorted(unknown))}; there are {', '.join(OPS)}")
-    timings = []
+    timings, bandwidth = [], harness.copy_bandwidth(args.device)
     for op in args.ops or OPS:
         cases = importlib.import_module(f"benchmarks.{op}").cases(args.device)
-        timings += harness.measure(cases, args.device, args.turns)
-    print(harness.table(timings))
+        timings += harness.measure(cases, args.device, args.turns, bandwidth)
+    print(harness.table(timings), harness.summary(timings), sep="\n\n")
     if args.json:
         rows = [dataclasses.asdict(timing) for timing in timings]
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"rows": rows, **describe()}, indent=2) + "\n")
+        result = {"rows": rows, "copy_bytes_per_second": bandwidth, **describe()}
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

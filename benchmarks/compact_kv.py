@@ -1,4 +1,4 @@
-"""compact_kv beside one torch.gather per layer, for keys and values."""
+"""compact_kv beside one torch call per layer, for keys and values: gather, or index_select."""
 
 import math
 
@@ -11,9 +11,16 @@ from benchmarks.shapes import Shape, randn, shapes
 LAYERS = 4  # of the 32 that a model has: the work is the same per layer
 
 
-def eager(keys, values, indices):
+def gather(keys, values, indices):
     index = indices[:, None, :, None].expand(-1, keys[0].shape[1], -1, keys[0].shape[3])
     return tuple(x.gather(2, index) for x in keys), tuple(x.gather(2, index) for x in values)
+
+
+def index_select(keys, values, indices):
+    def select(x):
+        return torch.stack([row.index_select(1, i) for row, i in zip(x, indices, strict=True)])
+
+    return tuple(map(select, keys)), tuple(map(select, values))
 
 
 def case(shape: Shape, share: int, device: str) -> Case:
@@ -34,7 +41,7 @@ def case(shape: Shape, share: int, device: str) -> Case:
         moved,
         make,
         vtp.compact_kv,
-        {"torch.gather": eager},
+        {"torch.gather": gather, "index_select": index_select},
         assert_equal,
     )
 

@@ -1,4 +1,4 @@
-"""compact_rows beside torch.gather: hidden states and the two rotary tables leave together."""
+"""compact_rows beside gather or index_select: hidden states and the two rotary tables."""
 
 import torch
 
@@ -7,8 +7,15 @@ from benchmarks.harness import Case, assert_equal
 from benchmarks.shapes import Shape, randn, shapes
 
 
-def eager(tensors, indices):
+def gather(tensors, indices):
     return tuple(x.gather(1, indices[..., None].expand(-1, -1, x.shape[2])) for x in tensors)
+
+
+def index_select(tensors, indices):
+    return tuple(
+        torch.stack([row.index_select(0, i) for row, i in zip(x, indices, strict=True)])
+        for x in tensors
+    )
 
 
 def case(shape: Shape, share: int, device: str) -> Case:
@@ -29,7 +36,7 @@ def case(shape: Shape, share: int, device: str) -> Case:
         2 * shape.batch * kept * sum(widths) * shape.dtype.itemsize,
         make,
         vtp.compact_rows,
-        {"torch.gather": eager},
+        {"torch.gather": gather, "index_select": index_select},
         assert_equal,
     )
 

@@ -59,8 +59,11 @@ def copy_bandwidth(device: str) -> float:
     return 2 * source.numel() / statistics.median(seconds[1:])
 
 
-def measure(cases: Iterable[Case], device: str, turns: int) -> list[Timing]:
-    bandwidth = copy_bandwidth(device)
+def measure(
+    cases: Iterable[Case], device: str, turns: int, bandwidth: float | None = None
+) -> list[Timing]:
+    """Times every case; `bandwidth` is that of a copy in this run, measured here if not given."""
+    bandwidth = bandwidth or copy_bandwidth(device)
     return [_measure(case, device, turns, bandwidth) for case in tqdm(list(cases), disable=None)]
 
 
@@ -127,6 +130,24 @@ def _bytes(x) -> int:
     if isinstance(x, torch.Tensor):
         return x.numel() * x.element_size()
     return sum(map(_bytes, x)) if isinstance(x, (list, tuple)) else 0
+
+
+def summary(timings: list[Timing]) -> str:
+    """One Markdown line an op: how many times faster than the best rival, over its shapes."""
+    lines = [
+        "| op | shapes | times faster, geometric mean | slowest to fastest shape | beside |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    by_op: dict[str, list[Timing]] = {}
+    for timing in timings:
+        by_op.setdefault(timing.op, []).append(timing)
+    for op, rows in by_op.items():
+        ratios = [min(row.speedup.values()) for row in rows]
+        lines.append(
+            f"| `{op}` | {len(rows)} | {statistics.geometric_mean(ratios):.1f} "
+            f"| {min(ratios):.2f} to {max(ratios):.1f} | {', '.join(rows[0].speedup)} |"
+        )
+    return "\n".join(lines)
 
 
 def assert_equal(ours, theirs) -> None:

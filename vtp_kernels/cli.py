@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a picture of your own (default: one of the model's world is drawn)",
     )
     demo.add_argument(
-        "--seed", type=int, default=0, help="which picture is drawn, and which questions are asked"
+        "--seed", type=int, default=1, help="which picture is drawn, and which questions are asked"
     )
     demo.set_defaults(command=_demo)
 

@@ -123,7 +123,7 @@ def compare(
 
 
 def pocket(
-    image=None, *, seed: int = 0, repeats: int = 9, picture: str | os.PathLike = "vtp_kept.png"
+    image=None, *, seed: int = 1, repeats: int = 9, picture: str | os.PathLike = "vtp_kept.png"
 ) -> Comparison:
     """The small trained LLaVA answers one question of each kind about a picture new to it."""
     from vtp_kernels.pocket_llava import scenes

@@ -1,0 +1,80 @@
+"""Fills the README's measured blocks from the result files: `python -m benchmarks.readme`.
+
+A block stands between `<!-- name -->` and `<!-- /name -->`. `--check` only tells whether the README
+holds what the files say; a test runs it.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from benchmarks.harness import Timing, summary
+from benchmarks.pocket_llava.evaluate import table as accuracy_table
+from vtp_kernels.demo import Comparison, Row
+
+README = Path(__file__).parents[1] / "README.md"
+RESULTS = Path(__file__).parent / "results" / "amd-epyc-2-cores"
+
+
+def accuracy() -> str:
+    return accuracy_table(_read("accuracy.json")["rows"])
+
+
+def demo() -> str:
+    stored = _read("demo.json")
+    rows = [Row(**row) for row in stored["rows"]]
+    return f"```\n{Comparison(stored['prompts'], rows, stored['expected'])}\n```"
+
+
+def ops() -> str:
+    return summary([Timing(**row) for row in _read("bench.json")["rows"]])
+
+
+def machine() -> str:
+    described = [_read(name) for name in ("accuracy.json", "bench.json")]
+    where = {
+        f"{d['machine']['cpu']}, {d['machine']['cores']} cores, torch {d['versions']['torch']}, "
+        f"transformers {d['versions']['transformers']}"
+        for d in described
+    }
+    return "\n".join(sorted(where))
+
+
+BLOCKS = {"accuracy": accuracy, "demo": demo, "ops": ops, "machine": machine}
+
+
+def _read(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text())
+
+
+def filled(text: str) -> str:
+    """The README with every block replaced; a block it lacks is an error."""
+    for name, make in BLOCKS.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        body = make() + "\n"
+        text, found = pattern.subn(lambda match, body=body: match[1] + body + match[2], text)
+        if found != 1:
+            raise ValueError(f"README.md: expected one block {name!r}, found {found}")
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; 1 if it is out of date"
+    )
+    args = parser.parse_args()
+    text = README.read_text()
+    if filled(text) == text:
+        return 0
+    if args.check:
+        print("README.md is out of date: run python -m benchmarks.readme", file=sys.stderr)
+        return 1
+    README.write_text(filled(text))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
