@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from masked_reference import MaskedReference
-from tiny_llava import BATCHES, IMAGE, batch, one, prompt, three, tiny_llava
+from tiny_llava import BATCHES, ENCODES_FIRST, IMAGE, batch, one, prompt, three, tiny_llava
 from transformers import DynamicCache, StaticCache
 
 import vtp_kernels as vtp
@@ -192,8 +192,11 @@ METHOD = vtp.PyramidDrop(tuple(STAGES), tuple(STAGES.values()))
 
 @pytest.mark.parametrize("inputs", BATCHES)
 def test_beam_search(models, inputs):
+    inputs = BATCHES[inputs]()
+    if not ENCODES_FIRST and len(inputs["input_ids"]) > 1:
+        inputs = batch(prompt(1, 9, 0), prompt(1, 3, 1))
     pruned, reference, _, _ = generate_both(
-        models, "sdpa", BATCHES[inputs](), METHOD, STAGES, num_beams=3, num_return_sequences=2
+        models, "sdpa", inputs, METHOD, STAGES, num_beams=3, num_return_sequences=2
     )
     assert torch.equal(pruned.sequences, reference.sequences)
 

@@ -1,5 +1,7 @@
 """Small LLaVA models with random weights, and prompts for them."""
 
+import inspect
+
 import torch
 from transformers import (
     CLIPVisionConfig,
@@ -13,6 +15,12 @@ from transformers import (
 IMAGE = 99
 PATCHES = 16  # visual tokens per image
 DEPTH = 6
+# Newer versions of transformers encode the pictures of generate() before they call the model. Older
+# ones (5.17) hand beams the wrong pictures where a prompt has more than one, and lose those of a
+# prompt prefilled in chunks; that is so with and without pruning.
+ENCODES_FIRST = (
+    "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters
+)
 TEXT_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache as memoize
 from typing import Any
 
 import torch
@@ -141,9 +140,14 @@ class PrunedCache:
         return type(self).__mro__[2]
 
 
-@memoize
+_pruned_classes: dict[type, type] = {}  # not functools.cache, which torch.compile warns of
+
+
 def _pruned_class(plain: type) -> type:
-    return type(f"Pruned{plain.__name__}", (PrunedCache, plain), {"__doc__": plain.__doc__})
+    if plain not in _pruned_classes:
+        name = f"Pruned{plain.__name__}"
+        _pruned_classes[plain] = type(name, (PrunedCache, plain), {"__doc__": plain.__doc__})
+    return _pruned_classes[plain]
 
 
 def _restore(plain: type, attributes: dict[str, Any]) -> PrunedCache:
