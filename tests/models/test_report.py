@@ -127,6 +127,12 @@ def test_str(report):
     assert "KV cache" in text and "FLOP" in text
 
 
+def test_str_when_tokens_leave_before_layer_0(model):
+    with vtp.prune(model, vtp.RandomPruning(0, 5)) as run:
+        model.generate(**one(), **GREEDY)
+    assert "prompt 0: 29 tokens, 16 visual: 5 from layer 0" in str(run.report())
+
+
 def test_many_prompts_are_summed_up(model):
     with vtp.prune(model, vtp.FastV()) as run:
         model.generate(**batch(*(prompt(1, 3, seed) for seed in range(6))), **GREEDY)

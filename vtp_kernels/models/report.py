@@ -95,10 +95,16 @@ class Report:
         return "\n".join(lines)
 
     def _prompt(self, b: int) -> str:
-        counts = [layer[b] for layer in self.visual_tokens_per_layer]
-        starts = [i for i, n in enumerate(counts) if i == 0 or n != counts[i - 1]]
-        runs = ", ".join(f"{counts[i]} from layer {i}" for i in starts[1:]) or "all stay"
-        return f"  prompt {b}: {self.dense_tokens[b]} tokens, {counts[0]} visual: {runs}"
+        runs, visual = [], self.visual_tokens_per_layer[0][b]
+        if self.events:
+            visual = self.events[0]["visual_before"][b]
+        before = visual
+        for layer, counts in enumerate(self.visual_tokens_per_layer):
+            if counts[b] != before:
+                runs.append(f"{counts[b]} from layer {layer}")
+            before = counts[b]
+        stay = ", ".join(runs) or "all stay"
+        return f"  prompt {b}: {self.dense_tokens[b]} tokens, {visual} visual: {stay}"
 
 
 class StageRecord(NamedTuple):
