@@ -105,8 +105,12 @@ def test_a_method_that_does_not_fit_leaves_nothing_behind(model):
 
 
 def test_a_backend_that_cannot_serve_says_so(model):
-    with vtp.prune(model, METHOD, backend="triton"), pytest.raises(NotImplementedError):
-        model.generate(**one(), **GREEDY)
+    before = traces(model)
+    with pytest.raises(NotImplementedError, match="backend 'triton' cannot serve cpu tensors"):
+        vtp.apply(model, METHOD, backend="triton")
+    with pytest.raises(ValueError, match="backend must be one of .* got 'fast'"):
+        vtp.apply(model, METHOD, backend="fast")
+    assert traces(model) == before
     with vtp.prune(model, METHOD, backend="reference"):
         model.generate(**one(), **GREEDY)
 

@@ -23,9 +23,12 @@ from .families import ModelParts
 from .prefill import Prefill
 from .report import PrefillRecord
 
-__all__ = ["Engine"]
+__all__ = ["ENGINE_OPS", "Engine"]
 
 CALL = "vtp_call"
+
+# What a prefill calls, in prefill.py and rows.py; all of them take the handle's backend.
+ENGINE_OPS = ("attention_scores", "select_topk", "compact_rows")
 
 
 class Engine:

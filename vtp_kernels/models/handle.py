@@ -10,8 +10,9 @@ from weakref import WeakSet
 from torch import nn
 
 from vtp_kernels.methods import METHODS, Method
+from vtp_kernels.ops._dispatch import choose
 
-from .engine import Engine
+from .engine import ENGINE_OPS, Engine
 from .families import FAMILIES, parts_of
 from .positions import POSITIONS
 from .report import Report
@@ -84,12 +85,13 @@ def apply(
     Raises
     ------
     NotImplementedError
-        If the model is not supported. Later, in calls with images: tensor-parallel models,
-        flex_attention, quantized, sliding-window or offloaded caches, 4D masks, packed sequences.
+        If the model is not supported, or `backend` cannot serve it. Later, in calls with images:
+        tensor-parallel models, flex_attention, quantized, sliding-window or offloaded caches, 4D
+        masks, packed sequences.
     ValueError
-        If the method does not fit the model (a layer it does not have), or the model is pruned
-        already. Later, in calls with images: labels, output_attentions, prefill_chunk_size, right
-        padding. With output_hidden_states, later layers have fewer rows.
+        If the method does not fit the model (a layer it does not have), the model is pruned
+        already, or `backend` is unknown. Later, in calls with images: labels, output_attentions,
+        prefill_chunk_size, right padding. With output_hidden_states, later layers have fewer rows.
     """
     if not isinstance(method, Method):
         raise TypeError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
@@ -97,6 +99,8 @@ def apply(
         raise ValueError(f"positions: got {positions!r}, expected one of {POSITIONS}")
     parts = parts_of(model)
     method.check_model(len(parts.layers))
+    for op in ENGINE_OPS:
+        choose(op, next(parts.text.parameters()), backend)
     engine = Engine(parts, method, positions, backend)
     with _lock:
         if parts.text in _pruned_models:
