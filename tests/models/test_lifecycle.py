@@ -108,7 +108,7 @@ def test_a_backend_that_cannot_serve_says_so(model):
     before = traces(model)
     with pytest.raises(NotImplementedError, match="backend 'triton' cannot serve cpu tensors"):
         vtp.apply(model, METHOD, backend="triton")
-    with pytest.raises(ValueError, match="backend must be one of .* got 'fast'"):
+    with pytest.raises(ValueError, match=r"backend must be one of .* got 'fast'"):
         vtp.apply(model, METHOD, backend="fast")
     assert traces(model) == before
     with vtp.prune(model, METHOD, backend="reference"):
