@@ -122,6 +122,12 @@ def may_read(x: Tensor) -> bool:
     return (_debug or x.device.type == "cpu") and not torch.compiler.is_compiling()
 
 
+def must_read(x: Tensor, backend: str) -> bool:
+    """Whether checks of values come before the call: native code looks at them itself on the CPU,
+    before it moves anything, and they are only repeated to say what was wrong."""
+    return may_read(x) and not (backend == "native" and x.device.type == "cpu")
+
+
 def row_indices(indices: Tensor, counts: Tensor | None, length: int) -> None:
     """Reads values: checks that the real indices ascend strictly within [0, length)."""
     width = indices.shape[-1]

@@ -49,9 +49,22 @@ def compact_kv(
     if not keys:
         return keys, values
     op = "compact_kv_" if in_place else "compact_kv"
-    if choose(op, indices, backend) != "native":
+    backend = choose(op, indices, backend)
+    if _checks.must_read(indices, backend):
+        _check_rows(keys, indices, counts)
+    if backend != "native":
         return reference.compact_kv(keys, values, indices, counts, in_place=in_place)
-    indices, counts = rowwise(indices), rowwise(counts)
+    try:
+        return _native(keys, values, rowwise(indices), rowwise(counts), in_place)
+    except RuntimeError:
+        if _checks.may_read(indices):
+            _check_rows(keys, indices, counts)
+        raise
+
+
+def _native(
+    keys: Layers, values: Layers, indices: Tensor, counts: Tensor | None, in_place: bool
+) -> tuple[Layers, Layers]:
     if in_place:
         torch.ops.vtp_kernels.compact_kv_(keys, values, indices, counts)
         return keys, values
@@ -88,8 +101,6 @@ def _check(
         sizes = tuple(indices.shape[:-1])
         _checks.tensor("counts", counts, layout, sizes, _checks.INTS, device)
     _checks.inference_only("compact_kv", *keys, *values)
-    if keys and _checks.may_read(indices):
-        _check_rows([key.shape[2] for key in keys], indices, counts)
 
 
 def _check_layers(keys: Layers, values: Layers, device: torch.device) -> tuple[int, int]:
@@ -114,7 +125,8 @@ def _alike(x: Tensor, y: Tensor) -> bool:
     )
 
 
-def _check_rows(lengths: list[int], indices: Tensor, counts: Tensor | None) -> None:
+def _check_rows(keys: Layers, indices: Tensor, counts: Tensor | None) -> None:
+    lengths = [key.shape[2] for key in keys]
     if indices.dim() == 2 or len(set(lengths)) == 1:
         _checks.row_indices(indices, counts, min(lengths))
         return

@@ -55,14 +55,20 @@ def compact_rows(
     _checks.inference_only("compact_rows", *tensors)
     if not tensors:
         return tensors
-    if _checks.may_read(indices):
+    backend = choose("compact_rows", indices, backend)
+    if _checks.must_read(indices, backend):
         _checks.row_indices(indices, counts, length)
-    if choose("compact_rows", indices, backend) == "native":
-        rows = [rowwise(x) for x in tensors]
+    if backend != "native":
+        return reference.compact_rows(tensors, indices, counts, align=align)
+    rows = [rowwise(x) for x in tensors]
+    try:
         return tuple(
             torch.ops.vtp_kernels.compact_rows(rows, rowwise(indices), rowwise(counts), align)
         )
-    return reference.compact_rows(tensors, indices, counts, align=align)
+    except RuntimeError:
+        if _checks.may_read(indices):
+            _checks.row_indices(indices, counts, length)
+        raise
 
 
 @register_fake("compact_rows")
