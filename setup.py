@@ -64,7 +64,6 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target_dir}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DVTP_BUILD={build_mode()}",
             f"-DVTP_VERSION={self.distribution.get_version()}",
         ]
         for command in (configure, [cmake, "--build", str(build_dir), "--parallel", jobs]):
