@@ -12,19 +12,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness
+from vtp_kernels import reference
 from vtp_kernels.machine import describe
 
-OPS = (
-    "attention_scores",
-    "select_topk",
-    "attention_topk",
-    "token_contribution",
-    "compact_kv",
-    "compact_rows",
-    "inflection",
-    "cls_inflection",
-    "passive_attention",
-)
+OPS = tuple(reference.__all__)
 
 
 def main() -> None:

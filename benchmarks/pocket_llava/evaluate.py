@@ -8,7 +8,6 @@ answers the same questions; `--json` writes the table with the machine and the v
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import statistics
@@ -18,13 +17,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 if __package__ is None or __package__ == "":  # run as a file: make the source tree importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import vtp_kernels as vtp
 from vtp_kernels.chat import chat_inputs, greedy_answers
+from vtp_kernels.demo import load, pruned
 from vtp_kernels.machine import describe
 from vtp_kernels.methods import method_from_spec
 from vtp_kernels.pocket_llava import scenes
@@ -37,10 +35,9 @@ def evaluate(model, processor, method, count: int, batch_size: int, split: str, 
     """Exact match per kind of question; tokens and FLOPs that the method left, batch means."""
     right, asked = dict.fromkeys(scenes.KINDS, 0), dict.fromkeys(scenes.KINDS, 0)
     visual_shares, reductions = [], []
-    progress = tqdm(total=count, desc=label, unit=" questions", disable=None)
     stream = scenes.cases(split, count)
-    pruning = contextlib.nullcontext() if method is None else vtp.prune(model, method)
-    with pruning as run:
+    progress = tqdm(total=count, desc=label, unit=" questions", disable=None)
+    with pruned(model, method) as run, progress:
         while batch := list(itertools.islice(stream, batch_size)):
             images = [Image.fromarray(case.scene.image) for case in batch]
             texts = [case.question.text for case in batch]
@@ -110,11 +107,7 @@ def main() -> None:
         parser.error("--questions and --batch: expected at least 1")
     methods = {spec: method_from_spec(spec) for spec in args.method}
 
-    processor = AutoProcessor.from_pretrained(args.model, local_files_only=True)
-    model = LlavaForConditionalGeneration.from_pretrained(
-        args.model, dtype=torch.float32, local_files_only=True
-    )
-    model.to(args.device).eval()
+    model, processor = load(args.model, device=args.device, dtype="float32")
     rows = [
         evaluate(model, processor, method, args.questions, args.batch, args.split, spec)
         for spec, method in methods.items()

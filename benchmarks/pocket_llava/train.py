@@ -164,6 +164,10 @@ def pack(
     }
 
 
+def on_device(tensors: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
 def tower_features(model, images: torch.Tensor):
     """CLS and patches of the layer LLaVA reads, and the pooled CLS of the last layer."""
     out = model.model.vision_tower(images, output_hidden_states=True)
@@ -193,8 +197,8 @@ def accuracy(model, device: str, pictures: int = 64, questions: int = 10) -> dic
     right, asked = np.zeros(len(scenes.KINDS)), np.zeros(len(scenes.KINDS))
     for start in range(0, pictures, 32):
         batch = [scenes.scene("calibration", start + i) for i in range(32)]
-        packed = pack(batch, scenes.generator("calibration", 1_000_000 + start), questions)
-        packed = {name: value.to(device) for name, value in packed.items()}
+        rng = scenes.generator("calibration", 1_000_000 + start)
+        packed = on_device(pack(batch, rng, questions), device)
         logits, _, _ = forward(model, pixels([s.image for s in batch]).to(device), packed)
         labels = packed["labels"][:, 1:]
         wrong = (logits[:, :-1].argmax(-1) != labels) & (labels != IGNORE)
@@ -260,7 +264,7 @@ def train_tower(model, heads, args, log) -> None:
     for step in range(args.tower_steps):
         first = step * args.tower_batch
         batch = [scenes.scene("train", first + i) for i in range(args.tower_batch)]
-        target = {name: value.to(args.device) for name, value in patch_targets(batch).items()}
+        target = on_device(patch_targets(batch), args.device)
         with torch.autocast(args.device, dtype=torch.bfloat16):
             hidden, pooled = tower_features(model, pixels([s.image for s in batch]).to(args.device))
             heads_loss = heads.loss(hidden, pooled, target)
@@ -304,9 +308,8 @@ def train_all(model, heads, args, log) -> None:
         first = 10_000_000 + step * args.batch
         batch = [scenes.scene("train", first + i, (2, most)) for i in range(args.batch)]
         rng = scenes.generator("train", 1_000_000_000 + step)
-        packed = pack(batch, rng, args.questions, phase.patches)
-        packed = {name: value.to(args.device) for name, value in packed.items()}
-        target = {name: value.to(args.device) for name, value in patch_targets(batch).items()}
+        packed = on_device(pack(batch, rng, args.questions, phase.patches), args.device)
+        target = on_device(patch_targets(batch), args.device)
         images = pixels([scene.image for scene in batch]).to(args.device)
         with torch.autocast(args.device, dtype=torch.bfloat16):
             logits, hidden, pooled = forward(model, images, packed)
