@@ -108,14 +108,14 @@ def compare(
     for label, method in tqdm(
         {DENSE: None, **methods}.items(), desc="answering", leave=False, disable=None
     ):
-        with _pruned(model, method) as run:
+        with pruned(model, method) as run:
             answers = greedy_answers(model, processor, inputs, max_new_tokens)
             if run is not None:
                 report = run.report()
                 drawings.append(plot.tokens(loaded, report.kept, title=label))
         if run is None:
             report = _dense_report(model, inputs)
-        rows.append(_row(label, answers, report, expected, dense=method is None))
+        rows.append(_row(label, answers, report, expected))
     _time_prefills(model, inputs, [None, *methods.values()], rows, repeats)
     if picture is not None and drawings:
         plot.stack(drawings, picture)
@@ -173,7 +173,8 @@ def load(path: str | os.PathLike, *, device: str | None = None, dtype: str = "au
     return model.to(device).eval(), processor
 
 
-def _pruned(model, method):
+def pruned(model, method):
+    """`prune` for a `with` block, or with None the model as it is, which yields None."""
     return contextlib.nullcontext() if method is None else prune(model, method)
 
 
@@ -186,13 +187,13 @@ def _dense_report(model, inputs):
     return run.report()
 
 
-def _row(label: str, answers: list[str], report, expected, *, dense: bool) -> Row:
+def _row(label: str, answers: list[str], report, expected) -> Row:
     return Row(
         method=label,
         answers=answers,
         visual_tokens_per_layer=[layer[0] for layer in report.visual_tokens_per_layer],
-        flops_reduction=0.0 if dense else report.flops_reduction,
-        kv_bytes=report.dense_kv_bytes if dense else report.kv_bytes,
+        flops_reduction=report.flops_reduction,
+        kv_bytes=report.kv_bytes,
         correct=None
         if expected is None
         else sum(a == e for a, e in zip(answers, expected, strict=True)),
@@ -204,13 +205,14 @@ def _time_prefills(model, inputs, methods: list, rows: list[Row], repeats: int) 
     """Methods take turns, so that a machine that slows down slows all of them down."""
     for turn in tqdm(range(repeats + 1), desc="timing prefills", leave=False, disable=None):
         for method, row in zip(methods, rows, strict=True):
-            with _pruned(model, method):
+            with pruned(model, method):
                 _synchronize(model)
                 start = time.perf_counter()
                 model(**inputs, logits_to_keep=1)
                 _synchronize(model)
+                seconds = time.perf_counter() - start
             if turn:  # the first turn warms up
-                row.prefill_ms.append(1e3 * (time.perf_counter() - start))
+                row.prefill_ms.append(1e3 * seconds)
     for row in rows:
         ratios = [d / p for d, p in zip(rows[0].prefill_ms, row.prefill_ms, strict=True)]
         row.prefill_speedup = statistics.median(ratios)
