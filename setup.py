@@ -1,9 +1,14 @@
 """Builds the native library by driving CMake; CMakeLists.txt alone says how things compile.
 
-Environment: VTP_BUILD = auto | cuda | cpu | none (none: a pure-Python package), MAX_JOBS.
+Environment:
+    VTP_BUILD: auto (CUDA kernels if there is an nvcc), cuda, cpu, or none (a pure-Python package).
+    VTP_CUDA_ARCHS, or TORCH_CUDA_ARCH_LIST: GPU architectures, as "8.0;9.0;12.0+PTX".
+    CUDA_HOME: the CUDA toolkit.
+    MAX_JOBS: how many compilers run at once.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +19,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 OLDEST_TORCH = (2, 10)  # the stable ABI version the library targets, see CMakeLists.txt
+OLDEST_NVCC = (12, 1)  # the first with more than 4 KB of kernel parameters
+DEFAULT_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # those of them that nvcc has
 MODES = ("auto", "cuda", "cpu", "none")
 
 
@@ -25,8 +32,6 @@ def build_mode() -> str:
     mode = os.environ.get("VTP_BUILD") or "auto"
     if mode not in MODES:
         stop(f"VTP_BUILD={mode!r}, expected one of {', '.join(MODES)}")
-    if mode == "cuda" and not any((ROOT / "csrc").glob("*.cu")):
-        stop("VTP_BUILD=cuda, but this source tree holds no CUDA kernels (no csrc/*.cu)")
     return mode
 
 
@@ -49,13 +54,64 @@ def find_tool(name: str) -> str:
     return shutil.which(name, path=path) or stop(f"{name} not found (pip install {name})")
 
 
+def find_nvcc() -> str | None:
+    """nvcc in its toolkit's own folder. On the path it may be a script that calls the real one."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if home := os.environ.get(variable):
+            nvcc = shutil.which(str(Path(home) / "bin" / "nvcc"))
+            return nvcc or stop(f"{variable}={home}, but there is no bin/nvcc in it")
+    if found := shutil.which("nvcc"):
+        plan = subprocess.run([found, "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
+        folder = re.search(r"^#\$ _HERE_=(.+)$", plan.stderr, re.MULTILINE)
+        return str(Path(folder[1]) / "nvcc") if folder else found
+    return shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def check_nvcc(nvcc: str):
+    text = subprocess.check_output([nvcc, "--version"], text=True)
+    version = tuple(map(int, re.search(r"release (\d+)\.(\d+)", text).groups()))
+    if version < OLDEST_NVCC:
+        found, oldest = (".".join(map(str, v)) for v in (version, OLDEST_NVCC))
+        stop(f"{nvcc} is {found}, nvcc >= {oldest} is needed; VTP_BUILD=cpu builds without it")
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """The architectures to build, each as 9.0, 9.0a or 12.0+PTX."""
+    listed = subprocess.check_output([nvcc, "--list-gpu-code"], text=True)
+    known = [re.sub(r"(\d)(\w?)$", r".\1\2", name) for name in re.findall(r"sm_(\w+)", listed)]
+    for variable in ("VTP_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
+        if os.environ.get(variable):
+            break
+    else:
+        return [arch for arch in DEFAULT_ARCHS.split(";") if arch.removesuffix("+PTX") in known]
+    wanted = re.split(r"[;,\s]+", os.environ[variable].strip(";, "))
+    for arch in wanted:
+        if arch.removesuffix("+PTX") not in known:
+            stop(f"{variable} names {arch!r}; {nvcc} has {' '.join(known)}, each also with +PTX")
+    return wanted
+
+
+def cuda_options(mode: str) -> list[str]:
+    """CMake's options for the CUDA kernels; none for a build without them."""
+    nvcc = None if mode == "cpu" else find_nvcc()
+    if nvcc is None:
+        if mode == "cuda":
+            stop("VTP_BUILD=cuda, but there is no nvcc; set CUDA_HOME to the CUDA toolkit")
+        return ["-DVTP_CUDA_ARCHS="]
+    check_nvcc(nvcc)
+    archs = ";".join(cuda_archs(nvcc))
+    return [f"-DVTP_CUDA_ARCHS={archs}", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+
+
 class CMakeBuild(build_ext):
     """Compiles the one extension module with CMake and ninja, straight to where it belongs."""
 
     def build_extension(self, ext):
         require_torch()
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
-        build_dir = Path(self.build_temp).resolve()
+        # An editable install keeps its build folder: the next build compiles what has changed.
+        folder = ROOT / "build" / "editable" if self.editable_mode else self.build_temp
+        build_dir = Path(folder).resolve()
         target_dir = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         configure = [
@@ -65,6 +121,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target_dir}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DVTP_VERSION={self.distribution.get_version()}",
+            *cuda_options(build_mode()),
         ]
         for command in (configure, [cmake, "--build", str(build_dir), "--parallel", jobs]):
             if (status := subprocess.call(command)) != 0:

@@ -25,7 +25,7 @@ Chain chain_of(const RowTensor& t, const RowIndices& rows, int64_t batch, int64_
   const auto& indices = rows.indices;
   const int64_t slots = indices.size[3];
   int64_t count = slots;
-  if (rows.counts) count = std::clamp<int64_t>(*rows.counts.at(t.layer, batch, head), 0, slots);
+  if (rows.counts) count = std::clamp<int64_t>(rows.counts.at(t.layer, batch, head), 0, slots);
   return {t.source + batch * t.source_stride[0] + head * t.source_stride[1],
           t.target + batch * t.target_stride[0] + head * t.target_stride[1],
           indices.at(t.layer, batch, head), indices.stride[3], count};

@@ -68,7 +68,7 @@ class SelectRow {
       }
       competing -= both;
     }
-    const int64_t k = std::max<int64_t>(0, a_.k[row_ * a_.k_stride]);
+    const int64_t k = std::max<int64_t>(0, a_.k_per_row ? a_.k_per_row.at(row_) : a_.k);
     const int64_t wanted = kept + std::min<int64_t>(competing, k);
     const int32_t count = static_cast<int32_t>(std::min(wanted, a_.capacity));
     if (a_.keep) place_kept(kept > count);

@@ -30,6 +30,7 @@ void parallel_for(int64_t n, int64_t, void (*body)(int64_t, int64_t, void*), voi
 
 namespace {
 
+using namespace vtp;
 using namespace vtp::cpu;
 
 std::mt19937_64 generator;
@@ -196,8 +197,7 @@ void run_select_topk() {
   a.scores = floats(any_dtype(), {batch, length});
   auto* k = allocate<int64_t>(batch);
   std::generate_n(k, batch, [&] { return integer(-2, length + 3); });
-  a.k = k;
-  a.k_stride = 1;
+  a.k_per_row = {k, true, {1}};
   a.candidates = maybe_mask(batch, length);
   a.keep = maybe_mask(batch, length);
   a.has_threshold = coin();
@@ -254,7 +254,7 @@ void run_compact_rows() {
   }
   CompactRows a;
   a.rows.indices = {indices, {1, batch, heads, slots}, {0, heads * slots, slots, 1}};
-  a.rows.counts = {counts, {1, batch, heads}, {0, heads, 1}};
+  a.rows.counts = {counts, true, {0, heads, 1}};
 
   auto* source = allocate<char>(chains * length * row_bytes);
   std::generate_n(source, chains * length * row_bytes,

@@ -1,0 +1,39 @@
+// The CUDA kernels' interface: one launcher per op, in csrc/<op>.cu. Neither torch nor CUDA headers.
+//
+// A launcher puts its kernels on `stream` and returns; it waits for nothing, allocates nothing and
+// may be captured in a graph. `workspace` is device memory of <op>_workspace(arguments) bytes,
+// aligned to 256, of any content. A launch that fails throws std::runtime_error. float64 is not
+// served.
+#pragma once
+
+#include <cstddef>
+
+#include "arguments.h"
+
+namespace vtp::cuda {
+
+using Stream = void*;  // cudaStream_t
+
+#define VTP_CUDA_OP(name, Arguments)         \
+  size_t name##_workspace(const Arguments&); \
+  void name(const Arguments&, void* workspace, Stream stream);
+
+VTP_CUDA_OP(attention_scores, AttentionScores)
+VTP_CUDA_OP(attention_topk, AttentionTopk)
+VTP_CUDA_OP(select_topk, SelectTopk)
+VTP_CUDA_OP(token_contribution, TokenContribution)
+VTP_CUDA_OP(passive_attention, PassiveAttention)
+VTP_CUDA_OP(cosine_similarity, CosineSimilarity)
+VTP_CUDA_OP(inflection, Inflection)
+VTP_CUDA_OP(compact_rows, CompactRows)
+VTP_CUDA_OP(compact_rows_in_place, CompactRows)
+
+#undef VTP_CUDA_OP
+
+// The architectures compiled in, separated by commas: "8.0,9.0,12.0+PTX".
+const char* architectures();
+
+// Whether one of them runs on this device, as the driver sees it: null, or what it answered.
+const char* why_no_image(int device);
+
+}  // namespace vtp::cuda

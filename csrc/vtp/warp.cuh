@@ -1,0 +1,99 @@
+// Reductions and scans over a warp and over a block, in a fixed order: same bits on every run.
+#pragma once
+
+#include "platform.cuh"
+
+namespace vtp::cuda {
+
+VTP_DEVICE int lane_id() { return static_cast<int>(threadIdx.x % kWarp); }
+VTP_DEVICE int warp_id() { return static_cast<int>(threadIdx.x / kWarp); }
+
+struct Sum {
+  template <class T>
+  VTP_DEVICE T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+
+struct Max {
+  template <class T>
+  VTP_DEVICE T operator()(T a, T b) const {
+    return a < b ? b : a;
+  }
+};
+
+// Over groups of Width neighbouring lanes; every lane gets its group's result.
+template <int Width = kWarp, class T, class Operation>
+VTP_DEVICE T warp_reduce(T x, Operation operation) {
+#pragma unroll
+  for (int offset = Width / 2; offset > 0; offset /= 2) {
+    x = operation(x, __shfl_xor_sync(kAllLanes, x, offset));
+  }
+  return x;
+}
+
+template <int Width = kWarp, class T>
+VTP_DEVICE T warp_sum(T x) {
+  return warp_reduce<Width>(x, Sum{});
+}
+
+template <int Width = kWarp, class T>
+VTP_DEVICE T warp_max(T x) {
+  return warp_reduce<Width>(x, Max{});
+}
+
+// Sum of x over the lanes before this one.
+VTP_DEVICE int warp_exclusive_sum(int x) {
+  int sum = x;
+#pragma unroll
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const int before = __shfl_up_sync(kAllLanes, sum, offset);
+    if (lane_id() >= offset) sum += before;
+  }
+  return sum - x;
+}
+
+// One per reduction that runs in a block; two in a row may share it, since each leaves it behind a
+// barrier.
+template <class T>
+struct BlockScratch {
+  T per_warp[kWarp];
+};
+
+// Over all threads of a block of Threads, one-dimensional; every thread gets the result.
+template <int Threads, class T, class Operation>
+VTP_DEVICE T block_reduce(T x, Operation operation, BlockScratch<T>& scratch) {
+  constexpr int kWarps = Threads / kWarp;
+  static_assert(Threads % kWarp == 0 && kWarps <= kWarp);
+  x = warp_reduce(x, operation);
+  if (kWarps == 1) return x;
+  if (lane_id() == 0) scratch.per_warp[warp_id()] = x;
+  __syncthreads();
+  T result = scratch.per_warp[0];
+#pragma unroll
+  for (int warp = 1; warp < kWarps; ++warp) result = operation(result, scratch.per_warp[warp]);
+  __syncthreads();
+  return result;
+}
+
+// Sum of x over the threads before this one; *total is the sum over all.
+template <int Threads>
+VTP_DEVICE int block_exclusive_sum(int x, int* total, BlockScratch<int>& scratch) {
+  constexpr int kWarps = Threads / kWarp;
+  static_assert(Threads % kWarp == 0 && kWarps <= kWarp);
+  const int before = warp_exclusive_sum(x);
+  if (lane_id() == kWarp - 1) scratch.per_warp[warp_id()] = before + x;
+  __syncthreads();
+  int base = 0, all = 0;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) {
+    const int sum = scratch.per_warp[warp];
+    base += warp < warp_id() ? sum : 0;
+    all += sum;
+  }
+  __syncthreads();
+  *total = all;
+  return base + before;
+}
+
+}  // namespace vtp::cuda
