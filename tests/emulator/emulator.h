@@ -1,0 +1,46 @@
+// Runs CUDA kernels, unchanged, on a CPU: their logic, synchronisation and memory accesses, neither
+// their speed nor the GPU's memory model. Header only; csrc/vtp/platform.cuh is the way in.
+#pragma once
+
+#include <cstdint>
+
+#include "multiprocessor.h"
+
+namespace vtp::emulator {
+
+// Runs body() in every thread of the grid. Throws std::runtime_error where a kernel goes wrong.
+template <class Body>
+void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, const Body& body) {
+  multiprocessor.launch(name, grid, block, dynamic_shared, body);
+}
+
+inline void set_order(Order order, uint64_t seed = 1) { multiprocessor.set_order(order, seed); }
+
+// The running block's shared object.
+template <class Type>
+Type& shared(int id) {
+  static_assert(std::is_trivially_default_constructible_v<Type>, "shared memory is not initialised");
+  return *static_cast<Type*>(
+      multiprocessor.shared_object(id, typeid(Type), sizeof(Type), alignof(Type)));
+}
+
+inline unsigned char* dynamic_shared() { return multiprocessor.dynamic_shared(); }
+
+// The values all 32 lanes of the warp brought, by lane; good until the lane's next collective.
+template <class T>
+const T* all_lanes(const T& value, Site site = Site::here()) {
+  return multiprocessor.exchange("all_lanes", ~0u, value, site);
+}
+
+inline void copy_async(void* shared, const void* source, size_t bytes) {
+  if (bytes != AsyncCopies::kBytes || reinterpret_cast<uintptr_t>(shared) % bytes != 0 ||
+      reinterpret_cast<uintptr_t>(source) % bytes != 0) {
+    multiprocessor.fail("copy_async moves 16 bytes, aligned to 16");
+  }
+  multiprocessor.async_copies().issue(shared, source);
+}
+
+inline void commit_copies() { multiprocessor.async_copies().commit(); }
+inline void wait_copies(int pending) { multiprocessor.async_copies().wait(pending); }
+
+}  // namespace vtp::emulator
