@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -80,14 +81,16 @@ class Multiprocessor {
 
   void set_order(Order order, uint64_t seed) {
     order_ = order;
-    seed_ = seed;
+    random_ = Random(seed);
   }
+
+  Order order() const { return order_; }
 
   // Shared memory a block may have, both kinds together.
   void set_shared_limit(size_t bytes) { shared_limit_ = bytes; }
   size_t shared_limit() const { return shared_limit_; }
 
-  uint64_t launches() const { return launches_; }
+  const std::map<std::string, uint64_t>& launches() const { return launches_; }
   uint64_t switches() const { return switches_; }
 
   // ---- What kernels call --------------------------------------------------------------------
@@ -167,6 +170,8 @@ class Multiprocessor {
     AsyncCopies copies;
   };
 
+  inline static const std::string kPrefix = "emulator: kernel ";
+
   // ---- The host's side ----------------------------------------------------------------------
 
   void run(const char* name, dim3 grid, dim3 block, size_t dynamic_shared) {
@@ -177,15 +182,13 @@ class Multiprocessor {
     position.block_size = block;
     check_configuration();
     make_threads();
-    ++launches_;
+    ++launches_[name];
     host_.adopt_thread();
-    Random random(seed_ + launches_);
     const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-    for (const uint64_t i : block_sequence(blocks, order_, random)) {
+    for (const uint64_t i : block_sequence(blocks, order_, random_)) {
       position.block = {static_cast<unsigned>(i % grid.x),
                         static_cast<unsigned>(i / grid.x % grid.y),
                         static_cast<unsigned>(i / grid.x / grid.y)};
-      random_ = Random(random.next());
       run_block();
     }
     shared_.clear();
@@ -235,7 +238,7 @@ class Multiprocessor {
   void check_configuration() const {
     const dim3 grid = position.grid_size, block = position.block_size;
     const auto complain = [&](const char* what) {
-      throw std::runtime_error(std::string("emulator: kernel ") + name_ + ": " + what);
+      throw std::runtime_error(kPrefix + name_ + ": " + what);
     };
     if (threads_ < 1 || block.x > kMaxThreads || block.y > kMaxThreads || block.z > 64 ||
         uint64_t{block.x} * block.y * block.z > kMaxThreads) {
@@ -265,6 +268,7 @@ class Multiprocessor {
         call_(body_);
       } catch (const std::exception& error) {
         failure_ = error.what();
+        if (failure_.rfind(kPrefix, 0) != 0) failure_ = context() + ": " + failure_;
       } catch (...) {
         failure_ = context() + ": an exception that is no std::exception";
       }
@@ -275,7 +279,7 @@ class Multiprocessor {
   }
 
   void meet(Warp& warp, const Meeting& meeting, unsigned mask) {
-    if (mask != ~0u) fail(meeting.text() + " names not all lanes, which kernels here always do");
+    if (mask != ~0u) fail(meeting.text() + " does not name all 32 lanes");
     come_to(warp, meeting);
     if (warp.arrived == kLanes) {
       leave(warp);
@@ -323,7 +327,7 @@ class Multiprocessor {
   }
 
   std::string context() const {
-    return std::string("emulator: kernel ") + name_ + ", block " + text(position.block);
+    return kPrefix + name_ + ", block " + text(position.block);
   }
 
   static std::string thread_name(const Thread& thread) { return "thread " + text(thread.index); }
@@ -343,9 +347,10 @@ class Multiprocessor {
 
   std::mutex mutex_;
   Order order_ = order_of_environment();
-  uint64_t seed_ = seed_of_environment();
+  Random random_{seed_of_environment()};
   size_t shared_limit_ = 64 << 10;
-  uint64_t launches_ = 0, switches_ = 0;
+  std::map<std::string, uint64_t> launches_;  // by kernel
+  uint64_t switches_ = 0;
 
   // The launch.
   const char* name_ = "";
@@ -359,7 +364,6 @@ class Multiprocessor {
   std::vector<std::unique_ptr<Thread>> all_threads_;
   Thread* current_ = nullptr;
   ReadySet ready_;
-  Random random_{1};
   unsigned exited_ = 0;
   Barrier barrier_;
   std::vector<Warp> warps_;

@@ -23,6 +23,10 @@ inline Order order_named(const std::string& name) {
                            "', there are forward, reverse and random");
 }
 
+inline const char* name_of(Order order) {
+  return order == Order::forward ? "forward" : order == Order::reverse ? "reverse" : "random";
+}
+
 // VTP_EMULATOR_ORDER and VTP_EMULATOR_SEED, read once.
 inline Order order_of_environment() {
   const char* name = std::getenv("VTP_EMULATOR_ORDER");

@@ -1,0 +1,338 @@
+// Kernels with a planted mistake, which the emulator must catch, beside their right version where
+// results tell them apart. Memory errors are marked "defect: <name>": a sanitizer's report must name
+// that line.
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <vector>
+
+#include "module.h"
+#include "vtp/async_copy.cuh"
+#include "vtp/vector.cuh"
+#include "vtp/warp.cuh"
+
+namespace py = pybind11;
+
+namespace vtp::cuda {
+namespace {
+
+constexpr int kThreads = 64;
+
+struct Ints {
+  int x[kThreads];
+};
+
+struct alignas(16) Floats4 {
+  float x[kThreads * 4];
+};
+
+using Output = std::vector<int>;
+
+// Runs a kernel of one block that writes an int per thread.
+template <class... Parameters, class... Arguments>
+Output output_of(const char* name, void (*kernel)(int*, Parameters...),
+                 const Arguments&... arguments) {
+  Output out(kThreads, -1);
+  launch(name, kernel, 1, kThreads, 0, nullptr, out.data(), arguments...);
+  return out;
+}
+
+// ---- Order among threads ------------------------------------------------------------------------
+
+// Every thread takes the number of the one before it.
+__global__ void neighbour_kernel(int* out, bool barrier) {
+  VTP_SHARED(Ints, numbers);
+  const int i = threadIdx.x;
+  numbers.x[i] = i;
+  if (barrier) __syncthreads();
+  out[i] = i == 0 ? 0 : numbers.x[i - 1];
+}
+
+// The same within warps.
+__global__ void lane_neighbour_kernel(int* out, bool barrier) {
+  VTP_SHARED(Ints, numbers);
+  const int i = threadIdx.x;
+  numbers.x[i] = i;
+  if (barrier) __syncwarp();
+  out[i] = lane_id() == 0 ? 0 : numbers.x[i - 1];
+}
+
+// Threads take slots in the order they come: right as a set, not as a list.
+__global__ void slots_kernel(int* out) {
+  VTP_SHARED(int, next);
+  if (threadIdx.x == 0) next = 0;
+  __syncthreads();
+  out[atomicAdd(&next, 1)] = threadIdx.x;
+}
+
+// A block relies on the one before it.
+__global__ void block_chain_kernel(int* out) {
+  if (threadIdx.x == 0) out[blockIdx.x] = blockIdx.x == 0 ? 1 : out[blockIdx.x - 1] + 1;
+}
+
+Output block_chain() {
+  Output out(8, 0);
+  launch("block_chain", block_chain_kernel, out.size(), kWarp, 0, nullptr, out.data());
+  return out;
+}
+
+// ---- Barriers and collectives -------------------------------------------------------------------
+
+__global__ void divergent_barrier_kernel(int* out) {
+  if (threadIdx.x < 40) __syncthreads();
+  out[threadIdx.x] = 0;
+}
+
+__global__ void early_return_kernel(int* out) {
+  if (threadIdx.x >= 40) return;
+  __syncthreads();
+  out[threadIdx.x] = 0;
+}
+
+__global__ void two_barriers_kernel(int* out) {
+  if (threadIdx.x < 40) {
+    out[threadIdx.x] = 0;
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+}
+
+__global__ void two_collectives_kernel(int* out) {
+  const int i = threadIdx.x;
+  out[i] = i < 40 ? __ballot_sync(kAllLanes, 1) : __shfl_sync(kAllLanes, i, 0);
+}
+
+__global__ void barrier_meets_collective_kernel(int* out) {
+  if (threadIdx.x < 40) {
+    __syncthreads();
+  } else {
+    out[threadIdx.x] = __any_sync(kAllLanes, 1);
+  }
+}
+
+__global__ void absent_lanes_kernel(int* out) {
+  if (threadIdx.x >= 40) return;
+  out[threadIdx.x] = __shfl_xor_sync(kAllLanes, 1, 1);
+}
+
+__global__ void some_lanes_kernel(int* out) {
+  if (threadIdx.x < 16) out[threadIdx.x] = __shfl_xor_sync(0xffffu, 1, 1);
+}
+
+__global__ void partial_warp_kernel() { __syncwarp(); }
+
+void partial_warp() { launch("partial_warp", partial_warp_kernel, 1, 48, 0, nullptr); }
+
+// ---- Asynchronous copies ------------------------------------------------------------------------
+
+// Two groups of copies; the first must have landed.
+__global__ void copies_kernel(const float* in, float* out, int pending) {
+  VTP_SHARED(Floats4, first);
+  VTP_SHARED(Floats4, second);
+  const int at = threadIdx.x * 4;
+  copy_async(&first.x[at], in + at, true);
+  commit_copies();
+  copy_async(&second.x[at], in + at, threadIdx.x % 2 == 0);
+  commit_copies();
+  if (pending == 0) wait_copies<0>();
+  if (pending == 1) wait_copies<1>();
+  for (int i = 0; i < 4; ++i) {
+    out[at + i] = first.x[at + i];
+    out[kThreads * 4 + at + i] = second.x[at + i];
+  }
+}
+
+// pending 0 waits for both groups, 1 for the first, 2 for none.
+py::array_t<float> copies(int pending) {
+  std::vector<Floats4> in(1);
+  for (int i = 0; i < kThreads * 4; ++i) in[0].x[i] = static_cast<float>(i);
+  py::array_t<float> out(2 * kThreads * 4);
+  launch("copies", copies_kernel, 1, kThreads, 0, nullptr, in[0].x, out.mutable_data(), pending);
+  return out;
+}
+
+__global__ void misaligned_copy_kernel(const float* in) {
+  VTP_SHARED(Floats4, copy);
+  copy_async(&copy.x[1], in, true);
+}
+
+void misaligned_copy() {
+  const std::vector<Floats4> in(1);
+  launch("misaligned_copy", misaligned_copy_kernel, 1, kWarp, 0, nullptr, in[0].x);
+}
+
+// ---- Memory -------------------------------------------------------------------------------------
+
+__global__ void uninitialised_kernel(float* out, int* bits) {
+  VTP_SHARED(float, x);
+  VTP_DYNAMIC_SHARED(bytes);
+  out[2 * blockIdx.x] = x;
+  out[2 * blockIdx.x + 1] = *reinterpret_cast<float*>(bytes);
+  bits[blockIdx.x] = __float_as_int(x);
+}
+
+py::tuple uninitialised() {
+  py::array_t<float> out(8);
+  py::array_t<int> bits(4);
+  launch("uninitialised", uninitialised_kernel, 4, 1, 16, nullptr, out.mutable_data(),
+         bits.mutable_data());
+  return py::make_tuple(out, bits);
+}
+
+__global__ void shared_overrun_kernel(int by) {
+  VTP_SHARED(Ints, numbers);
+  int* first = numbers.x;
+  first[by < 0 ? by : kThreads - 1 + by] = 0;  // defect: shared_overrun
+}
+
+void shared_overrun(int by) {
+  launch("shared_overrun", shared_overrun_kernel, 1, 1, 0, nullptr, by);
+}
+
+__global__ void dynamic_overrun_kernel(int at) {
+  VTP_DYNAMIC_SHARED(bytes);
+  bytes[at] = 0;  // defect: dynamic_overrun
+}
+
+void dynamic_overrun(int at) {
+  launch("dynamic_overrun", dynamic_overrun_kernel, 1, 1, 100, nullptr, at);
+}
+
+__global__ void global_write_kernel(int* out, int count) {
+  if (static_cast<int>(threadIdx.x) <= count) {
+    out[threadIdx.x] = 0;  // defect: global_write
+  }
+}
+
+void global_write() {
+  const std::unique_ptr<int[]> out(new int[50]);
+  launch("global_write", global_write_kernel, 1, kThreads, 0, nullptr, out.get(), 50);
+}
+
+__global__ void global_read_kernel(const int* in, int* out) {
+  int sum = 0;
+  for (int i = threadIdx.x; i <= 50; i += kThreads) {
+    sum += in[i];  // defect: global_read
+  }
+  atomicAdd(out, sum);
+}
+
+void global_read() {
+  const std::unique_ptr<int[]> in(new int[50]());
+  int out = 0;
+  launch("global_read", global_read_kernel, 1, kThreads, 0, nullptr, in.get(), &out);
+}
+
+__global__ void async_read_kernel(const float* in) {
+  VTP_SHARED(Floats4, copy);
+  copy_async(&copy.x[threadIdx.x * 4], in + threadIdx.x * 4, true);  // defect: async_read
+  commit_copies();
+  wait_copies<0>();
+}
+
+void async_read() {
+  const std::unique_ptr<Floats4[]> in(new Floats4[1]());
+  launch("async_read", async_read_kernel, 1, kThreads, 0, nullptr, in[0].x + 4);
+}
+
+__global__ void misaligned_load_kernel(const float* in, float* out) {
+  const int4 bits = *reinterpret_cast<const int4*>(in);  // defect: misaligned_load
+  out[0] = __int_as_float(bits.x);
+}
+
+void misaligned_load() {
+  const std::vector<Floats4> in(1);
+  float out;
+  launch("misaligned_load", misaligned_load_kernel, 1, 1, 0, nullptr, in[0].x + 1, &out);
+}
+
+__device__ __attribute__((noinline)) int deep(int depth, volatile int* sink) {
+  volatile char frame[4096];  // defect: stack_overflow
+  frame[depth % 4096] = static_cast<char>(*sink);
+  return depth == 0 ? frame[0] : deep(depth - 1, sink) + frame[depth % 4096];
+}
+
+__global__ void stack_overflow_kernel(int* out) { *out = deep(1 << 20, out); }
+
+void stack_overflow() {
+  int out = 0;
+  launch("stack_overflow", stack_overflow_kernel, 1, 1, 0, nullptr, &out);
+}
+
+// ---- Launches -----------------------------------------------------------------------------------
+
+__global__ void idle_kernel() {}
+
+void idle(int64_t grid_x, int64_t grid_y, int block_x, int block_z, size_t dynamic_shared) {
+  launch("idle", idle_kernel, dim3(grid_x, grid_y), dim3(block_x, 1, block_z), dynamic_shared,
+         nullptr);
+}
+
+struct Large {
+  int x[12 * 1024 + 1];
+};
+
+__global__ void large_static_kernel() {
+  VTP_SHARED(Large, large);
+  large.x[0] = 0;
+}
+
+void large_static() { launch("large_static", large_static_kernel, 1, 1, 0, nullptr); }
+
+__global__ void throwing_kernel() {
+  if (threadIdx.x == 5) throw std::runtime_error("thrown by a kernel");
+  __syncthreads();
+}
+
+void throwing() { launch("throwing", throwing_kernel, 2, kThreads, 0, nullptr); }
+
+__global__ void trap_kernel() {
+  if (threadIdx.x == 5) __trap();
+}
+
+void trap() { launch("trap", trap_kernel, 1, kThreads, 0, nullptr); }
+
+}  // namespace
+}  // namespace vtp::cuda
+
+namespace vtp::emulator {
+
+void bind_defects(py::module_ m) {
+  using namespace vtp::cuda;
+  m.def("neighbour", [](bool b) { return output_of("neighbour", neighbour_kernel, b); });
+  m.def("lane_neighbour",
+        [](bool b) { return output_of("lane_neighbour", lane_neighbour_kernel, b); });
+  m.def("slots", [] { return output_of("slots", slots_kernel); });
+  m.def("block_chain", block_chain);
+
+#define VTP_BIND(name) m.def(#name, [] { return output_of(#name, name##_kernel); })
+  VTP_BIND(divergent_barrier);
+  VTP_BIND(early_return);
+  VTP_BIND(two_barriers);
+  VTP_BIND(two_collectives);
+  VTP_BIND(barrier_meets_collective);
+  VTP_BIND(absent_lanes);
+  VTP_BIND(some_lanes);
+#undef VTP_BIND
+  m.def("partial_warp", partial_warp);
+
+  m.def("copies", copies);
+  m.def("misaligned_copy", misaligned_copy);
+  m.def("uninitialised", uninitialised);
+  m.def("shared_overrun", shared_overrun, py::arg("by") = 1);
+  m.def("dynamic_overrun", dynamic_overrun, py::arg("at") = 100);
+  m.def("global_write", global_write);
+  m.def("global_read", global_read);
+  m.def("async_read", async_read);
+  m.def("misaligned_load", misaligned_load);
+  m.def("stack_overflow", stack_overflow);
+  m.def("idle", idle, py::arg("grid_x") = 1, py::arg("grid_y") = 1, py::arg("block_x") = 1,
+        py::arg("block_z") = 1, py::arg("dynamic_shared") = 0);
+  m.def("large_static", large_static);
+  m.def("throwing", throwing);
+  m.def("trap", trap);
+}
+
+}  // namespace vtp::emulator

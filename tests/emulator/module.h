@@ -1,0 +1,11 @@
+// The parts of the Python module that exist for the tests of the emulator.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace vtp::emulator {
+
+void bind_primitives(pybind11::module_ module);  // building blocks of kernels, one by one
+void bind_defects(pybind11::module_ module);     // kernels with a planted mistake
+
+}  // namespace vtp::emulator
