@@ -1,7 +1,9 @@
 """Fixtures shared by all tests: fresh random inputs, and one run per backend this machine has.
 
 A test that takes `backend` (and `device`) runs once for every backend that can serve the module's
-`OP`, on the CPU and on a GPU where there is one. Adding a backend adds no test code.
+`OP`, on the CPU and on a GPU where there is one. Adding a backend adds no test code. The CUDA kernels
+run on any machine: under the id "emulated", the native backend's CPU calls go to their unchanged
+source on the emulator of tests/emulator. That checks their logic, not a GPU.
 
 Inputs differ from run to run. A failure prints the seed; VTP_TEST_SEED=<seed> repeats the run.
 """
@@ -13,6 +15,7 @@ import zlib
 import pytest
 import torch
 
+from emulator import serving
 from vtp_kernels.ops._dispatch import BACKENDS, why_not
 
 SEED = int(os.environ.get("VTP_TEST_SEED") or secrets.randbits(32))
@@ -27,10 +30,9 @@ def pytest_generate_tests(metafunc):
     if op is None or "backend" not in metafunc.fixturenames:
         return
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    pairs = [
+    runs = [
         pytest.param(
-            device,
-            backend,
+            *(device, backend, False),
             id=f"{device}-{backend}",
             marks=pytest.mark.gpu if device == "cuda" else (),
         )
@@ -38,7 +40,33 @@ def pytest_generate_tests(metafunc):
         for backend in BACKENDS
         if why_not(op, backend, device) is None
     ]
-    metafunc.parametrize("device, backend", pairs)
+    if serving.why_not() is None and why_not(op, "native", "cpu") is None:
+        runs.append(pytest.param("cpu", "native", True, id="emulated"))
+    metafunc.parametrize("device, backend, emulated", runs, indirect=["emulated"])
+
+
+def pytest_collection_modifyitems(config, items):
+    """CUDA kernels do not serve float64: nothing to test, rather than a skip in every report."""
+
+    def is_served(item):
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        on_gpu = parameters.get("emulated") or parameters.get("device") == "cuda"
+        native = parameters.get("backend") == "native"
+        return not (on_gpu and native and parameters.get("dtype") == torch.float64)
+
+    left_out = [item for item in items if not is_served(item)]
+    items[:] = [item for item in items if is_served(item)]
+    config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(autouse=True)
+def emulated(request):
+    """Whether native CPU calls run the CUDA kernels on the emulator, as they then do."""
+    if not getattr(request, "param", False):
+        yield False
+        return
+    with serving.serving():
+        yield True
 
 
 class Draw:

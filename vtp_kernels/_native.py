@@ -35,7 +35,7 @@ except ImportError as error:
     missing = f"the native library does not load with torch {torch.__version__}: {error}"
 
 
-#: What the library says about itself: version, compiler, cpu_isa, cuda_archs. Empty without one.
+#: What the library says about itself: version, compiler, cpu_isa, cuda, cuda_archs. Empty without.
 build: dict = json.loads(torch.ops.vtp_kernels.build_info()) if missing is None else {}
 
 
@@ -53,3 +53,18 @@ def _has_kernel(op: str, key: str) -> bool:
 kernels = frozenset(
     (op, key.lower()) for op in OPS for key in ("CPU", "CUDA") if _has_kernel(op, key)
 )
+
+#: What the driver answered for CUDA devices asked about so far, by index.
+_images: dict[int, str | None] = {}
+
+
+@torch.compiler.assume_constant_result
+def why_no_image(index: int) -> str | None:
+    """Why the library's CUDA kernels cannot run on that device, or None if they can.
+
+    Asks the driver rather than compare compute capabilities: it alone knows which image, or which
+    PTX, it would take.
+    """
+    if index not in _images:
+        _images[index] = torch.ops.vtp_kernels.why_no_cuda_image(index) or None
+    return _images[index]

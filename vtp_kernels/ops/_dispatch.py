@@ -17,15 +17,31 @@ BACKENDS = ("native", "triton", "reference")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def why_not(op: str, backend: str, device_type: str) -> str | None:
-    """Why `backend` cannot run `op` on tensors of that device type, or None if it can."""
+def why_not(
+    op: str, backend: str, device: torch.device | str, dtype: torch.dtype | None = None
+) -> str | None:
+    """Why `backend` cannot run `op` on tensors of that device and dtype, or None if it can."""
     if backend == "triton":
         return "this version has no Triton kernels"
     if backend == "native":
-        if _native.missing is not None:
-            return _native.missing
-        if (op, device_type) not in _native.kernels:
-            return f"the native library has no {device_type.upper()} code for it"
+        return _why_not_native(op, torch.device(device), dtype)
+    return None
+
+
+def _why_not_native(op: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    if _native.missing is not None:
+        return _native.missing
+    if (op, device.type) not in _native.kernels:
+        return f"the native library has no {device.type.upper()} code for it"
+    if device.type == "cpu":
+        return None
+    if dtype == torch.float64:
+        return "float64 is served on the CPU and by the reference only"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    reason = _native.why_no_image(index)
+    if reason is not None:
+        archs = " ".join(_native.build["cuda_archs"])
+        return f"none of the library's architectures ({archs}) runs on cuda:{index}: {reason}"
     return None
 
 
@@ -38,10 +54,10 @@ def choose(op: str, x: Tensor, backend: str | None) -> str:
     """
     backend = backend or os.environ.get("VTP_BACKEND") or None
     if backend is None:
-        return "native" if (op, x.device.type) in _native.kernels else "reference"
+        return "native" if _why_not_native(op, x.device, x.dtype) is None else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
-    reason = why_not(op, backend, x.device.type)
+    reason = why_not(op, backend, x.device, x.dtype)
     if reason is not None:
         raise NotImplementedError(
             f"{op}: backend {backend!r} cannot serve {x.device.type} tensors: {reason}"
