@@ -78,7 +78,7 @@ def check_nvcc(nvcc: str):
 def cuda_archs(nvcc: str) -> list[str]:
     """The architectures to build, each as 9.0, 9.0a or 12.0+PTX."""
     listed = subprocess.check_output([nvcc, "--list-gpu-code"], text=True)
-    known = [re.sub(r"(\d)(\w?)$", r".\1\2", name) for name in re.findall(r"sm_(\w+)", listed)]
+    known = [re.sub(r"(\d)([a-z]?)$", r".\1\2", name) for name in re.findall(r"sm_(\w+)", listed)]
     for variable in ("VTP_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
         if os.environ.get(variable):
             break

@@ -1,9 +1,9 @@
 """Fixtures shared by all tests: fresh random inputs, and one run per backend this machine has.
 
 A test that takes `backend` (and `device`) runs once for every backend that can serve the module's
-`OP`, on the CPU and on a GPU where there is one. Adding a backend adds no test code. The CUDA kernels
-run on any machine: under the id "emulated", the native backend's CPU calls go to their unchanged
-source on the emulator of tests/emulator. That checks their logic, not a GPU.
+`OP`, on the CPU and on a GPU where there is one. Adding a backend adds no test code. The CUDA
+kernels run on any machine: under the id "emulated", the native backend's CPU calls go to their
+unchanged source on the emulator of tests/emulator. That checks their logic, not a GPU.
 
 Inputs differ from run to run. A failure prints the seed; VTP_TEST_SEED=<seed> repeats the run.
 """

@@ -19,14 +19,15 @@ class Info:
         versions: of vtp_kernels, Python and packages; None: not installed.
         devices: device types in use here, "cpu" first, each with a description.
         native: None if the native library is loaded, else why not.
-        build: what the native library says of itself: version, compiler, cpu_isa, cuda_archs.
+        build: what the native library says of itself: version, compiler, cpu_isa, cuda_archs, and
+            cuda, the compiler of the CUDA kernels (None: built without).
         backends: {device type: {op: {backend: None if it can serve, else why not}}}.
     """
 
     versions: dict[str, str | None]
     devices: dict[str, str]
     native: str | None
-    build: dict[str, str | list[str]]
+    build: dict[str, str | list[str] | None]
     backends: dict[str, dict[str, dict[str, str | None]]]
 
     def to_dict(self) -> dict:
@@ -38,8 +39,8 @@ class Info:
         return next(backend for backend in BACKENDS if reasons[backend] is None)
 
     def _build(self) -> str:
-        parts = {**self.build, "cuda_archs": " ".join(self.build["cuda_archs"]) or "none"}
-        return "loaded, " + ", ".join(f"{name} {value}" for name, value in parts.items())
+        parts = {**self.build, "cuda_archs": " ".join(self.build["cuda_archs"])}
+        return "loaded, " + ", ".join(f"{name} {value or 'none'}" for name, value in parts.items())
 
     def __str__(self) -> str:
         versions = (

@@ -83,9 +83,44 @@ def test_unknown_mode():
     assert message == "vtp_kernels: VTP_BUILD='gpu', expected one of auto, cuda, cpu, none"
 
 
-@pytest.mark.skipif(any((ROOT / "csrc").glob("*.cu")), reason="this tree has CUDA kernels")
-def test_cuda_without_cuda_sources():
-    assert "no CUDA kernels (no csrc/*.cu)" in error_of(build("cuda", "setup.py", "--version"))
+def build_kernels(mode: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    folders = ("--build-lib", str(folder), "--build-temp", str(folder))
+    return build(mode, "setup.py", "-q", "build_ext", *folders, **environment)
+
+
+def toolkit(folder: Path, release: str) -> str:
+    """A CUDA toolkit that knows two architectures and compiles nothing."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(
+        "#!/bin/sh\n"
+        'case "$1" in\n'
+        f"--version) echo 'Cuda compilation tools, release {release}, V{release}.1' ;;\n"
+        "--list-gpu-code) echo sm_80; echo sm_90; echo sm_90a; echo sm_120 ;;\n"
+        "*) exit 1 ;;\n"
+        "esac\n"
+    )
+    nvcc.chmod(0o755)
+    return str(folder)
+
+
+def test_cuda_without_a_toolkit(tmp_path):
+    message = error_of(build_kernels("cuda", tmp_path, CUDA_HOME=str(tmp_path)))
+    assert message == f"vtp_kernels: CUDA_HOME={tmp_path}, but there is no bin/nvcc in it"
+
+
+def test_too_old_a_toolkit(tmp_path):
+    message = error_of(build_kernels("cuda", tmp_path, CUDA_HOME=toolkit(tmp_path, "11.8")))
+    assert "is 11.8, nvcc >= 12.1 is needed; VTP_BUILD=cpu builds without it" in message
+
+
+@pytest.mark.parametrize("variable", ["VTP_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"])
+def test_unknown_architecture(variable, tmp_path):
+    home = toolkit(tmp_path, "13.0")
+    environment = {"CUDA_HOME": home, "VTP_CUDA_ARCHS": "", variable: "9.0;5.2+PTX"}
+    message = error_of(build_kernels("auto", tmp_path, **environment))
+    expected = f"{variable} names '5.2+PTX'; {home}/bin/nvcc has 8.0 9.0 9.0a 12.0, each also with"
+    assert expected in message
 
 
 @pytest.mark.parametrize(
@@ -95,13 +130,4 @@ def test_cuda_without_cuda_sources():
 def test_missing_or_old_torch(version, message, tmp_path):
     stand_in = tmp_path / "torch.py"
     stand_in.write_text("raise ImportError" if version is None else f"__version__ = {version!r}")
-    command = (
-        "setup.py",
-        "-q",
-        "build_ext",
-        "--build-lib",
-        str(tmp_path),
-        "--build-temp",
-        str(tmp_path),
-    )
-    assert message in error_of(build("cpu", *command, PYTHONPATH=str(tmp_path)))
+    assert message in error_of(build_kernels("cpu", tmp_path, PYTHONPATH=str(tmp_path)))
