@@ -33,6 +33,7 @@ VARIANTS = {
         *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     ),
 }
+ORDERS = ("forward", "reverse", "random")  # in which threads can run
 TORCH_TARGET = "0x020a000000000000"  # as in CMakeLists.txt
 
 

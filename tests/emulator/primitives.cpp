@@ -144,8 +144,10 @@ __global__ void mma_kernel(const uint16_t* a, const uint16_t* b, float* d) {
 
 template <class T>
 Array<float> multiply(Array<uint16_t> a, Array<uint16_t> b, Array<float> d) {
-  launch("mma", mma_kernel<T>, 1, kWarp, 0, nullptr, a.data(), b.data(), d.mutable_data());
-  return d;
+  auto out = like<float>(d);
+  std::copy_n(d.data(), d.size(), out.mutable_data());
+  launch("mma", mma_kernel<T>, 1, kWarp, 0, nullptr, a.data(), b.data(), out.mutable_data());
+  return out;
 }
 
 struct Tile {

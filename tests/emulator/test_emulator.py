@@ -1,0 +1,193 @@
+"""The emulator catches what would hang, race or be undefined on a GPU: planted mistakes."""
+
+import re
+import subprocess
+
+import pytest
+
+from emulator import build
+
+THREADS = 64  # of a planted kernel's only block
+BEFORE = [0, *range(THREADS - 1)]
+LANE_BEFORE = [0 if i % 32 == 0 else i - 1 for i in range(THREADS)]
+
+
+@pytest.fixture
+def defects(kernels):
+    return kernels.defects
+
+
+# ---- Order ---------------------------------------------------------------------------------------
+
+
+def test_right_kernels_are_right_in_every_order(defects, order):
+    assert defects.neighbour(True) == BEFORE
+    assert defects.lane_neighbour(True) == LANE_BEFORE
+    assert defects.copies(0).tolist()[:4] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "kernel, expected", [("neighbour", BEFORE), ("lane_neighbour", LANE_BEFORE)]
+)
+def test_a_missing_barrier_shows_in_some_order(defects, set_order, kernel, expected):
+    right = {}
+    for order in build.ORDERS:
+        set_order(order)
+        right[order] = getattr(defects, kernel)(False) == expected
+    # Low threads first happens to suit these kernels: why one order is not enough.
+    assert right == {"forward": True, "reverse": False, "random": False}
+
+
+def test_what_depends_on_who_comes_first_differs_between_orders(defects, set_order):
+    results = {}
+    for order in build.ORDERS:
+        set_order(order)
+        results[order] = defects.slots()
+        assert sorted(results[order]) == list(range(THREADS))
+    assert results["forward"] == list(range(THREADS))
+    assert results["reverse"] == list(range(THREADS))[::-1]
+    assert results["random"] not in (results["forward"], results["reverse"])
+
+
+def test_blocks_that_rely_on_each_other_show_in_reverse(defects, set_order):
+    set_order("forward")
+    assert defects.block_chain() == list(range(1, 9))
+    set_order("reverse")
+    assert defects.block_chain() == [1] * 8
+
+
+def test_random_order_repeats_with_its_seed(kernels, set_order):
+    set_order("random")  # so that the order is put back
+
+    def slots(seed):
+        kernels.set_order("random", seed)
+        return kernels.defects.slots()
+
+    assert slots(3) == slots(3) != slots(4)
+
+
+def test_unknown_order(kernels):
+    with pytest.raises(RuntimeError, match="no thread order 'sideways'"):
+        kernels.set_order("sideways")
+
+
+# ---- Barriers and collectives --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kernel, message",
+    [
+        ("divergent_barrier", "40 at __syncthreads .*defects.cpp:.*24 of 64 have returned"),
+        ("early_return", "40 at __syncthreads .*defects.cpp:.*24 of 64 have returned"),
+        ("two_barriers", "came to __syncthreads .* while others wait at __syncthreads"),
+        ("two_collectives", "came to __(shfl|ballot)_sync .* others wait at __(ballot|shfl)_sync"),
+        ("barrier_meets_collective", "40 at __syncthreads .* 24 of warp 1 at __any_sync"),
+        ("absent_lanes", "8 of warp 1 at __shfl_xor_sync .* 56 of 64 have returned"),
+        ("some_lanes", "__shfl_xor_sync .* does not name all 32 lanes"),
+        ("partial_warp", "16 of warp 1 at __syncwarp .* 32 of 48 have returned"),
+        ("throwing", "thrown by a kernel"),
+        ("trap", r"thread \(5, 0, 0\): __trap"),
+    ],
+)
+def test_divergence_is_an_error_that_says_where(defects, order, kernel, message):
+    block = rf"emulator: kernel {kernel}, block \([01], 0, 0\)"
+    with pytest.raises(RuntimeError, match=f"{block}.*{message}"):
+        getattr(defects, kernel)()
+    assert defects.neighbour(True) == BEFORE  # the emulator is as good as before
+
+
+# ---- Memory --------------------------------------------------------------------------------------
+
+
+def test_copies_land_when_they_are_waited_for(defects, order):
+    first, second = defects.copies(0).reshape(2, -1)
+    values = first.copy()
+    assert (values == range(THREADS * 4)).all()
+    assert (second.reshape(-1, 4)[::2] == values.reshape(-1, 4)[::2]).all()
+    assert (second.reshape(-1, 4)[1::2] == 0).all()  # not valid: zeros
+
+    first, second = defects.copies(1).reshape(2, -1)
+    assert (first == values).all() and (second != second).all()
+
+    assert (defects.copies(2) != defects.copies(2)).all()  # NaN throughout
+
+
+def test_copies_must_be_aligned(defects):
+    with pytest.raises(RuntimeError, match="copy_async moves 16 bytes, aligned to 16"):
+        defects.misaligned_copy()
+
+
+def test_shared_memory_begins_as_nan_that_differs_from_block_to_block(defects):
+    values, bits = defects.uninitialised()
+    assert (values != values).all()
+    assert len(set(bits.tolist())) == len(bits)
+
+
+@pytest.mark.parametrize(
+    "kernel, at, message",
+    [
+        ("shared_overrun", 1, "shared object of type .*Ints was written past its last byte"),
+        ("shared_overrun", -1, "shared object of type .*Ints was written before its first byte"),
+        ("dynamic_overrun", 100, "dynamic shared memory was written past its last byte"),
+        ("dynamic_overrun", -1, "dynamic shared memory was written before its first byte"),
+    ],
+)
+def test_writes_next_to_shared_memory_are_seen(defects, kernel, at, message):
+    with pytest.raises(RuntimeError, match=f"kernel {kernel}, block .*{message}"):
+        getattr(defects, kernel)(at)
+
+
+def test_limits_of_a_launch(kernels, defects):
+    defects.idle(grid_x=3, block_x=1024)
+    defects.idle(grid_x=0)  # no blocks, no launch
+    defects.idle(dynamic_shared=64 << 10)
+    for limits, message in (
+        ({"block_x": 1025}, "1 to 1024 threads"),
+        ({"block_x": 1, "block_z": 65}, "64 in z"),
+        ({"block_x": 0}, "1 to 1024 threads"),
+        ({"grid_y": 65536}, "65535 in y and z"),
+        ({"grid_x": 2**31}, "at most 2\\^31 - 1 blocks in x"),
+        ({"dynamic_shared": (64 << 10) + 1}, "more shared memory than a block may have"),
+    ):
+        with pytest.raises(RuntimeError, match=f"kernel idle: .*{message}"):
+            defects.idle(**limits)
+    with pytest.raises(RuntimeError, match="more than 48 KB of static shared memory"):
+        defects.large_static()
+
+
+def test_launches_are_counted_by_kernel(kernels, defects):
+    before = kernels.launches().get("idle", 0)
+    defects.idle()
+    defects.idle(grid_x=0)
+    assert kernels.launches()["idle"] == before + 1
+
+
+# ---- What must not compile -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "statement, message",
+    [
+        ("atomicAdd(&number, 1)", None),
+        ("atomicAdd(&fraction, 1.0f)", "no matching function"),
+        ("__shfl_sync(~0u, number, 0)", None),
+        ("__shfl_sync(~0u, small, 0)", "CUDA has no shuffle of this type"),
+    ],
+)
+def test_only_what_cuda_and_the_rules_allow_compiles(kernels, tmp_path, statement, message):
+    source = tmp_path / "kernel.cpp"
+    source.write_text(
+        f"""#include "vtp/warp.cuh"
+        void kernel() {{
+          int number = 0; float fraction = 0; uint16_t small = 0;
+          (void)number, (void)fraction, (void)small;
+          {statement};
+        }}"""
+    )
+    folders = (build.HERE, build.HERE / "cuda", build.ROOT / "csrc")
+    flags = ["-std=c++17", "-fsyntax-only", "-DVTP_EMULATOR", *(f"-I{path}" for path in folders)]
+    run = subprocess.run(["g++", *flags, source], capture_output=True, text=True)
+    if message is None:
+        assert run.returncode == 0, run.stderr
+    else:
+        assert run.returncode != 0 and re.search(message, run.stderr), run.stderr
