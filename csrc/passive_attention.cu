@@ -1,0 +1,476 @@
+// Causal attention with visual tokens as passive sinks, without the work on what has no weight. A
+// tile of query rows holds rows of one kind, text or visual, and runs through two lists of keys:
+// first the `silent` ones, which only stand in the softmax denominator (no value is read, no second
+// product taken), then the `weighted` ones, which reach the output.
+#include <algorithm>
+#include <type_traits>
+
+#include "cuda_ops.h"
+#include "vtp/flash_tile.cuh"
+
+namespace vtp::cuda {
+namespace {
+
+// Positions of the tokens of a batch row, each list ascending. The first four hold valid tokens.
+enum List : int {
+  kText,
+  kVisual,
+  kAll,
+  kTextAndFirst,  // text and the first visual token
+  kBlank,         // rows that output 0: padding, and visual rows that are skipped
+  kLists,
+  kNone = kLists,
+};
+
+// How many valid tokens there are up to a position, itself included.
+struct Until {
+  int text, visual;
+
+  VTP_DEVICE int of(List list) const {
+    if (list == kText) return text;
+    if (list == kVisual) return visual;
+    if (list == kAll) return text + visual;
+    return list == kTextAndFirst ? text + (visual > 0) : 0;
+  }
+};
+
+struct Tokens {
+  int* lists;    // [B, kLists, S]
+  Until* until;  // [B, S]
+  int length;    // S
+  bool skip_visual;
+
+  VTP_DEVICE int* list(int64_t batch, List list) const {
+    return lists + (batch * kLists + list) * length;
+  }
+};
+
+// The keys of rows of one kind.
+struct KeyLists {
+  List weighted, silent;
+  bool merge;  // the silent mass goes to the first visual key
+};
+
+KeyLists keys_of_text(const PassiveAttention& a) {
+  if (!a.renormalize) return {kText, kVisual, a.merge};
+  return {a.merge ? kTextAndFirst : kText, kNone, false};
+}
+
+KeyLists keys_of_visual(const PassiveAttention& a) {
+  if (a.visual_rows == VisualRows::causal) return {kAll, kNone, false};
+  return {kText, a.renormalize ? kNone : kVisual, false};
+}
+
+// --- lists ----------------------------------------------------------------------------------------
+
+constexpr int kListThreads = 256, kPerThread = 8, kListStep = kListThreads * kPerThread;
+
+// One batch row, from position `first` on; `before` counts what lies before that.
+VTP_DEVICE Until list_step(const Tokens& tokens, const Mask& visual, const Mask& valid, int first,
+                           Until before, BlockScratch<int>& scratch) {
+  const int64_t batch = blockIdx.x;
+  const int begin = first + static_cast<int>(threadIdx.x) * kPerThread;
+  bool is_valid[kPerThread], is_visual[kPerThread];
+  int counts = 0;  // text in the lower half, visual in the upper one
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const int s = begin + i;
+    is_valid[i] = s < tokens.length && (!valid || *valid.at(batch, s));
+    is_visual[i] = is_valid[i] && *visual.at(batch, s);
+    counts += is_visual[i] << 16 | static_cast<int>(is_valid[i] && !is_visual[i]);
+  }
+  int total;
+  counts = block_exclusive_sum<kListThreads>(counts, &total, scratch);
+  Until until = {before.text + (counts & 0xffff), before.visual + (counts >> 16)};
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const int s = begin + i;
+    if (s >= tokens.length) break;
+    const bool skipped = is_visual[i] && tokens.skip_visual;
+    if (!is_valid[i] || skipped) {
+      tokens.list(batch, kBlank)[s - until.text - (tokens.skip_visual ? 0 : until.visual)] = s;
+    }
+    if (is_valid[i]) {
+      const bool is_first = is_visual[i] && until.visual == 0;
+      tokens.list(batch, is_visual[i] ? kVisual : kText)[until.of(is_visual[i] ? kVisual : kText)] =
+          s;
+      tokens.list(batch, kAll)[until.of(kAll)] = s;
+      if (!is_visual[i] || is_first) tokens.list(batch, kTextAndFirst)[until.of(kTextAndFirst)] = s;
+      ++(is_visual[i] ? until.visual : until.text);
+    }
+    tokens.until[batch * tokens.length + s] = until;
+  }
+  return {before.text + (total & 0xffff), before.visual + (total >> 16)};
+}
+
+__global__ void __launch_bounds__(kListThreads)
+    list_tokens_kernel(Tokens tokens, Mask visual, Mask valid) {
+  VTP_SHARED(BlockScratch<int>, scratch);
+  Until before = {};
+  for (int first = 0; first < tokens.length; first += kListStep) {
+    before = list_step(tokens, visual, valid, first, before, scratch);
+  }
+}
+
+// --- attention ------------------------------------------------------------------------------------
+
+template <class T>
+struct Problem {
+  View<const T, 4> query, key, value;
+  T* output;
+  bool aligned;  // all rows of all four, to 16 bytes
+  Tokens tokens;
+  KeyLists of_text, of_visual;
+  float factor;  // on products of queries and keys: logits in base 2
+};
+
+template <class T>
+VTP_DEVICE T* output_row(const Problem<T>& p, int batch, int head, int position) {
+  const int64_t row = (batch * p.query.size[1] + head) * p.query.size[2] + position;
+  return p.output + row * p.query.size[3];
+}
+
+// Tile sizes for up to Columns head dims. With the queries and two tiles of keys or values a block
+// takes 64 KB of shared memory at most, all that sm_75 has.
+template <class T, int Columns>
+struct Tiling {
+  static constexpr int kRowBytes = Columns * static_cast<int>(sizeof(T));
+  static constexpr int kRows = kRowBytes > 512 ? 32 : 64;
+  static constexpr int kKeys = kRowBytes < 256 ? 64 : 16 * 1024 / kRowBytes;
+  static constexpr int kThreads = kRows / kWarpRows * kWarp;
+  static constexpr int kBlocks = Columns == 64 ? 3 : 2;  // at once on a multiprocessor
+  static constexpr size_t kSharedBytes = (kRows + 2 * kKeys) * kRowBytes;
+};
+
+// Rows first ... first + count of a list.
+struct RowTile {
+  List list;
+  int first, count;
+};
+
+// Tile `rank` of a batch row. Text rows and visual rows that lie late have most keys and go first.
+template <int Rows>
+VTP_DEVICE RowTile find_tile(const Tokens& tokens, Until total, int rank) {
+  const int visual_rows = tokens.skip_visual ? 0 : total.visual;
+  const int blank_rows = tokens.length - total.text - visual_rows;
+  const auto tile = [](List list, int index, int rows) {
+    return RowTile{list, index * Rows, min(Rows, rows - index * Rows)};
+  };
+  const auto tiles = [](int rows) { return (rows + Rows - 1) / Rows; };
+  if (rank < tiles(total.text)) return tile(kText, tiles(total.text) - 1 - rank, total.text);
+  rank -= tiles(total.text);
+  if (rank < tiles(visual_rows)) return tile(kVisual, tiles(visual_rows) - 1 - rank, visual_rows);
+  rank -= tiles(visual_rows);
+  if (rank < tiles(blank_rows)) return tile(kBlank, rank, blank_rows);
+  return {kNone, 0, 0};
+}
+
+// The first `count` keys of a list: those up to a tile's last row.
+struct Keys {
+  const int* positions;
+  int count;
+  int shared;  // how many all rows of the tile attend
+  int own;     // how many some row of this warp attends
+};
+
+// One tile of rows of one head. Tiles of keys and values take turns in two buffers: while one is
+// worked on, the next is under way.
+template <class T, int Columns>
+class Attend {
+ public:
+  using Tile = Tiling<T, Columns>;
+  static constexpr int kKeys = Tile::kKeys;
+
+  VTP_DEVICE Attend(const Problem<T>& problem, int batch, int head, RowTile rows, T* shared)
+      : p_(problem),
+        batch_(batch),
+        head_(head),
+        kv_head_(head / static_cast<int>(p_.query.size[1] / p_.key.size[1])),
+        dim_(static_cast<int>(p_.query.size[3])),
+        rows_(rows),
+        row_positions_(p_.tokens.list(batch, rows.list) + rows.first),
+        query_{shared} {
+    const KeyLists lists = rows.list == kText ? p_.of_text : p_.of_visual;
+    const int last = rows.count - 1, warp_row = warp_id() * kWarpRows;
+    const Until first_until = until(0), last_until = until(last);
+    Until own = {};
+    if (warp_row <= last) own = until(min(warp_row + kWarpRows - 1, last));
+    const auto keys = [&](List list) {
+      return Keys{list == kNone ? nullptr : p_.tokens.list(batch, list), last_until.of(list),
+                  first_until.of(list), own.of(list)};
+    };
+    weighted_ = keys(lists.weighted);
+    silent_ = keys(lists.silent);
+    merge_ = lists.merge && silent_.count > 0;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = row_of(h);
+      bound_[h] = row <= last ? row_positions_[row] : -1;
+    }
+  }
+
+  VTP_DEVICE void run() {
+    const int silent_tiles = tiles(silent_), all_tiles = silent_tiles + tiles(weighted_);
+    if (all_tiles > 0) {
+      gather_rows<Tile::kRows, Tile::kThreads>(query_, row_source(), 0);
+      request_keys(0, silent_tiles);
+    }
+    for (int tile = 0; tile < all_tiles; ++tile) {
+      const bool weighs = tile >= silent_tiles;
+      const Keys keys = weighs ? weighted_ : silent_;
+      const int first = (weighs ? tile - silent_tiles : tile) * kKeys;
+      receive();
+      if (weighs) {
+        request(p_.value, keys, first);
+      } else if (tile + 1 < all_tiles) {
+        request_keys(tile + 1, silent_tiles);
+      }
+      if (first < keys.own) weigh(keys, first, weighs);
+      if (!weighs) continue;
+      receive();
+      if (tile + 1 < all_tiles) request_keys(tile + 1, silent_tiles);
+      if (first < keys.own) add_values<kKeys>(sums_, logits_, tile_rows(received_), dim_);
+    }
+    finish();
+  }
+
+ private:
+  using SharedTile = SharedRows<T, Columns>;
+
+  // The lane's rows, within the tile of rows.
+  VTP_DEVICE static int row_of(int h) { return warp_id() * kWarpRows + lane_id() / 4 + 8 * h; }
+
+  VTP_DEVICE static int tiles(const Keys& keys) { return (keys.count + kKeys - 1) / kKeys; }
+
+  VTP_DEVICE Until until(int row) const {
+    return p_.tokens.until[static_cast<int64_t>(batch_) * p_.tokens.length + row_positions_[row]];
+  }
+
+  VTP_DEVICE Rows<T> row_source() const {
+    return {p_.query.at(batch_, head_), p_.query.stride[2], dim_, p_.aligned, row_positions_,
+            rows_.count};
+  }
+
+  VTP_DEVICE SharedTile tile_rows(int buffer) const {
+    return {query_.base + (Tile::kRows + buffer * kKeys) * Columns};
+  }
+
+  VTP_DEVICE void request(const View<const T, 4>& tensor, const Keys& keys, int first) {
+    const Rows<T> rows = {tensor.at(batch_, kv_head_), tensor.stride[2], dim_,
+                          p_.aligned,                  keys.positions,   keys.count};
+    gather_rows<kKeys, Tile::kThreads>(tile_rows(1 - received_), rows, first);
+    commit_copies();
+  }
+
+  VTP_DEVICE void request_keys(int tile, int silent_tiles) {
+    if (tile < silent_tiles) {
+      request(p_.key, silent_, tile * kKeys);
+    } else {
+      request(p_.key, weighted_, (tile - silent_tiles) * kKeys);
+    }
+  }
+
+  // Takes the tile requested last and frees the other buffer, which all have left.
+  VTP_DEVICE void receive() {
+    wait_copies<0>();
+    __syncthreads();
+    received_ = 1 - received_;
+  }
+
+  VTP_DEVICE void weigh(const Keys& keys, int first, bool weighs) {
+    multiply_keys<kKeys>(logits_, query_, warp_id() * kWarpRows, tile_rows(received_), dim_);
+    const bool all_attend = first + kKeys <= keys.shared;
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int key = first + 8 * j + 2 * (lane_id() % 4) + i;
+        int position = 0;
+        if (!all_attend) position = key < keys.count ? keys.positions[key] : INT_MAX;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float& logit = logits_[j][2 * h + i];
+          logit = all_attend || position <= bound_[h] ? logit * p_.factor : -INFINITY;
+        }
+      }
+    }
+    float keep[2], sum[2];
+    maximum_.weigh(logits_, keep, sum);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      silent_sum_[h] = silent_sum_[h] * keep[h] + (weighs ? 0.0f : sum[h]);
+      weighted_sum_[h] = weighted_sum_[h] * keep[h] + (weighs ? sum[h] : 0.0f);
+    }
+    if (!weighs) return;  // nothing has been added up
+#pragma unroll
+    for (int j = 0; j < Columns / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums_[j][i] *= keep[i / 2];
+    }
+  }
+
+  VTP_DEVICE bool attends(const Keys& keys, int h) const {
+    return keys.count > 0 && keys.positions[0] <= bound_[h];
+  }
+
+  // Weighs the sums and writes them by way of the warp's own rows of queries, no longer needed.
+  VTP_DEVICE void finish() {
+    const T* first_value = nullptr;
+    if (merge_) first_value = p_.value.at(batch_, kv_head_, silent_.positions[0]);
+    float share[2], moved[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float silent = RowMaximum::total(silent_sum_[h]);
+      const float sum = RowMaximum::total(weighted_sum_[h]) + silent;
+      // Who attends to logits of -inf alone gets NaN, as softmax has it; who attends to nothing, 0.
+      const bool undefined = attends(weighted_, h) || attends(silent_, h);
+      share[h] = sum == 0.0f ? (undefined ? __uint_as_float(0x7fc00000u) : 0.0f) : 1.0f / sum;
+      moved[h] = merge_ && attends(silent_, h) ? silent * share[h] : 0.0f;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < Columns / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int column = column_of<T>(j, i);
+        if (column >= dim_) continue;
+        const float value = merge_ ? to_float(first_value[column]) : 0.0f;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float merged = moved[h] == 0.0f ? 0.0f : moved[h] * value;
+          *query_.at(row_of(h), column) = from_float<T>(fmaf(sums_[j][2 * h + i], share[h], merged));
+        }
+      }
+    }
+    __syncwarp();
+    write_rows();
+  }
+
+  VTP_DEVICE void write_rows() const {
+    constexpr int kChunks = SharedTile::kChunks, kSize = kVectorSize<T>;
+    for (int index = lane_id(); index < kWarpRows * kChunks; index += kWarp) {
+      const int row = warp_id() * kWarpRows + index / kChunks, column = index % kChunks * kSize;
+      if (row >= rows_.count || column >= dim_) continue;
+      T* target = output_row(p_, batch_, head_, row_positions_[row]) + column;
+      const T* source = query_.chunk(row, index % kChunks);
+      if (p_.aligned) {
+        *reinterpret_cast<int4*>(target) = *reinterpret_cast<const int4*>(source);
+      } else {
+        for (int i = 0; i < min(kSize, dim_ - column); ++i) target[i] = source[i];
+      }
+    }
+  }
+
+  const Problem<T>& p_;
+  const int batch_, head_, kv_head_, dim_;
+  const RowTile rows_;
+  const int* const row_positions_;
+  const SharedTile query_;
+  Keys weighted_, silent_;
+  bool merge_;
+  int bound_[2];      // the last position that the lane's rows attend; -1 where there is no row
+  int received_ = 1;  // the buffer to work on
+  float logits_[kKeys / 8][4];
+  float sums_[Columns / 8][4] = {};
+  float silent_sum_[2] = {}, weighted_sum_[2] = {};
+  RowMaximum maximum_;
+};
+
+template <class T>
+VTP_DEVICE void clear_rows(const Problem<T>& p, int batch, int head, RowTile rows) {
+  const int* positions = p.tokens.list(batch, rows.list) + rows.first;
+  const int dim = static_cast<int>(p.query.size[3]);
+  for (int row = warp_id(); row < rows.count; row += static_cast<int>(blockDim.x) / kWarp) {
+    T* target = output_row(p, batch, head, positions[row]);
+    for (int column = lane_id(); column < dim; column += kWarp) {
+      target[column] = from_float<T>(0.0f);
+    }
+  }
+}
+
+template <class T, int Columns>
+__global__ void __launch_bounds__(Tiling<T, Columns>::kThreads, Tiling<T, Columns>::kBlocks)
+    attend_kernel(Problem<T> p) {
+  VTP_DYNAMIC_SHARED(shared);
+  const int heads = static_cast<int>(p.query.size[1]);
+  const int batch = static_cast<int>(blockIdx.x) / heads;
+  const int head = static_cast<int>(blockIdx.x) % heads;
+  const Until total = p.tokens.until[(batch + int64_t{1}) * p.tokens.length - 1];
+  const RowTile rows =
+      find_tile<Tiling<T, Columns>::kRows>(p.tokens, total, static_cast<int>(blockIdx.y));
+  if (rows.count == 0) return;
+  if (rows.list == kBlank) {
+    clear_rows(p, batch, head, rows);
+  } else {
+    Attend<T, Columns>(p, batch, head, rows, reinterpret_cast<T*>(shared)).run();
+  }
+}
+
+// --- launches -------------------------------------------------------------------------------------
+
+Tokens token_lists(const PassiveAttention& a, Pieces& pieces) {
+  const int64_t batch = a.query.size[0], length = a.query.size[2];
+  Tokens tokens;
+  tokens.lists = pieces.take<int>(batch * kLists * length);
+  tokens.until = pieces.take<Until>(batch * length);
+  tokens.length = static_cast<int>(length);
+  tokens.skip_visual = a.visual_rows == VisualRows::skip;
+  return tokens;
+}
+
+template <class T, int Columns>
+void attend(const Problem<T>& problem, Stream stream) {
+  using Tile = Tiling<T, Columns>;
+  const int64_t batch_heads = problem.query.size[0] * problem.query.size[1];
+  // Rows of three kinds, each of which may end in a partial tile.
+  const int64_t tiles = problem.tokens.length / Tile::kRows + 3;
+  launch("passive_attention", attend_kernel<T, Columns>,
+         dim3(static_cast<unsigned>(batch_heads), static_cast<unsigned>(tiles)),
+         dim3(Tile::kThreads), Tile::kSharedBytes, stream, problem);
+}
+
+template <class T>
+void attend_all(const PassiveAttention& a, const Tokens& tokens, Stream stream) {
+  const int64_t dim = a.query.size[3];
+  Problem<T> problem;
+  problem.query = view_as<const T>(a.query);
+  problem.key = view_as<const T>(a.key);
+  problem.value = view_as<const T>(a.value);
+  problem.output = static_cast<T*>(a.output);
+  problem.aligned = rows_are_aligned(a.query) && rows_are_aligned(a.key) &&
+                    rows_are_aligned(a.value) &&
+                    reinterpret_cast<uintptr_t>(a.output) % kVectorBytes == 0;
+  problem.tokens = tokens;
+  problem.of_text = keys_of_text(a);
+  problem.of_visual = keys_of_visual(a);
+  problem.factor = static_cast<float>(a.scale * 1.4426950408889634);
+  if (dim <= 64) {
+    attend<T, 64>(problem, stream);
+  } else if (dim <= 128) {
+    attend<T, 128>(problem, stream);
+  } else {
+    attend<T, 256>(problem, stream);
+  }
+}
+
+}  // namespace
+
+size_t passive_attention_workspace(const PassiveAttention& a) {
+  Pieces pieces(nullptr);
+  token_lists(a, pieces);
+  return pieces.bytes();
+}
+
+void passive_attention(const PassiveAttention& a, void* workspace, Stream stream) {
+  const int64_t batch = a.query.size[0], length = a.query.size[2];
+  if (batch == 0 || a.query.size[1] == 0 || length == 0) return;
+  Pieces pieces(workspace);
+  const Tokens tokens = token_lists(a, pieces);
+  launch("passive_attention lists", list_tokens_kernel, dim3(static_cast<unsigned>(batch)),
+         dim3(kListThreads), 0, stream, tokens, a.visual, a.valid);
+  with_type(a.query.dtype, [&](auto type) {
+    attend_all<decltype(type)>(a, tokens, stream);
+  });
+}
+
+}  // namespace vtp::cuda
