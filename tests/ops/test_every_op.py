@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -204,6 +205,39 @@ def test_an_explicit_backend_that_cannot_serve_raises(draw, monkeypatch):
         vtp.select_topk(scores, 2, backend="native")
     assert choose("select_topk", scores, None) == "reference"
     vtp.select_topk(scores, 2)
+
+
+def test_cuda_tensors_go_to_the_library_if_it_has_an_image_for_the_device(monkeypatch):
+    """Asked of the driver, device by device; tensors themselves are not needed to choose."""
+    build = {"cuda_archs": ["8.0", "9.0"]}
+    monkeypatch.setattr(_native, "missing", None)
+    monkeypatch.setattr(_native, "kernels", frozenset({("select_topk", "cuda")}))
+    monkeypatch.setattr(_native, "build", build)
+    monkeypatch.setattr(_native, "_images", {0: None, 1: "no kernel image is available"})
+    assert why_not("select_topk", "native", "cuda:0", torch.float32) is None
+    assert "float64" in why_not("select_topk", "native", "cuda:0", torch.float64)
+    assert why_not("select_topk", "native", "cuda:1", torch.float32) == (
+        "none of the library's architectures (8.0 9.0) runs on cuda:1: no kernel image is available"
+    )
+    assert "no CUDA code for it" in why_not("inflection", "native", "cuda:0", torch.float32)
+    for device, dtype, chosen in (
+        ("cuda:0", torch.float16, "native"),
+        ("cuda:0", torch.float64, "reference"),
+        ("cuda:1", torch.float16, "reference"),
+    ):
+        tensor = SimpleNamespace(device=torch.device(device), dtype=dtype)
+        assert choose("select_topk", tensor, None) == chosen
+        if chosen == "reference":
+            with pytest.raises(NotImplementedError, match="'native' cannot serve cuda tensors"):
+                choose("select_topk", tensor, "native")
+
+
+@pytest.mark.skipif(_native.missing is not None, reason=str(_native.missing))
+def test_the_driver_is_asked_for_an_image(monkeypatch):
+    monkeypatch.setattr(_native, "_images", {})
+    index = torch.cuda.device_count()  # one that is not there
+    reason = _native.why_no_image(index)
+    assert reason and _native._images == {index: reason}
 
 
 def test_debug_switches_reading_checks(monkeypatch):
