@@ -1,0 +1,291 @@
+// The best tokens of a row, found and written by one block without a sort.
+//
+// A row is a set of keys (sortable.cuh), larger is better. Three steps, each a few instructions per
+// key, all block-wide:
+//   take_census  counts the keys and finds the range they span,
+//   find_cut     narrows that range to the key of the last token taken: a histogram of 2048 equal
+//                slots tells which slot it lies in, that slot is the next range. Scores are mostly
+//                told apart by two rounds; a range of 32 bits takes three.
+//   emit         writes the indices of the tokens above the cut, ascending.
+// Where ties straddle the cut those of smallest index are taken. Shared-memory atomics only count
+// and take extremes of integers, so the result does not depend on their order.
+//
+// Keys say more than scores: kAbsentKey takes no part, kKeptKey is taken whatever the cut.
+#pragma once
+
+#include <type_traits>
+
+#include "sortable.cuh"
+#include "warp.cuh"
+
+namespace vtp::cuda {
+
+constexpr uint32_t kAbsentKey = 0, kKeptKey = 0xffffffffu;
+
+// --- who holds which keys ---------------------------------------------------------------------
+//
+// A word is 32 consecutive tokens, one a lane. Each warp has a run of words of its own, the same
+// number `words` for all, so the order of (warp, word, lane) is that of the tokens and a warp can
+// write its share once it knows how many the warps before it write.
+//
+// Both classes below offer for_each(f), which calls f(token, key) for the thread's keys in
+// ascending order. All lanes of a warp make the same calls together, so f may vote; what lies past
+// the end of the row has kAbsentKey.
+//
+// Where keys come from is a Source:
+//   using Fetched;                             // what was read for one token
+//   Fetched fetch(int token, bool inside);     // reads it; reads nothing unless `inside`
+//   uint32_t key(const Fetched&);
+// Several tokens are fetched before the first key is made, so that their loads overlap. A token is
+// always fetched by the same thread.
+
+constexpr int kFetchBatch = 8;
+
+// Keys in registers, fetched once: rows of up to Threads * KeysPerThread tokens.
+template <int Threads, int KeysPerThread>
+class HeldKeys {
+ public:
+  static constexpr int kCapacity = Threads * KeysPerThread;
+  static_assert(kCapacity < 1 << 16);
+  using Pair = uint32_t;  // two counts of tokens, 16 bits each
+
+  template <class Source>
+  VTP_DEVICE void load(const Source& source, int size) {
+    constexpr int kBatch = KeysPerThread < kFetchBatch ? KeysPerThread : kFetchBatch;
+    static_assert(KeysPerThread % kBatch == 0);
+    words_ = (size + Threads - 1) / Threads;
+#pragma unroll
+    for (int first = 0; first < KeysPerThread; first += kBatch) {
+      typename Source::Fetched fetched[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        fetched[i] = source.fetch(token(first + i), is_inside(first + i, size));
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        keys_[first + i] = is_inside(first + i, size) ? source.key(fetched[i]) : kAbsentKey;
+      }
+    }
+  }
+
+  template <class F>
+  VTP_DEVICE void for_each(const F& f) const {
+#pragma unroll
+    for (int word = 0; word < KeysPerThread; ++word) {
+      if (word < words_) f(token(word), keys_[word]);
+    }
+  }
+
+ private:
+  VTP_DEVICE int token(int word) const { return (warp_id() * words_ + word) * kWarp + lane_id(); }
+  VTP_DEVICE bool is_inside(int word, int size) const {
+    return word < words_ && token(word) < size;
+  }
+
+  int words_ = 0;
+  uint32_t keys_[KeysPerThread];
+};
+
+// Keys fetched anew whenever they are needed: rows of any length.
+template <int Threads, class Source>
+class StreamedKeys {
+ public:
+  using Pair = unsigned long long;  // two counts of tokens, 32 bits each
+
+  VTP_DEVICE StreamedKeys(const Source& source, int size)
+      : source_(source), size_(size), words_((static_cast<unsigned>(size) + Threads - 1) / Threads) {}
+
+  template <class F>
+  VTP_DEVICE void for_each(const F& f) const {
+    for (unsigned first = 0; first < words_; first += kFetchBatch) {
+      typename Source::Fetched fetched[kFetchBatch];
+#pragma unroll
+      for (int i = 0; i < kFetchBatch; ++i) {
+        fetched[i] = source_.fetch(static_cast<int>(token(first + i)), is_inside(first + i));
+      }
+#pragma unroll
+      for (int i = 0; i < kFetchBatch; ++i) {
+        if (first + i < words_) {
+          const uint32_t key = is_inside(first + i) ? source_.key(fetched[i]) : kAbsentKey;
+          f(static_cast<int>(token(first + i)), key);
+        }
+      }
+    }
+  }
+
+ private:
+  VTP_DEVICE unsigned token(unsigned word) const {
+    return (warp_id() * words_ + word) * kWarp + lane_id();
+  }
+  VTP_DEVICE bool is_inside(unsigned word) const {
+    return word < words_ && token(word) < static_cast<unsigned>(size_);
+  }
+
+  Source source_;
+  int size_;
+  unsigned words_;
+};
+
+// --- the three steps --------------------------------------------------------------------------
+
+// Shared memory of one block: select_prepare makes it ready for a row.
+template <int Threads>
+struct SelectScratch {
+  static constexpr int kSlotBits = Threads >= 512 ? 11 : Threads == 256 ? 10 : 9;
+  static constexpr int kSlots = 1 << kSlotBits;
+  static constexpr int kSlotsPerThread = kSlots / Threads;
+  static_assert(Threads % kWarp == 0 && Threads >= 128 && kSlots % Threads == 0);
+
+  alignas(16) int slots[kSlots];  // zero between rounds
+  int per_warp[kWarp];
+  unsigned long long pairs_per_warp[kWarp];
+  uint32_t lowest, highest;
+  int competing, kept;
+  int slot, above, count;
+};
+
+template <int Threads>
+VTP_DEVICE void select_prepare(SelectScratch<Threads>& scratch) {
+#pragma unroll
+  for (int i = 0; i < scratch.kSlotsPerThread; ++i) scratch.slots[i * Threads + threadIdx.x] = 0;
+  if (threadIdx.x == 0) {
+    scratch.lowest = kKeptKey;
+    scratch.highest = kAbsentKey;
+    scratch.competing = scratch.kept = 0;
+  }
+  __syncthreads();
+}
+
+struct Census {
+  int competing, kept;
+  uint32_t lowest, highest;  // of the keys that compete
+};
+
+// To be called once after select_prepare.
+template <int Threads, class Keys>
+VTP_DEVICE Census take_census(const Keys& keys, SelectScratch<Threads>& scratch) {
+  using Pair = typename Keys::Pair;
+  constexpr int kHalf = sizeof(Pair) * 4;
+  Pair counts = 0;  // those that compete, and above them those that are kept
+  uint32_t lowest = kKeptKey, highest = kAbsentKey;
+  keys.for_each([&](int, uint32_t key) {
+    if (key == kKeptKey) {
+      counts += Pair{1} << kHalf;
+    } else if (key != kAbsentKey) {
+      counts += 1;
+      lowest = key < lowest ? key : lowest;
+      highest = key > highest ? key : highest;
+    }
+  });
+  counts = warp_sum(counts);
+  highest = warp_max(highest);
+  lowest = ~warp_max(~lowest);
+  if (lane_id() == 0) {  // 32 warps at most: cheaper than a second tree
+    atomicAdd(&scratch.competing, static_cast<int>(counts & ((Pair{1} << kHalf) - 1)));
+    atomicAdd(&scratch.kept, static_cast<int>(counts >> kHalf));
+    atomicMax(&scratch.highest, highest);
+    atomicMin(&scratch.lowest, lowest);
+  }
+  __syncthreads();
+  return {scratch.competing, scratch.kept, scratch.lowest, scratch.highest};
+}
+
+// Taken are all keys above `key`, and of those equal to it the first `ties`.
+struct Cut {
+  uint32_t key;
+  int ties;
+};
+
+// Which slot holds the need-th key of the histogram, how many lie in slots before it, how many in
+// it. Leaves the histogram zero.
+template <int Threads>
+VTP_DEVICE void find_slot(int need, SelectScratch<Threads>& scratch) {
+  constexpr int kMine = SelectScratch<Threads>::kSlotsPerThread;
+  const int first = static_cast<int>(threadIdx.x) * kMine;
+  int counts[kMine], sum = 0;
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    counts[i] = scratch.slots[first + i];
+    sum += counts[i];
+  }
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) scratch.slots[first + i] = 0;
+  const int before = warp_exclusive_sum(sum);
+  if (lane_id() == kWarp - 1) scratch.per_warp[warp_id()] = before + sum;
+  __syncthreads();
+  int above = before + warp_sum(lane_id() < warp_id() ? scratch.per_warp[lane_id()] : 0);
+  if (above < need && need <= above + sum) {  // one thread
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      if (above < need && need <= above + counts[i]) {
+        scratch.slot = first + i;
+        scratch.above = above;
+        scratch.count = counts[i];
+      }
+      above += counts[i];
+    }
+  }
+  __syncthreads();
+}
+
+// Where to cut so that `need` of the competing keys are taken; 0 <= need <= census.competing.
+template <int Threads, class Keys>
+VTP_DEVICE Cut find_cut(const Keys& keys, const Census& census, int need,
+                        SelectScratch<Threads>& scratch) {
+  if (need == 0) return {kKeptKey - 1, 0};
+  if (need == census.competing) return {kAbsentKey, 0};
+  uint32_t lowest = census.lowest, highest = census.highest;
+  while (lowest != highest) {
+    const uint32_t range = highest - lowest;
+    const int bits = kWarp - __clz(static_cast<int>(range));
+    const int shift = bits > scratch.kSlotBits ? bits - scratch.kSlotBits : 0;
+    keys.for_each([&](int, uint32_t key) {
+      const uint32_t below = highest - key;  // absent and kept keys lie outside of every range
+      if (below <= range) atomicAdd(&scratch.slots[below >> shift], 1);
+    });
+    __syncthreads();
+    find_slot(need, scratch);
+    const int slot = scratch.slot, count = scratch.count;
+    need -= scratch.above;
+    highest -= static_cast<uint32_t>(slot) << shift;
+    const uint32_t width = (1u << shift) - 1;
+    lowest = highest - lowest > width ? highest - width : lowest;
+    if (need == count) return {lowest - 1, 0};
+  }
+  return {highest, need};
+}
+
+// Writes the tokens that are taken, ascending. Does not touch the rest of `indices`.
+template <int Threads, class Keys>
+VTP_DEVICE void emit(const Keys& keys, Cut cut, int64_t* indices, SelectScratch<Threads>& scratch) {
+  using Pair = typename Keys::Pair;
+  constexpr int kHalf = sizeof(Pair) * 4;
+  Pair mine = 0;  // keys above the cut, and above them keys equal to it
+  keys.for_each([&](int, uint32_t key) {
+    mine += key > cut.key ? 1 : 0;
+    mine += key == cut.key ? Pair{1} << kHalf : 0;
+  });
+  mine = warp_sum(mine);
+  if (lane_id() == 0) scratch.pairs_per_warp[warp_id()] = mine;
+  __syncthreads();
+  const Pair before = warp_sum(
+      lane_id() < warp_id() ? static_cast<Pair>(scratch.pairs_per_warp[lane_id()]) : Pair{0});
+
+  int above = static_cast<int>(before & ((Pair{1} << kHalf) - 1));
+  int equal = static_cast<int>(before >> kHalf);
+  const unsigned lanes_before = (1u << lane_id()) - 1;
+  keys.for_each([&](int token, uint32_t key) {
+    const unsigned higher = __ballot_sync(kAllLanes, key > cut.key);
+    const unsigned ties = __ballot_sync(kAllLanes, key == cut.key);
+    if ((higher | ties) == 0) return;
+    const int place = above + __popc(higher & lanes_before);
+    const int tie = equal + __popc(ties & lanes_before);
+    if (key > cut.key || (key == cut.key && tie < cut.ties)) {
+      indices[place + (tie < cut.ties ? tie : cut.ties)] = token;
+    }
+    above += __popc(higher);
+    equal += __popc(ties);
+  });
+}
+
+}  // namespace vtp::cuda

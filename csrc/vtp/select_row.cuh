@@ -1,0 +1,122 @@
+// select_topk for one row by one block, whatever the scores are made of.
+#pragma once
+
+#include "block_select.cuh"
+#include "vector.cuh"
+
+namespace vtp::cuda {
+
+// One row of a SelectTopk, but for the scores.
+struct SelectRow {
+  const bool *candidates, *keep;  // null: all, none
+  bool has_threshold;
+  float threshold;
+  int64_t k, capacity;
+  int64_t* indices;
+  int32_t* count;
+};
+
+VTP_DEVICE SelectRow select_row_of(const SelectTopk& a, int64_t row) {
+  return {a.candidates ? a.candidates.at(row) : nullptr,
+          a.keep ? a.keep.at(row) : nullptr,
+          a.has_threshold,
+          static_cast<float>(a.threshold),
+          a.k_per_row ? a.k_per_row.at(row) : a.k,
+          a.capacity,
+          a.indices + row * a.capacity,
+          a.counts + row};
+}
+
+// A Source (block_select.cuh) of keys from scores. `Score` is a functor: float score(int token),
+// called for tokens inside the row alone.
+template <class Score>
+struct SelectSource {
+  struct Fetched {
+    float score;
+    bool candidate, kept;
+  };
+
+  VTP_DEVICE Fetched fetch(int token, bool inside) const {
+    Fetched fetched;
+    fetched.score = inside ? score(token) : 0.0f;
+    fetched.candidate = row.candidates == nullptr || (inside && row.candidates[token]);
+    fetched.kept = row.keep != nullptr && inside && row.keep[token];
+    return fetched;
+  }
+
+  VTP_DEVICE uint32_t key(const Fetched& fetched) const {
+    const bool passes = fetched.candidate && (!row.has_threshold || fetched.score > row.threshold);
+    const uint32_t key = sortable(fetched.score);
+    if (kept_compete) return fetched.kept ? key : kAbsentKey;
+    return fetched.kept ? kKeptKey : passes ? key : kAbsentKey;
+  }
+
+  Score score;
+  SelectRow row;
+  bool kept_compete;  // where they alone exceed the capacity
+};
+
+// What is left to do once it is known how many tokens there are: cut, write, fill up with -1.
+template <int Threads, class Keys>
+VTP_DEVICE void select_from(const Keys& keys, const Census& census, const SelectRow& row,
+                            SelectScratch<Threads>& scratch) {
+  int64_t need = row.k < 0 ? 0 : row.k;
+  if (need > census.competing) need = census.competing;
+  if (need > row.capacity - census.kept) need = row.capacity - census.kept;
+  const int64_t count = census.kept + need;
+  if (threadIdx.x == 0) *row.count = static_cast<int32_t>(count);
+  for (int64_t i = count + threadIdx.x; i < row.capacity; i += Threads) row.indices[i] = -1;
+  if (count == 0) return;
+  emit(keys, find_cut(keys, census, static_cast<int>(need), scratch), row.indices, scratch);
+}
+
+// The whole row. make_keys(source) returns HeldKeys or StreamedKeys of that source. Every thread of
+// the block calls it; scores are asked for once by HeldKeys (twice where the kept rows exceed the
+// capacity), several times by StreamedKeys, those of a token always by the same thread.
+template <int Threads, class Score, class MakeKeys>
+VTP_DEVICE void select_row(const Score& score, const SelectRow& row, const MakeKeys& make_keys,
+                           SelectScratch<Threads>& scratch) {
+  SelectSource<Score> source = {score, row, false};
+  SelectRow rest = row;
+  for (;;) {
+    select_prepare(scratch);
+    const auto keys = make_keys(source);
+    const Census census = take_census(keys, scratch);
+    if (census.kept <= row.capacity) return select_from(keys, census, rest, scratch);
+    source.kept_compete = true;  // from now on none counts as kept
+    rest.k = row.capacity;
+    __syncthreads();  // all have read the census
+  }
+}
+
+// Rows of up to Threads * KeysPerThread tokens; scores are asked for as few times as can be.
+template <int Threads, int KeysPerThread, class Score>
+VTP_DEVICE void select_held_row(const Score& score, int size, const SelectRow& row,
+                                SelectScratch<Threads>& scratch) {
+  const auto make_keys = [&](const auto& source) {
+    HeldKeys<Threads, KeysPerThread> keys;
+    keys.load(source, size);
+    return keys;
+  };
+  select_row(score, row, make_keys, scratch);
+}
+
+// Rows of any length.
+template <int Threads, class Score>
+VTP_DEVICE void select_streamed_row(const Score& score, int size, const SelectRow& row,
+                                    SelectScratch<Threads>& scratch) {
+  const auto make_keys = [&](const auto& source) {
+    return StreamedKeys<Threads, SelectSource<Score>>(source, size);
+  };
+  select_row(score, row, make_keys, scratch);
+}
+
+// A row of scores in memory.
+template <class T>
+struct ScoreRow {
+  const T* scores;
+
+  VTP_DEVICE float operator()(int token) const { return to_float(scores[token]); }
+};
+
+}  // namespace vtp::cuda
