@@ -1,0 +1,541 @@
+// What each token adds to the attention output of one row, in closed form: with o the output and
+// c_j = concat_h a[h,j] v[h,j],
+//   alpha_j = <o, c_j> = sum_h a[h,j] <o_h, v[h,j]>
+//   beta_j = ||c_j||^2 = sum_h a[h,j]^2 ||v[h,j]||^2
+//   cos(o - c_j, o) = (||o||^2 - alpha_j) / (||o|| sqrt(||o||^2 - 2 alpha_j + beta_j))
+//
+//   attend    a split of the keys each block: logits, and the output as far as these keys make it
+//   combine   a query head each block: maximum and sum of its softmax, its output
+//   compare   a few tokens each block, all heads: V once more, alpha and beta, cosine and norm
+//
+// K is read once and V twice. Sums over heads are taken in double, the cosines of interest lie
+// within 1e-3 of 1; the dot products below them are float32. Splits and orders of summation depend
+// on the shapes alone, and not on the batch.
+#include <algorithm>
+#include <cmath>
+
+#include "cuda_ops.h"
+#include "vtp/math.cuh"
+#include "vtp/row_dot.cuh"
+
+namespace vtp::cuda {
+namespace {
+
+constexpr int kGroups = 16;    // groups of lanes a block, so 128, 256 or 512 threads
+constexpr int kGroupKeys = 8;  // keys that a group holds in registers in `attend`
+constexpr int kSplit = kGroups * kGroupKeys;
+constexpr int kGroupTokens = 4;  // the same in `compare`, whose blocks are many for it
+constexpr int kMaxThreads = kGroups * kWarp;
+constexpr int kMaxWarps = kGroups;
+// Query heads that share one read of K and V; more of them go to blocks of their own.
+constexpr int kMaxHeads = 8;
+
+struct Shape {
+  int length, heads, kv_heads, group;
+  int chunks;      // parts of a group, of up to kMaxHeads query heads
+  int splits;      // parts of the keys
+  int head_warps;  // warps of `compare` that share the KV heads of the same tokens
+  RowShape row;
+
+  explicit Shape(const TokenContribution& a)
+      : length(static_cast<int>(a.key.size[2])),
+        heads(static_cast<int>(a.query.size[1])),
+        kv_heads(static_cast<int>(a.key.size[1])),
+        group(heads / kv_heads),
+        chunks(static_cast<int>(divide_up(group, kMaxHeads))),
+        splits(static_cast<int>(divide_up(length, kSplit))),
+        head_warps(1),
+        row(RowShape::of(a.query.size[2])) {
+    while (head_warps * 2 <= std::min(kv_heads, warps())) head_warps *= 2;
+  }
+
+  VTP_INLINE int threads() const { return kGroups << row.log_lanes; }
+  VTP_INLINE int warps() const { return threads() / kWarp; }
+  VTP_INLINE int warp_tokens() const { return kGroupTokens * (kWarp >> row.log_lanes); }
+  VTP_INLINE int tile_tokens() const { return warp_tokens() * (warps() / head_warps); }
+};
+
+// Softmax is taken in base 2, of logits that carry a factor of log2(e). Vectors lie in the order of
+// registers, see row_dot.cuh.
+struct Workspace {
+  float* logits;                     // [B, Hq, S], -inf where not valid
+  float *split_maximum, *split_sum;  // [B, Hq, splits]
+  float* split_output;               // [B, Hq, splits, width], relative to the split's maximum
+  float *maximum, *inverse_sum;      // [B, Hq]
+  float* output;                     // [B, Hq, width]
+  double* squared;                   // [B, Hq], ||o_h||^2
+};
+
+Workspace take_workspace(const TokenContribution& a, Pieces& pieces) {
+  const Shape shape(a);
+  const int64_t rows = a.query.size[0] * shape.heads, width = shape.row.width();
+  Workspace work;
+  work.logits = pieces.take<float>(rows * shape.length);
+  work.split_maximum = pieces.take<float>(rows * shape.splits);
+  work.split_sum = pieces.take<float>(rows * shape.splits);
+  work.split_output = pieces.take<float>(rows * shape.splits * width);
+  work.maximum = pieces.take<float>(rows);
+  work.inverse_sum = pieces.take<float>(rows);
+  work.output = pieces.take<float>(rows * width);
+  work.squared = pieces.take<double>(rows);
+  return work;
+}
+
+// What exponents are taken relative to: 0 where every logit is -inf, so that all weights are 0.
+VTP_DEVICE float base_of(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
+
+// ---- attend
+// --------------------------------------------------------------------------------------
+
+// Shared memory of a block for `heads` query heads.
+struct AttendShared {
+  float* queries;  // [heads, width], scaled
+  float* weights;  // [heads, kSplit]: logits, then exponentials
+  float* sums;     // [2, warps, width]
+
+  static size_t bytes(const Shape& shape) {
+    const int width = shape.row.width(), heads = std::min(shape.group, kMaxHeads);
+    return (heads * (width + kSplit) + 2 * shape.warps() * width) * sizeof(float);
+  }
+
+  VTP_DEVICE AttendShared(void* memory, const Shape& shape, int heads)
+      : queries(static_cast<float*>(memory)),
+        weights(queries + heads * shape.row.width()),
+        sums(weights + heads * kSplit) {}
+};
+
+// `count` queries into shared memory, scaled, padded with zeros.
+template <class T, bool Aligned>
+VTP_DEVICE void stage_queries(const TokenContribution& a, const Shape& shape, int b, int first,
+                              int count, float* queries) {
+  const float factor = static_cast<float>(a.scale) * kLog2e;
+  const int width = shape.row.width();
+  for (int i = static_cast<int>(threadIdx.x); i < count * width; i += shape.threads()) {
+    const int head = i / width, column = shape.row.column_at<T, Aligned>(i & (width - 1));
+    const T* query = view_as<const T>(a.query).at(b, first + head);
+    queries[i] = column < shape.row.dim ? to_float(query[column]) * factor : 0.0f;
+  }
+}
+
+// One head's logits become exponentials, one warp does it.
+VTP_DEVICE void exponentiate(const Shape& shape, int split, int64_t row, const Workspace& work,
+                             float* weights) {
+  constexpr int kOwn = kSplit / kWarp;
+  float x[kOwn], maximum = -INFINITY, sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    x[i] = weights[i * kWarp + lane_id()];
+    maximum = Max{}(maximum, x[i]);
+    const int key = split * kSplit + i * kWarp + lane_id();
+    if (key < shape.length) work.logits[row * shape.length + key] = x[i];
+  }
+  maximum = warp_max(maximum);
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    x[i] = fast_exp2(x[i] - base_of(maximum));
+    weights[i * kWarp + lane_id()] = x[i];
+    sum += x[i];
+  }
+  sum = warp_sum(sum);
+  if (lane_id() == 0) {
+    work.split_maximum[row * shape.splits + split] = maximum;
+    work.split_sum[row * shape.splits + split] = sum;
+  }
+}
+
+// A block's threads up to `width`: the sum of what its warps stored at this thread's place.
+VTP_DEVICE float sum_warps(const float* sums, const Shape& shape) {
+  float sum = 0.0f;
+  for (int warp = 0; warp < shape.warps(); ++warp) {
+    sum += sums[warp * shape.row.width() + static_cast<int>(threadIdx.x)];
+  }
+  return sum;
+}
+
+template <class T, bool Aligned>
+__global__ void __launch_bounds__(kMaxThreads)
+    attend(TokenContribution a, Shape shape, Workspace work) {
+  int unit = static_cast<int>(blockIdx.x);
+  const int chunk = unit % shape.chunks;
+  unit /= shape.chunks;
+  const int split = unit % shape.splits;
+  unit /= shape.splits;
+  const int kv_head = unit % shape.kv_heads, b = unit / shape.kv_heads;
+  const int first_head = kv_head * shape.group + chunk * kMaxHeads;
+  const int count = min(kMaxHeads, shape.group - chunk * kMaxHeads);
+  const int64_t row = static_cast<int64_t>(b) * shape.heads + first_head;
+
+  VTP_DYNAMIC_SHARED(memory);
+  const AttendShared shared(memory, shape, count);
+  const RowShape& shape_of_row = shape.row;
+
+  // The keys of this thread's group, and the one that it will hold products of.
+  const int group_key = shape_of_row.group() * kGroupKeys, first_key = split * kSplit + group_key;
+  const int own_key = shape_of_row.lane() % kGroupKeys;
+  const bool own_valid =
+      first_key + own_key < shape.length && (!a.valid || *a.valid.at(b, first_key + own_key));
+  const unsigned valid = __ballot_sync(kAllLanes, own_valid) >>
+                         (shape_of_row.group_of_warp() << shape_of_row.log_lanes);
+
+  RowPart<T> parts[kGroupKeys];
+  const auto key = view_as<const T>(a.key), value = view_as<const T>(a.value);
+  load_parts<Aligned, true>(key.at(b, kv_head, first_key), key.stride[2], shape_of_row, valid,
+                            parts);
+  stage_queries<T, Aligned>(a, shape, b, first_head, count, shared.queries);
+  __syncthreads();
+
+  float rows[kGroupKeys][kLaneElements];
+  widen_parts(parts, rows);
+  for (int head = 0; head < count; ++head) {
+    float query[kLaneElements];
+    load_share(shared.queries + head * shape_of_row.width(), shape_of_row, query);
+    const float logit = dot_rows(rows, query, shape_of_row);
+    if (shape_of_row.lane() < kGroupKeys) {
+      shared.weights[head * kSplit + group_key + own_key] = own_valid ? logit : -INFINITY;
+    }
+  }
+
+  // Under way while exponentials are taken.
+  load_parts<Aligned>(value.at(b, kv_head, first_key), value.stride[2], shape_of_row, valid, parts);
+  __syncthreads();
+  for (int head = warp_id(); head < count; head += shape.warps()) {
+    exponentiate(shape, split, row + head, work, shared.weights + head * kSplit);
+  }
+  __syncthreads();
+
+  widen_parts(parts, rows);
+  const int width = shape_of_row.width();
+  for (int head = 0; head < count; ++head) {
+    float sum[kLaneElements] = {};
+    add_rows(rows, shared.weights + head * kSplit + group_key, sum);
+    sum_groups(sum, shape_of_row);
+    // Two places by turns: while this head is added up, the next one's sums are stored.
+    float* sums = shared.sums + head % 2 * shape.warps() * width;
+    if (shape_of_row.group_of_warp() == 0) {
+      store_share(sum, shape_of_row, sums + warp_id() * width);
+    }
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < width) {
+      work.split_output[((row + head) * shape.splits + split) * width + threadIdx.x] =
+          sum_warps(sums, shape);
+    }
+  }
+}
+
+// ---- combine
+// -------------------------------------------------------------------------------------
+
+constexpr int kCombineThreads = 256;
+
+struct CombineShared {
+  float4 outputs[kCombineThreads];
+  float sums[kCombineThreads];
+  BlockScratch<float> maximum;
+  BlockScratch<double> squared;
+};
+
+// Every thread takes four columns of some of the splits.
+__global__ void __launch_bounds__(kCombineThreads) combine(Shape shape, Workspace work) {
+  VTP_SHARED(CombineShared, shared);
+  const int64_t row = blockIdx.x;
+  const int thread = static_cast<int>(threadIdx.x), width = shape.row.width();
+  const int quads = width / 4, slices = kCombineThreads / quads;
+  const int quad = thread % quads, slice = thread / quads;
+  const float* maxima = work.split_maximum + row * shape.splits;
+  const float* split_sums = work.split_sum + row * shape.splits;
+  const auto* outputs =
+      reinterpret_cast<const float4*>(work.split_output) + row * shape.splits * quads + quad;
+
+  float maximum = -INFINITY;
+  for (int split = thread; split < shape.splits; split += kCombineThreads) {
+    maximum = Max{}(maximum, maxima[split]);
+  }
+  maximum = block_reduce<kCombineThreads>(maximum, Max{}, shared.maximum);
+
+  float4 output = {0.0f, 0.0f, 0.0f, 0.0f};
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int split = slice; split < shape.splits; split += slices) {
+    const float factor = fast_exp2(maxima[split] - base_of(maximum));
+    const float4 part = outputs[static_cast<int64_t>(split) * quads];
+    output = {fmaf(part.x, factor, output.x), fmaf(part.y, factor, output.y),
+              fmaf(part.z, factor, output.z), fmaf(part.w, factor, output.w)};
+    sum = fmaf(split_sums[split], factor, sum);
+  }
+  shared.outputs[thread] = output;
+  shared.sums[thread] = sum;
+  __syncthreads();
+
+  double squared = 0.0;
+  if (thread < width) {
+    float x = 0.0f;
+    sum = 0.0f;
+    for (int i = 0; i < slices; ++i) {
+      x += reinterpret_cast<const float*>(shared.outputs + i * quads)[thread];
+      sum += shared.sums[i * quads];
+    }
+    const float inverse_sum = 1.0f / sum;
+    x *= inverse_sum;
+    work.output[row * width + thread] = x;
+    squared = static_cast<double>(x) * x;
+    if (thread == 0) {
+      work.maximum[row] = maximum;
+      work.inverse_sum[row] = inverse_sum;
+    }
+  }
+  squared = block_reduce<kCombineThreads>(squared, Sum{}, shared.squared);
+  if (thread == 0) work.squared[row] = squared;
+}
+
+// ---- compare
+// -------------------------------------------------------------------------------------
+
+struct CompareShared {
+  double alpha[kMaxWarps][kWarp / 2], beta[kMaxWarps][kWarp / 2];
+  bool is_nearly_all[kMaxWarps * kWarp / 2];
+  // of add_rest
+  float weights[kSplit];
+  double rest_squared[kMaxWarps], rest_dot_output[kMaxWarps];
+};
+
+VTP_DEVICE float weight_of(const Workspace& work, const Shape& shape, int64_t row, int key) {
+  const float logit = work.logits[row * shape.length + key];
+  return fast_exp2(logit - base_of(work.maximum[row])) * work.inverse_sum[row];
+}
+
+struct AlphaBeta {
+  double alpha, beta;
+};
+
+// Of this thread's token, from the KV heads of its warp.
+template <class T, bool Aligned>
+VTP_DEVICE AlphaBeta compare_heads(const TokenContribution& a, const Shape& shape,
+                                   const Workspace& work, int b, int first_token, bool own_wanted,
+                                   unsigned wanted) {
+  const RowShape row_shape = shape.row;
+  // All lanes of a group learn a token's product. They take the double arithmetic, slow on most
+  // devices, in turns: as many heads at once as there are lanes to a token.
+  const int own_token = first_token + row_shape.lane() % kGroupTokens;
+  const int turns = row_shape.lanes() / kGroupTokens, turn = row_shape.lane() / kGroupTokens;
+  const auto value = view_as<const T>(a.value);
+  double alpha = 0.0, beta = 0.0;
+  int kv_head = warp_id() % shape.head_warps;
+  RowPart<T> parts[kGroupTokens];
+  load_parts<Aligned>(value.at(b, kv_head, first_token), value.stride[2], row_shape, wanted, parts);
+  for (; kv_head < shape.kv_heads; kv_head += shape.head_warps) {
+    float rows[kGroupTokens][kLaneElements];
+    widen_parts(parts, rows);
+    if (kv_head + shape.head_warps < shape.kv_heads) {
+      load_parts<Aligned>(value.at(b, kv_head + shape.head_warps, first_token), value.stride[2],
+                          row_shape, wanted, parts);
+    }
+    const double value_squared = square_rows(rows, row_shape);
+    for (int first = 0; first < shape.group; first += turns) {
+      const int64_t row = static_cast<int64_t>(b) * shape.heads + kv_head * shape.group + first;
+      const int count = min(turns, shape.group - first);
+      const bool mine = own_wanted && turn < count;
+      const float weight = mine ? weight_of(work, shape, row + turn, own_token) : 0.0f;
+      float product = 0.0f;
+      for (int i = 0; i < count; ++i) {
+        float output[kLaneElements];
+        load_share(work.output + (row + i) * row_shape.width(), row_shape, output);
+        const float sum = dot_rows(rows, output, row_shape);
+        product = i == turn ? sum : product;
+      }
+      if (mine) {
+        const double wide = weight;
+        alpha += wide * product;
+        beta += wide * wide * value_squared;
+      }
+    }
+  }
+#pragma unroll
+  for (int offset = kGroupTokens; offset < kWarp; offset *= 2) {
+    if (offset < row_shape.lanes()) {
+      alpha += __shfl_xor_sync(kAllLanes, alpha, offset);
+      beta += __shfl_xor_sync(kAllLanes, beta, offset);
+    }
+  }
+  return {alpha, beta};
+}
+
+// This thread's part of the output of head `row` without `token`: from the other splits, which know
+// nothing of it, and from the keys of its own split, once more.
+template <class T, bool Aligned>
+VTP_DEVICE float rest_of_head(const TokenContribution& a, const Shape& shape, const Workspace& work,
+                              int b, int head, int token, float* sums, CompareShared& shared) {
+  const int64_t row = static_cast<int64_t>(b) * shape.heads + head;
+  const int split = token / kSplit, thread = static_cast<int>(threadIdx.x);
+  const int width = shape.row.width();
+  if (thread < kSplit) {
+    const int key = split * kSplit + thread;
+    const bool counts = key < shape.length && key != token;
+    shared.weights[thread] = counts ? weight_of(work, shape, row, key) : 0.0f;
+  }
+  __syncthreads();
+  float sum[kLaneElements] = {};
+#pragma unroll 1
+  for (int part = 0; part < kGroupKeys / kGroupTokens; ++part) {
+    const int group_key = shape.row.group() * kGroupKeys + part * kGroupTokens;
+    const auto value = view_as<const T>(a.value);
+    unsigned wanted = 0;  // neither padding, of any content, nor past the end
+#pragma unroll
+    for (int i = 0; i < kGroupTokens; ++i) {
+      wanted |= static_cast<unsigned>(shared.weights[group_key + i] != 0.0f) << i;
+    }
+    RowPart<T> parts[kGroupTokens];
+    load_parts<Aligned>(value.at(b, head / shape.group, split * kSplit + group_key),
+                        value.stride[2], shape.row, wanted, parts);
+    float rows[kGroupTokens][kLaneElements];
+    widen_parts(parts, rows);
+    add_rows(rows, shared.weights + group_key, sum);
+  }
+  sum_groups(sum, shape.row);
+  if (shape.row.group_of_warp() == 0) store_share(sum, shape.row, sums + warp_id() * width);
+  __syncthreads();
+  if (thread >= width) return 0.0f;
+  float rest = sum_warps(sums, shape);
+  const float *maxima = work.split_maximum + row * shape.splits, base = base_of(work.maximum[row]);
+  for (int other = 0; other < shape.splits; ++other) {
+    if (other == split) continue;
+    const float factor = fast_exp2(maxima[other] - base) * work.inverse_sum[row];
+    rest = fmaf(work.split_output[(row * shape.splits + other) * width + thread], factor, rest);
+  }
+  return rest;
+}
+
+struct Rest {
+  double squared, dot_output;
+};
+
+// ||o - c_j||^2 and <o - c_j, o> from the other tokens' contributions, by all threads of a block.
+template <class T, bool Aligned>
+VTP_DEVICE Rest add_rest(const TokenContribution& a, const Shape& shape, const Workspace& work,
+                         int b, int token, float* sums, CompareShared& shared) {
+  const int thread = static_cast<int>(threadIdx.x), width = shape.row.width();
+  double squared = 0.0, dot_output = 0.0;
+  for (int head = 0; head < shape.heads; ++head) {
+    const double rest = rest_of_head<T, Aligned>(a, shape, work, b, head, token, sums, shared);
+    if (thread < width) {
+      const int64_t row = static_cast<int64_t>(b) * shape.heads + head;
+      squared += rest * rest;
+      dot_output += rest * work.output[row * width + thread];
+    }
+  }
+  squared = warp_sum(squared);
+  dot_output = warp_sum(dot_output);
+  if (lane_id() == 0) {
+    shared.rest_squared[warp_id()] = squared;
+    shared.rest_dot_output[warp_id()] = dot_output;
+  }
+  __syncthreads();
+  Rest all = {0.0, 0.0};
+  for (int warp = 0; warp < shape.warps(); ++warp) {
+    all.squared += shared.rest_squared[warp];
+    all.dot_output += shared.rest_dot_output[warp];
+  }
+  __syncthreads();
+  return all;
+}
+
+VTP_DEVICE float cosine_of(double squared, const Rest& rest) {
+  const double scale = sqrt(rest.squared) * sqrt(squared);
+  return scale == 0.0 ? 0.0f : static_cast<float>(rest.dot_output / scale);
+}
+
+template <class T, bool Aligned>
+__global__ void __launch_bounds__(kMaxThreads)
+    compare(TokenContribution a, Shape shape, Workspace work) {
+  VTP_SHARED(CompareShared, shared);
+  VTP_DYNAMIC_SHARED(memory);
+  const int tiles = static_cast<int>(divide_up(shape.length, shape.tile_tokens()));
+  // From the end: what `attend` read last is likeliest to be in the cache yet.
+  const int unit = static_cast<int>(gridDim.x - 1 - blockIdx.x);
+  const int b = unit / tiles, first = unit % tiles * shape.tile_tokens();
+  const auto is_wanted = [&](int token) {
+    return token < shape.length && *a.candidates.at(b, token) &&
+           (!a.valid || *a.valid.at(b, token));
+  };
+
+  const int place = shape.row.group_of_warp() * kGroupTokens + shape.row.lane() % kGroupTokens;
+  const int warp_first = first + warp_id() / shape.head_warps * shape.warp_tokens();
+  const bool own_wanted = is_wanted(warp_first + place);
+  const unsigned wanted = __ballot_sync(kAllLanes, own_wanted);
+  AlphaBeta sums = {0.0, 0.0};
+  if (wanted != 0) {
+    const int group = shape.row.group_of_warp();
+    sums = compare_heads<T, Aligned>(a, shape, work, b, warp_first + group * kGroupTokens,
+                                     own_wanted, wanted >> (group << shape.row.log_lanes));
+  }
+  if (shape.row.lane() < kGroupTokens) {
+    shared.alpha[warp_id()][place] = sums.alpha;
+    shared.beta[warp_id()][place] = sums.beta;
+  }
+  double squared = 0.0;
+  for (int head = lane_id(); head < shape.heads; head += kWarp) {
+    squared += work.squared[static_cast<int64_t>(b) * shape.heads + head];
+  }
+  squared = warp_sum(squared);
+  __syncthreads();
+
+  float* const cosines = static_cast<float*>(a.cosine) + static_cast<int64_t>(b) * shape.length;
+  float* const norms = static_cast<float*>(a.norm) + static_cast<int64_t>(b) * shape.length;
+  const int tile_place = static_cast<int>(threadIdx.x), token = first + tile_place;
+  bool is_nearly_all = false;
+  if (tile_place < shape.tile_tokens() && token < shape.length) {
+    const int warp = tile_place / shape.warp_tokens() * shape.head_warps;
+    double alpha = 0.0, beta = 0.0;
+    for (int i = 0; i < shape.head_warps; ++i) {
+      alpha += shared.alpha[warp + i][tile_place % shape.warp_tokens()];
+      beta += shared.beta[warp + i][tile_place % shape.warp_tokens()];
+    }
+    // No contribution: cosine 1. So it is off the candidates, too.
+    const bool contributes = is_wanted(token) && beta != 0.0;
+    const Rest rest = {squared - 2.0 * alpha + beta, squared - alpha};
+    // The closed form subtracts numbers as large as ||o||^2: where less than 0.1 % of that is left,
+    // a token that is nearly all of the output, the rest is added up instead.
+    is_nearly_all = contributes && rest.squared < 1e-3 * squared;
+    cosines[token] = contributes ? cosine_of(squared, rest) : 1.0f;
+    norms[token] = contributes ? static_cast<float>(sqrt(beta)) : 0.0f;
+  }
+  if (tile_place < shape.tile_tokens()) shared.is_nearly_all[tile_place] = is_nearly_all;
+  if (!__syncthreads_or(is_nearly_all)) return;
+  for (int i = 0; i < shape.tile_tokens(); ++i) {
+    if (!shared.is_nearly_all[i]) continue;
+    const Rest rest = add_rest<T, Aligned>(a, shape, work, b, first + i,
+                                           reinterpret_cast<float*>(memory), shared);
+    if (threadIdx.x == 0) cosines[first + i] = cosine_of(squared, rest);
+  }
+}
+
+}  // namespace
+
+size_t token_contribution_workspace(const TokenContribution& a) {
+  Pieces pieces(nullptr);
+  take_workspace(a, pieces);
+  return pieces.bytes();
+}
+
+void token_contribution(const TokenContribution& a, void* workspace, Stream stream) {
+  const int64_t batch = a.query.size[0];
+  if (batch == 0 || a.key.size[2] == 0) return;
+  Pieces pieces(workspace);
+  const Workspace work = take_workspace(a, pieces);
+  const Shape shape(a);
+  const int64_t units = batch * shape.kv_heads * shape.splits * shape.chunks;
+  const int64_t tiles = batch * divide_up(shape.length, shape.tile_tokens());
+  const size_t sums = shape.warps() * shape.row.width() * sizeof(float);
+  with_type(a.query.dtype, [&](auto type) {
+    with_bool(rows_are_aligned(a.key) && rows_are_aligned(a.value), [&](auto aligned) {
+      using T = decltype(type);
+      launch("token_contribution: attend", attend<T, aligned.value>, dim3(units), shape.threads(),
+             AttendShared::bytes(shape), stream, a, shape, work);
+      launch("token_contribution: combine", combine, dim3(batch * shape.heads), kCombineThreads, 0,
+             stream, shape, work);
+      launch("token_contribution: compare", compare<T, aligned.value>, dim3(tiles), shape.threads(),
+             sums, stream, a, shape, work);
+    });
+  });
+}
+
+}  // namespace vtp::cuda
