@@ -249,9 +249,10 @@ void misaligned_load() {
 }
 
 __device__ __attribute__((noinline)) int deep(int depth, volatile int* sink) {
-  volatile char frame[4096];  // defect: stack_overflow
+  volatile char frame[4096];
   frame[depth % 4096] = static_cast<char>(*sink);
-  return depth == 0 ? frame[0] : deep(depth - 1, sink) + frame[depth % 4096];
+  if (depth == 0) return frame[0];
+  return deep(depth - 1, sink) + frame[depth % 4096];  // defect: stack_overflow
 }
 
 __global__ void stack_overflow_kernel(int* out) { *out = deep(1 << 20, out); }
@@ -302,6 +303,7 @@ namespace vtp::emulator {
 void bind_defects(py::module_ m) {
   using namespace vtp::cuda;
   m.def("neighbour", [](bool b) { return output_of("neighbour", neighbour_kernel, b); });
+  m.def("neighbour_is_right", [] { output_of("neighbour", neighbour_kernel, true); });
   m.def("lane_neighbour",
         [](bool b) { return output_of("lane_neighbour", lane_neighbour_kernel, b); });
   m.def("slots", [] { return output_of("slots", slots_kernel); });

@@ -1,0 +1,262 @@
+"""Small hard inputs for every op: ragged, empty, strided, misaligned, NaN where nobody looks.
+
+    python tests/emulator/cases.py <variant> <seed> [<op>...]
+
+runs them on a build of the emulated kernels.
+"""
+
+import random
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from emulator import build
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LAYOUTS = ("dense", "padded", "shifted", "permuted")
+LENGTHS = (1, 7, 64, 65, 257)
+DIMS = (1, 8, 33, 64, 128, 136)
+HEADS = ((1, 1), (4, 2), (6, 1), (8, 8))  # of query and key
+
+
+class Case(NamedTuple):
+    op: str
+    text: str  # what is special about it
+    arguments: tuple
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """x in memory that ends with its last element; what lies between rows is no valid number.
+
+    padded: rows apart from each other; shifted: begins one element late; permuted: rows of all
+    heads side by side.
+    """
+    order = list(range(x.dim()))
+    if layout == "permuted" and x.dim() == 4:
+        order[1], order[2] = order[2], order[1]
+    strides, step = [1] * x.dim(), 1
+    for i in reversed(order):
+        strides[i] = step
+        step = step * x.shape[i] + (3 if layout == "padded" and i == order[-1] else 0)
+    offset = int(layout == "shifted")
+    extent = sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True)) + 1
+    memory = torch.empty(offset + (extent if x.numel() else 0), dtype=x.dtype)
+    memory.view(torch.uint8).fill_(0xFF)
+    out = memory.as_strided(x.shape, strides, offset)
+    return out.copy_(x)
+
+
+class Draw:
+    """Random arguments; each tensor in the layout in force."""
+
+    def __init__(self, seed: int):
+        self.choices = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.layout = "dense"
+        self.dtype = torch.float32
+
+    def any(self, *options):
+        return self.choices.choice(options)
+
+    def normal(self, *shape, dtype=None):
+        x = torch.randn(shape, generator=self.generator).to(dtype or self.dtype)
+        return laid_out(x, self.layout)
+
+    def bools(self, *shape, p=0.5):
+        return laid_out(torch.rand(shape, generator=self.generator) < p, self.layout)
+
+    def integers(self, high, *shape, dtype=torch.int64):
+        x = torch.randint(0, max(high, 1), shape, generator=self.generator)
+        return laid_out(x.to(dtype), self.layout)
+
+    def maybe(self, x):
+        """x or None."""
+        return self.any(x, None)
+
+    def rows(self, batch, length, width):
+        """Ascending indices [batch, width] with nonsense past the count, counts [batch]."""
+        counts = torch.randint(0, min(width, length) + 1, (batch,), generator=self.generator)
+        indices = torch.full((batch, width), -(2**40))
+        for b, count in enumerate(counts.tolist()):
+            chosen = torch.randperm(length, generator=self.generator)[:count]
+            indices[b, :count] = chosen.sort()[0]
+        counts = counts.to(self.any(torch.int32, torch.int64))
+        return laid_out(indices, self.layout), laid_out(counts, self.layout)
+
+
+# ---- Arguments of each op, as torch.ops takes them -----------------------------------------------
+
+
+def keys(draw, batch, heads, length, dim, valid):
+    """Keys or values, NaN where they are padding."""
+    x = draw.normal(batch, heads, length, dim)
+    return x if valid is None else x.masked_fill_(~valid[:, None, :, None], torch.nan)
+
+
+def attention(draw, batch, length):
+    (heads, kv_heads), dim, rows = draw.any(*HEADS), draw.any(*DIMS), draw.any(1, 3, 16, 17)
+    valid = draw.maybe(draw.bools(batch, length, p=0.8))
+    support = draw.any("all", "candidates")
+    lse = draw.normal(batch, heads, rows, dtype=torch.float32)
+    return (
+        draw.normal(batch, heads, rows, dim),
+        keys(draw, batch, kv_heads, length, dim, valid),
+        draw.bools(batch, length, p=0.8),
+        valid,
+        draw.maybe(draw.integers(length, batch, rows)),
+        draw.maybe(draw.bools(batch, rows, p=0.8)),
+        draw.maybe(lse) if support == "all" else None,
+        dim**-0.5,
+        support,
+        draw.any("mean", "max", "sum"),
+    )
+
+
+def selection(draw, batch, length):
+    """k_per_row, k and what follows the scores' masks."""
+    width = draw.any(0, 1, 5, max(length // 2, 1), length)
+    per_row = draw.integers(length + 3, batch, dtype=draw.any(torch.int32, torch.int64))
+    return draw.maybe(per_row), draw.any(0, width), draw.any(None, -0.5), width
+
+
+def attention_topk(draw, batch, length):
+    *head, lse, scale, support, head_reduce = attention(draw, batch, length)
+    query, key, *masks = head
+    per_row, k, threshold, width = selection(draw, batch, length)
+    keep = draw.maybe(draw.bools(batch, length, p=0.1))
+    return (
+        *(query, key, per_row, k, *masks, lse, scale, support, head_reduce),
+        *(keep, threshold, width),
+    )
+
+
+def select_topk(draw, batch, length):
+    per_row, k, threshold, width = selection(draw, batch, length)
+    scores = draw.normal(batch, length)
+    if draw.any(True, False):  # ties, infinities and NaN
+        scores.mul_(2).round_()
+        scores[draw.bools(batch, length, p=0.05)] = draw.any(torch.inf, -torch.inf, torch.nan)
+    candidates = draw.maybe(draw.bools(batch, length, p=0.7))
+    keep = draw.maybe(draw.bools(batch, length, p=0.1))
+    return scores, per_row, k, candidates, keep, threshold, width
+
+
+def token_contribution(draw, batch, length):
+    (heads, kv_heads), dim = draw.any(*HEADS), draw.any(*DIMS)
+    valid = draw.maybe(draw.bools(batch, length, p=0.8))
+    query = draw.normal(batch, heads, dim)
+    pair = [keys(draw, batch, kv_heads, length, dim, valid) for _ in range(2)]
+    return query, *pair, draw.bools(batch, length, p=0.8), valid, dim**-0.5
+
+
+def passive_attention(draw, batch, length):
+    (heads, kv_heads), dim = draw.any(*HEADS), draw.any(*DIMS)
+    valid = draw.maybe(draw.bools(batch, length, p=0.8))
+    query = draw.normal(batch, heads, length, dim)
+    pair = [keys(draw, batch, kv_heads, length, dim, valid) for _ in range(2)]
+    return (
+        *(query, *pair, draw.bools(batch, length), valid, draw.any("merge", "drop")),
+        *(draw.any("prefix", "causal", "skip"), draw.any(True, False), dim**-0.5),
+    )
+
+
+def knee(draw, length):
+    """The options of `inflection`."""
+    return (
+        draw.any("chord", "kneedle", "iqr", "mass"),
+        draw.any(0, 1, 5),
+        draw.any(None, 0, 3, length),
+        draw.any(1.0, 0.9),
+        1.0,
+        0.9,
+    )
+
+
+def inflection(draw, batch, length):
+    curve = draw.normal(batch, length)
+    if draw.any(True, False):
+        curve[draw.bools(batch, length, p=0.05)] = draw.any(torch.inf, torch.nan)
+    return curve, *knee(draw, length)
+
+
+def cls_inflection(draw, batch, length):
+    channels = draw.any(*DIMS)
+    features, cls = draw.normal(batch, length, channels), draw.normal(batch, channels)
+    return features, cls, *knee(draw, length)
+
+
+def compact_kv(draw, batch, length):
+    heads, dim, layers = draw.any(1, 3), draw.any(*DIMS), draw.any(1, 2, 40)
+    sides = [[draw.normal(batch, heads, length, dim) for _ in range(layers)] for _ in range(2)]
+    width = draw.any(0, 1, length // 2, length)
+    per = draw.any((), (layers,), (layers, heads))  # indices for all, for each layer, each head
+    if per == (layers, heads):
+        drawn = [draw.rows(batch * heads, length, width) for _ in range(layers)]
+        indices = torch.stack([rows.view(batch, heads, width) for rows, _ in drawn])
+        counts = torch.stack([counts.int().view(batch, heads) for _, counts in drawn])
+    elif per == (layers,):
+        drawn = [draw.rows(batch, length, width) for _ in range(layers)]
+        indices = torch.stack([rows for rows, _ in drawn])
+        counts = torch.stack([counts.int() for _, counts in drawn])
+    else:
+        indices, counts = draw.rows(batch, length, width)
+    return *sides, indices, counts
+
+
+def compact_rows(draw, batch, length):
+    tensors = [draw.normal(batch, length, draw.any(*DIMS)), draw.bools(batch, length)]
+    tensors.append(draw.integers(9, batch, length, dtype=draw.any(torch.int64, torch.uint8)))
+    indices, counts = draw.rows(batch, length, draw.any(0, 1, length // 2, length))
+    return tensors, indices, counts, draw.any("left", "right")
+
+
+OPS = {
+    "attention_scores": attention,
+    "attention_topk": attention_topk,
+    "select_topk": select_topk,
+    "token_contribution": token_contribution,
+    "passive_attention": passive_attention,
+    "inflection": inflection,
+    "cls_inflection": cls_inflection,
+    "compact_kv": compact_kv,
+    "compact_kv_": compact_kv,
+    "compact_rows": compact_rows,
+}
+# Rows that take the ways for long ones.
+LONG = {"select_topk": (5000, 70000), "inflection": (5000, 70000), "cls_inflection": (3000,)}
+
+
+def cases(op: str, seed: int) -> Iterator[Case]:
+    """The op's cases; made anew by each call, equal for equal seeds."""
+    draw = Draw(seed)
+    sizes = [(2, draw.any(*LENGTHS), dtype, x) for dtype in DTYPES for x in LAYOUTS]
+    sizes += [(1, 600, draw.any(*DTYPES), "dense"), (0, 7, torch.float32, "dense")]
+    sizes += [(2, 0, draw.any(*DTYPES), "dense")]
+    sizes += [(1, length, draw.any(*DTYPES), "dense") for length in LONG.get(op, ())]
+    for batch, length, draw.dtype, draw.layout in sizes:
+        text = f"{draw.dtype} {draw.layout} batch {batch} length {length}"
+        yield Case(op, text, OPS[op](draw, batch, length))
+
+
+def run(case: Case) -> list[Tensor]:
+    """The tensors the emulated op returns or, if it returns none, has changed."""
+    result = getattr(torch.ops.vtp_kernels_emulated, case.op)(*case.arguments)
+    if result is None:
+        keys, values, *_ = case.arguments
+        return [*keys, *values]
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def main(variant: str, seed: str, *ops: str) -> None:
+    build.load(variant)
+    for op in ops or OPS:
+        for case in cases(op, int(seed)):
+            print(case.op, case.text, flush=True)  # the last one said is the one that failed
+            run(case)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
