@@ -1,0 +1,15 @@
+"""Every op on every path of its kernels, on inputs small enough for compute-sanitizer.
+
+`make gpu-check` runs this file alone under memcheck, racecheck, initcheck and synccheck. Lengths
+stand just before, on and past a warp, a tile and a block of threads.
+"""
+
+import pytest
+from variants import VARIANTS
+
+
+@pytest.mark.parametrize("length", (1, 31, 64, 65, 200))
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_equals_the_reference(draw, variant, length):
+    arguments = variant.draw(draw, length, batch=2)
+    variant.check(arguments, variant.run(arguments))
