@@ -264,7 +264,7 @@ struct Warp {
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) logit[i][c] = products.at(i, c) * p.factor;
       }
-      if (p.parts.logits) store_logits(logit, first_row, row_count);
+      if (p.parts.few_rows) store_logits(logit, first_row, row_count);
       if (!attends.all) {
 #pragma unroll
         for (int i = 0; i < Keys::kKeys; ++i) {
@@ -471,7 +471,7 @@ __global__ void __launch_bounds__(kThreads)
   const bool scored = is_scored(a, batch, key);
   const float factor = score_factor<kThreads>(a, batch, shared.scratch);
   float total = 0.0f;
-  if (parts.logits) {
+  if (parts.few_rows) {
     HeadTotal sum(a);
     for (int64_t first = 0; first < parts.rows; first += kWeightRows) {
       const int64_t left = parts.rows - first;
@@ -541,14 +541,15 @@ AttentionParts attention_parts(const AttentionScores& a, Pieces& workspace) {
     parts.tiles = static_cast<int>(divide_up(a.key.size[2], kKeys));
     parts.stride = static_cast<int64_t>(parts.tiles) * kKeys;
   });
-  const bool few = heads / kv_heads * a.query.size[2] <= kFewRows && !a.lse;
+  const int64_t packed = heads / kv_heads * a.query.size[2];
+  parts.few_rows = packed == 0 || (packed <= kFewRows && !a.lse);
   if (!a.lse) {
     parts.statistics = workspace.take<RowStatistic>(batch * parts.tiles * parts.rows);
-    if (!few || parts.tiles > kStatisticParts) {
+    if (!parts.few_rows || parts.tiles > kStatisticParts) {
       parts.softmax = workspace.take<RowSoftmax>(batch * parts.rows);
     }
   }
-  if (few) {
+  if (parts.few_rows) {
     parts.logits = workspace.take<float>(batch * parts.rows * parts.stride);
   } else {
     parts.columns = workspace.take<float>(batch * kv_heads * parts.stride);
@@ -558,13 +559,14 @@ AttentionParts attention_parts(const AttentionScores& a, Pieces& workspace) {
 
 void compute_attention_parts(const AttentionScores& a, const AttentionParts& parts,
                              Stream stream) {
+  if (parts.rows == 0) return;
   if (parts.statistics) launch_pass<Pass::statistics>(a, parts, stream);
   if (parts.softmax) {
     const int64_t blocks = divide_up(parts.rows, kMergeRows) * a.query.size[0];
     launch("attention_scores", merge_statistics, dim3(static_cast<unsigned>(blocks)),
            dim3(kMergeThreads), 0, stream, parts);
   }
-  if (parts.columns) launch_pass<Pass::columns>(a, parts, stream);
+  if (!parts.few_rows) launch_pass<Pass::columns>(a, parts, stream);
 }
 
 size_t attention_scores_workspace(const AttentionScores& a) {

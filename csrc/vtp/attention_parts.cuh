@@ -63,12 +63,12 @@ VTP_DEVICE bool is_scored(const AttentionScores& a, int64_t batch, int64_t key) 
 // NaN wins, as in torch.
 VTP_DEVICE float larger(float a, float b) { return b > a || b != b ? b : a; }
 
-// Either logits and statistics, of few rows, or columns.
 struct AttentionParts {
+  bool few_rows = false;  // the result is logits and statistics, else columns
   int64_t rows = 0;    // of a batch entry
   int64_t stride = 0;  // from one row of keys to the next, in logits and columns
   int tiles = 0;       // of keys
-  float* logits = nullptr;             // [B, rows, stride]
+  float* logits = nullptr;             // [B, rows, stride], of few rows
   RowStatistic* statistics = nullptr;  // [B, tiles, rows]
   RowSoftmax* softmax = nullptr;       // [B, rows]; absent: to be made of the statistics
   float* columns = nullptr;            // [B, Hkv, stride]: weights, added or reduced over rows
