@@ -39,7 +39,9 @@ constexpr uint32_t kAbsentKey = 0, kKeptKey = 0xffffffffu;
 // Several tokens are fetched before the first key is made, so that their loads overlap. A token is
 // always fetched by the same thread.
 
-constexpr int kFetchBatch = 8;
+// Loads in flight per thread: with 1024 threads four are more than a multiprocessor can track.
+template <int Threads>
+constexpr int kFetchBatch = Threads >= 1024 ? 4 : 8;
 
 // Keys in registers, fetched once: rows of up to Threads * KeysPerThread tokens.
 template <int Threads, int KeysPerThread>
@@ -51,19 +53,23 @@ class HeldKeys {
 
   template <class Source>
   VTP_DEVICE void load(const Source& source, int size) {
-    constexpr int kBatch = KeysPerThread < kFetchBatch ? KeysPerThread : kFetchBatch;
+    constexpr int kBatch = KeysPerThread < kFetchBatch<Threads> ? KeysPerThread : kFetchBatch<Threads>;
     static_assert(KeysPerThread % kBatch == 0);
     words_ = (size + Threads - 1) / Threads;
+    first_ = warp_id() * words_ * kWarp + lane_id();
+    const int inside = size - first_ < words_ * kWarp ? size - first_ : words_ * kWarp;
 #pragma unroll
-    for (int first = 0; first < KeysPerThread; first += kBatch) {
+    for (int begin = 0; begin < KeysPerThread; begin += kBatch) {
       typename Source::Fetched fetched[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        fetched[i] = source.fetch(token(first + i), is_inside(first + i, size));
+        const int offset = (begin + i) * kWarp;
+        fetched[i] = source.fetch(first_ + offset, offset < inside);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        keys_[first + i] = is_inside(first + i, size) ? source.key(fetched[i]) : kAbsentKey;
+        const bool is_inside = (begin + i) * kWarp < inside;
+        keys_[begin + i] = is_inside ? source.key(fetched[i]) : kAbsentKey;
       }
     }
   }
@@ -72,17 +78,12 @@ class HeldKeys {
   VTP_DEVICE void for_each(const F& f) const {
 #pragma unroll
     for (int word = 0; word < KeysPerThread; ++word) {
-      if (word < words_) f(token(word), keys_[word]);
+      if (word < words_) f(first_ + word * kWarp, keys_[word]);
     }
   }
 
  private:
-  VTP_DEVICE int token(int word) const { return (warp_id() * words_ + word) * kWarp + lane_id(); }
-  VTP_DEVICE bool is_inside(int word, int size) const {
-    return word < words_ && token(word) < size;
-  }
-
-  int words_ = 0;
+  int words_ = 0, first_ = 0;
   uint32_t keys_[KeysPerThread];
 };
 
@@ -97,30 +98,27 @@ class StreamedKeys {
 
   template <class F>
   VTP_DEVICE void for_each(const F& f) const {
-    for (unsigned first = 0; first < words_; first += kFetchBatch) {
-      typename Source::Fetched fetched[kFetchBatch];
+    constexpr int kBatch = kFetchBatch<Threads>;
+    const auto size = static_cast<unsigned>(size_);
+    unsigned token = warp_id() * words_ * kWarp + lane_id();  // may pass 2^31 - 1 beyond the row
+    for (unsigned word = 0; word < words_; word += kBatch, token += kBatch * kWarp) {
+      typename Source::Fetched fetched[kBatch];
 #pragma unroll
-      for (int i = 0; i < kFetchBatch; ++i) {
-        fetched[i] = source_.fetch(static_cast<int>(token(first + i)), is_inside(first + i));
+      for (int i = 0; i < kBatch; ++i) {
+        const bool inside = word + i < words_ && token + i * kWarp < size;
+        fetched[i] = source_.fetch(static_cast<int>(token + i * kWarp), inside);
       }
 #pragma unroll
-      for (int i = 0; i < kFetchBatch; ++i) {
-        if (first + i < words_) {
-          const uint32_t key = is_inside(first + i) ? source_.key(fetched[i]) : kAbsentKey;
-          f(static_cast<int>(token(first + i)), key);
-        }
+      for (int i = 0; i < kBatch; ++i) {
+        if (word + i >= words_) break;
+        const bool inside = token + i * kWarp < size;
+        const uint32_t key = inside ? source_.key(fetched[i]) : kAbsentKey;
+        f(static_cast<int>(token + i * kWarp), key);
       }
     }
   }
 
  private:
-  VTP_DEVICE unsigned token(unsigned word) const {
-    return (warp_id() * words_ + word) * kWarp + lane_id();
-  }
-  VTP_DEVICE bool is_inside(unsigned word) const {
-    return word < words_ && token(word) < static_cast<unsigned>(size_);
-  }
-
   Source source_;
   int size_;
   unsigned words_;
@@ -167,24 +165,22 @@ VTP_DEVICE Census take_census(const Keys& keys, SelectScratch<Threads>& scratch)
   using Pair = typename Keys::Pair;
   constexpr int kHalf = sizeof(Pair) * 4;
   Pair counts = 0;  // those that compete, and above them those that are kept
-  uint32_t lowest = kKeptKey, highest = kAbsentKey;
+  uint32_t before_lowest = kKeptKey, highest = kAbsentKey;
   keys.for_each([&](int, uint32_t key) {
-    if (key == kKeptKey) {
-      counts += Pair{1} << kHalf;
-    } else if (key != kAbsentKey) {
-      counts += 1;
-      lowest = key < lowest ? key : lowest;
-      highest = key > highest ? key : highest;
-    }
+    const uint32_t before = key - 1;  // absent and kept keys are the largest
+    const bool competes = before < kKeptKey - 1;
+    counts += competes ? 1 : key == kKeptKey ? Pair{1} << kHalf : 0;
+    before_lowest = before < before_lowest ? before : before_lowest;
+    highest = competes && key > highest ? key : highest;
   });
   counts = warp_sum(counts);
   highest = warp_max(highest);
-  lowest = ~warp_max(~lowest);
+  before_lowest = ~warp_max(~before_lowest);
   if (lane_id() == 0) {  // 32 warps at most: cheaper than a second tree
     atomicAdd(&scratch.competing, static_cast<int>(counts & ((Pair{1} << kHalf) - 1)));
     atomicAdd(&scratch.kept, static_cast<int>(counts >> kHalf));
     atomicMax(&scratch.highest, highest);
-    atomicMin(&scratch.lowest, lowest);
+    atomicMin(&scratch.lowest, before_lowest + 1);
   }
   __syncthreads();
   return {scratch.competing, scratch.kept, scratch.lowest, scratch.highest};
@@ -275,16 +271,19 @@ VTP_DEVICE void emit(const Keys& keys, Cut cut, int64_t* indices, SelectScratch<
   int equal = static_cast<int>(before >> kHalf);
   const unsigned lanes_before = (1u << lane_id()) - 1;
   keys.for_each([&](int token, uint32_t key) {
-    const unsigned higher = __ballot_sync(kAllLanes, key > cut.key);
-    const unsigned ties = __ballot_sync(kAllLanes, key == cut.key);
-    if ((higher | ties) == 0) return;
-    const int place = above + __popc(higher & lanes_before);
-    const int tie = equal + __popc(ties & lanes_before);
-    if (key > cut.key || (key == cut.key && tie < cut.ties)) {
-      indices[place + (tie < cut.ties ? tie : cut.ties)] = token;
+    const unsigned above_here = __ballot_sync(kAllLanes, key > cut.key);
+    const unsigned equal_here = __ballot_sync(kAllLanes, key == cut.key);
+    if ((above_here | equal_here) == 0) return;
+    const int place = above + __popc(above_here & lanes_before);
+    bool taken = key > cut.key;
+    int ties = equal;
+    if (equal_here != 0) {
+      ties += __popc(equal_here & lanes_before);
+      taken = taken || (key == cut.key && ties < cut.ties);
+      equal += __popc(equal_here);
     }
-    above += __popc(higher);
-    equal += __popc(ties);
+    if (taken) indices[place + (ties < cut.ties ? ties : cut.ties)] = token;
+    above += __popc(above_here);
   });
 }
 

@@ -30,30 +30,44 @@ VTP_DEVICE SelectRow select_row_of(const SelectTopk& a, int64_t row) {
 // A Source (block_select.cuh) of keys from scores. `Score` is a functor: float score(int token),
 // called for tokens inside the row alone.
 template <class Score>
-struct SelectSource {
+class SelectSource {
+ public:
   struct Fetched {
     float score;
     bool candidate, kept;
   };
 
+  VTP_DEVICE SelectSource(const Score& score, const SelectRow& row)
+      : score_(score), candidates_(row.candidates), keep_(row.keep) {
+    const bool can_pass = row.threshold == row.threshold;  // nothing exceeds a threshold of NaN
+    if (row.has_threshold) floor_ = can_pass ? sortable(row.threshold) : kKeptKey;
+  }
+
+  // From here on only the kept tokens take part, ranked by their scores.
+  VTP_DEVICE void let_kept_compete() {
+    kept_bits_ = 0;
+    floor_ = kKeptKey;
+  }
+
   VTP_DEVICE Fetched fetch(int token, bool inside) const {
     Fetched fetched;
-    fetched.score = inside ? score(token) : 0.0f;
-    fetched.candidate = row.candidates == nullptr || (inside && row.candidates[token]);
-    fetched.kept = row.keep != nullptr && inside && row.keep[token];
+    fetched.score = inside ? score_(token) : 0.0f;
+    fetched.candidate = candidates_ == nullptr || (inside && candidates_[token]);
+    fetched.kept = keep_ != nullptr && inside && keep_[token];
     return fetched;
   }
 
   VTP_DEVICE uint32_t key(const Fetched& fetched) const {
-    const bool passes = fetched.candidate && (!row.has_threshold || fetched.score > row.threshold);
     const uint32_t key = sortable(fetched.score);
-    if (kept_compete) return fetched.kept ? key : kAbsentKey;
-    return fetched.kept ? kKeptKey : passes ? key : kAbsentKey;
+    const bool competes = fetched.candidate && key > floor_;  // NaN is above no threshold
+    return fetched.kept ? key | kept_bits_ : competes ? key : kAbsentKey;
   }
 
-  Score score;
-  SelectRow row;
-  bool kept_compete;  // where they alone exceed the capacity
+ private:
+  Score score_;
+  const bool *candidates_, *keep_;
+  uint32_t floor_ = kAbsentKey;  // the key of the threshold
+  uint32_t kept_bits_ = kKeptKey;
 };
 
 // What is left to do once it is known how many tokens there are: cut, write, fill up with -1.
@@ -76,14 +90,14 @@ VTP_DEVICE void select_from(const Keys& keys, const Census& census, const Select
 template <int Threads, class Score, class MakeKeys>
 VTP_DEVICE void select_row(const Score& score, const SelectRow& row, const MakeKeys& make_keys,
                            SelectScratch<Threads>& scratch) {
-  SelectSource<Score> source = {score, row, false};
+  SelectSource<Score> source(score, row);
   SelectRow rest = row;
   for (;;) {
     select_prepare(scratch);
     const auto keys = make_keys(source);
     const Census census = take_census(keys, scratch);
     if (census.kept <= row.capacity) return select_from(keys, census, rest, scratch);
-    source.kept_compete = true;  // from now on none counts as kept
+    source.let_kept_compete();
     rest.k = row.capacity;
     __syncthreads();  // all have read the census
   }
