@@ -3,6 +3,10 @@
 A benchmark file holds one `cases()`. Every case is first checked: op and rivals must agree on the
 very inputs that are timed. Inputs rotate, so that no cache is measured; op and rivals take turns,
 so that a machine that slows down slows all of them down. Ratios are medians over the turns.
+
+On a GPU a turn is one replay of a CUDA graph of many calls, between two events: what the device
+does, without the host's time to launch it. What waits for the device cannot be captured: it is
+timed call by call, between events too, and marked.
 """
 
 import statistics
@@ -15,6 +19,7 @@ from tqdm import tqdm
 
 ROTATION_BYTES = 96 * 2**20  # more than the last-level cache of the machines this runs on
 MOST_SETS = 16
+MOST_CALLS = 200  # in a turn
 TURN_SECONDS = 0.02  # a turn repeats a call until it takes this long, or the clock is what is timed
 
 
@@ -49,13 +54,18 @@ class Timing:
     share_of_copy: float
     speedup: dict[str, float] = field(default_factory=dict)
     spread: dict[str, tuple[float, float]] = field(default_factory=dict)
+    not_captured: list[str] = field(default_factory=list)
 
 
 def copy_bandwidth(device: str) -> float:
     """Bytes per second that torch moves (reads plus writes) copying 256 MiB on this device."""
     source = torch.zeros(256 * 2**20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    seconds = [_seconds(lambda: target.copy_(source), device, 4) for _ in range(5)]
+    if _is_cuda(device):
+        take, _ = _turn(lambda: target.copy_(source), [()], device)
+        seconds = [take() for _ in range(5)]
+    else:
+        seconds = [_seconds(lambda: target.copy_(source), device, 4) for _ in range(5)]
     return 2 * source.numel() / statistics.median(seconds[1:])
 
 
@@ -71,18 +81,19 @@ def measure(
 def _measure(case: Case, device: str, turns: int, bandwidth: float) -> Timing:
     first = case.make()
     size = sum(_bytes(x) for x in first)
+    rotation = _rotation_bytes(device)
     sets = [first] + [
-        case.make() for _ in range(min(MOST_SETS, max(1, ROTATION_BYTES // max(size, 1))) - 1)
+        case.make() for _ in range(min(MOST_SETS, max(1, rotation // max(size, 1))) - 1)
     ]
     for inputs in sets:
         for rival in case.rivals.values():
             case.check(case.ours(*inputs), rival(*inputs))
     calls = {"ours": case.ours, **case.rivals}
-    repeats = {name: _repeats(call, sets, device) for name, call in calls.items()}
+    take = {name: _turn(call, sets, device) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(turns):
-        for name, call in calls.items():
-            seconds[name].append(_rotate(call, sets, device, repeats[name]))
+        for name, (turn, _) in take.items():
+            seconds[name].append(turn())
     ours = statistics.median(seconds["ours"])
     ratios = {
         name: sorted(r / o for r, o in zip(seconds[name], seconds["ours"], strict=True))
@@ -97,13 +108,75 @@ def _measure(case: Case, device: str, turns: int, bandwidth: float) -> Timing:
         rate / bandwidth,
         {name: statistics.median(values) for name, values in ratios.items()},
         {name: (values[0], values[-1]) for name, values in ratios.items()},
+        [name for name, (_, captured) in take.items() if _is_cuda(device) and not captured],
     )
+
+
+def _turn(call, sets: list[tuple], device: str) -> tuple[Callable[[], float], bool]:
+    """(what takes one turn and returns the seconds of one call, whether it replays a graph)."""
+    if not _is_cuda(device):
+        repeats = _repeats(call, sets, device)
+        return lambda: _rotate(call, sets, device, repeats), False
+    waits = _waits_for_the_device(call, sets[0])
+    once = _between_events(lambda: call(*sets[-1]))
+    calls = max(1, min(MOST_CALLS, round(TURN_SECONDS / max(once, 1e-6))))
+
+    def all_calls() -> None:
+        for i in range(calls):
+            call(*sets[i % len(sets)])
+
+    if waits:
+        return lambda: _between_events(all_calls) / calls, False
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        all_calls()
+    graph.replay()  # the first replay uploads the graph
+    return lambda: _between_events(graph.replay) / calls, True
+
+
+def _waits_for_the_device(call, inputs: tuple) -> bool:
+    """Whether a call does, as one that reads a result on the host; also warms up."""
+    call(*inputs)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(*inputs)
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
+def _between_events(work) -> float:
+    """Seconds from the device's first to its last step of `work`."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1_000_000)  # about half a millisecond, in which the host gets ahead
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return 1e-3 * start.elapsed_time(end)
+
+
+def _rotation_bytes(device: str) -> int:
+    """Bytes of inputs that no cache holds: on a GPU, four times what its L2 does."""
+    if not _is_cuda(device):
+        return ROTATION_BYTES
+    return max(ROTATION_BYTES, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def _is_cuda(device: str) -> bool:
+    return torch.device(device).type == "cuda"
 
 
 def _repeats(call, sets: list[tuple], device: str) -> int:
     _seconds(lambda: call(*sets[0]), device, 1)
     once = _seconds(lambda: call(*sets[-1]), device, 1)
-    return max(1, min(200, round(TURN_SECONDS / max(once, 1e-6))))
+    return max(1, min(MOST_CALLS, round(TURN_SECONDS / max(once, 1e-6))))
 
 
 def _rotate(call, sets: list[tuple], device: str, repeats: int) -> float:
@@ -122,7 +195,7 @@ def _seconds(call, device: str, repeats: int) -> float:
 
 
 def _wait(device: str) -> None:
-    if device == "cuda":
+    if _is_cuda(device):
         torch.cuda.synchronize()
 
 
@@ -162,7 +235,10 @@ def table(timings: list[Timing]) -> str:
         "| --- | --- | ---: | ---: | ---: | --- |",
     ]
     for t in timings:
-        rivals = ", ".join(f"{name} {ratio:.2f}" for name, ratio in t.speedup.items())
+        rivals = ", ".join(
+            f"{name} {ratio:.2f}" + (" (not captured)" if name in t.not_captured else "")
+            for name, ratio in t.speedup.items()
+        )
         lines.append(
             f"| {t.op} | {t.shape} | {t.microseconds:,.0f} us | {t.gigabytes_per_second:.1f} "
             f"| {100 * t.share_of_copy:.0f} % | {rivals} |"

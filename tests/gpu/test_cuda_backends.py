@@ -66,7 +66,7 @@ def test_float64_rows_are_moved_like_any_other(draw, op):
     one_of(op).check(arguments, one_of(op).run(arguments))
 
 
-# --- errors ---------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------
 
 
 BROKEN_DEVICE = """
@@ -115,7 +115,7 @@ def test_arguments_on_another_device_are_refused(draw, name):
         vtp.select_topk(**arguments)
 
 
-# --- images ---------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------
 
 
 PTX_ALONE = """
@@ -170,7 +170,7 @@ def test_a_device_without_an_image_is_refused():
     assert "select_topk: backend 'native' cannot serve cuda tensors" in said
 
 
-# --- torch's own checks ---------------------------------------------------------------------------
+# --- torch's own checks -------------------------------------------------------------------------
 
 
 def schema_arguments(op: str, draw) -> tuple:

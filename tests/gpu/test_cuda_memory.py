@@ -87,7 +87,7 @@ def test_no_contribution_of_every_token():
     assert held < 4 * length * heads * 128 / 8
 
 
-# --- many rows, many tokens -----------------------------------------------------------------------
+# --- many rows, many tokens ---------------------------------------------------------------------
 
 
 def check_against_the_cpu(op, arguments, tolerance=1e-5, **options):
@@ -196,7 +196,7 @@ def test_many_layers(draw):
         check_against_the_cpu("compact_kv", arguments, tolerance=0.0, in_place=in_place)
 
 
-# --- offsets past 2^31 ----------------------------------------------------------------------------
+# --- offsets past 2^31 --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

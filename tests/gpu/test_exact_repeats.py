@@ -146,7 +146,7 @@ def test_nothing_reads_the_filling(draw, variant):
     variant.check(arguments, variant.run(arguments))
 
 
-# --- compaction in place, at the size where blocks race if they can -------------------------------
+# --- compaction in place, at the size where blocks race if they can -----------------------------
 
 
 def tail(length, width, draw):

@@ -52,7 +52,7 @@ class Variant:
         _CHECKS[self.op](arguments, self.options, [x.cpu() for x in got])
 
 
-# --- arguments: dicts of tensors, of lists of tensors, and of numbers --------------------------
+# --- arguments: dicts of tensors, of lists of tensors, and of numbers ---------------------------
 
 
 def flat(result) -> list[Tensor]:
@@ -174,7 +174,7 @@ def hard_rows(draw, batch: int, length: int) -> Tensor:
     return torch.stack([kinds[b % len(kinds)]() for b in range(batch)])
 
 
-# --- how arguments are drawn -------------------------------------------------------------------
+# --- how arguments are drawn --------------------------------------------------------------------
 
 
 def attention(dtype, heads, kv_heads, rows, dim, masks=True, lse=False, **numbers):
@@ -389,7 +389,7 @@ VARIANTS = [
 OPS = sorted({variant.op for variant in VARIANTS})
 
 
-# --- what results must be ----------------------------------------------------------------------
+# --- what results must be -----------------------------------------------------------------------
 
 
 def _wide(arguments: dict) -> dict:
