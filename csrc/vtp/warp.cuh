@@ -43,11 +43,12 @@ VTP_DEVICE T warp_max(T x) {
 }
 
 // Sum of x over the lanes before this one.
-VTP_DEVICE int warp_exclusive_sum(int x) {
-  int sum = x;
+template <class T>
+VTP_DEVICE T warp_exclusive_sum(T x) {
+  T sum = x;
 #pragma unroll
   for (int offset = 1; offset < kWarp; offset *= 2) {
-    const int before = __shfl_up_sync(kAllLanes, sum, offset);
+    const T before = __shfl_up_sync(kAllLanes, sum, offset);
     if (lane_id() >= offset) sum += before;
   }
   return sum - x;
