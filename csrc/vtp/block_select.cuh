@@ -53,7 +53,7 @@ class HeldKeys {
 
   template <class Source>
   VTP_DEVICE void load(const Source& source, int size) {
-    constexpr int kBatch = KeysPerThread < kFetchBatch<Threads> ? KeysPerThread : kFetchBatch<Threads>;
+    constexpr int kMost = kFetchBatch<Threads>, kBatch = KeysPerThread < kMost ? KeysPerThread : kMost;
     static_assert(KeysPerThread % kBatch == 0);
     words_ = (size + Threads - 1) / Threads;
     first_ = warp_id() * words_ * kWarp + lane_id();
@@ -94,7 +94,9 @@ class StreamedKeys {
   using Pair = unsigned long long;  // two counts of tokens, 32 bits each
 
   VTP_DEVICE StreamedKeys(const Source& source, int size)
-      : source_(source), size_(size), words_((static_cast<unsigned>(size) + Threads - 1) / Threads) {}
+      : source_(source),
+        size_(size),
+        words_((static_cast<unsigned>(size) + Threads - 1) / Threads) {}
 
   template <class F>
   VTP_DEVICE void for_each(const F& f) const {
@@ -126,7 +128,12 @@ class StreamedKeys {
 
 // --- the three steps --------------------------------------------------------------------------
 
-// Shared memory of one block: select_prepare makes it ready for a row.
+// Shared memory of emit.
+struct EmitScratch {
+  unsigned long long per_warp[kWarp];
+};
+
+// Shared memory of all three; select_prepare makes it ready for a row.
 template <int Threads>
 struct SelectScratch {
   static constexpr int kSlotBits = Threads >= 512 ? 11 : Threads == 256 ? 10 : 9;
@@ -136,7 +143,7 @@ struct SelectScratch {
 
   alignas(16) int slots[kSlots];  // zero between rounds
   int per_warp[kWarp];
-  unsigned long long pairs_per_warp[kWarp];
+  EmitScratch emit;
   uint32_t lowest, highest;
   int competing, kept;
   int slot, above, count;
@@ -186,12 +193,6 @@ VTP_DEVICE Census take_census(const Keys& keys, SelectScratch<Threads>& scratch)
   return {scratch.competing, scratch.kept, scratch.lowest, scratch.highest};
 }
 
-// Taken are all keys above `key`, and of those equal to it the first `ties`.
-struct Cut {
-  uint32_t key;
-  int ties;
-};
-
 // Which slot holds the need-th key of the histogram, how many lie in slots before it, how many in
 // it. Leaves the histogram zero.
 template <int Threads>
@@ -224,12 +225,13 @@ VTP_DEVICE void find_slot(int need, SelectScratch<Threads>& scratch) {
   __syncthreads();
 }
 
-// Where to cut so that `need` of the competing keys are taken; 0 <= need <= census.competing.
+// A key such that `need` of the competing keys, 0 <= need <= census.competing, are those above it
+// and some of those equal to it.
 template <int Threads, class Keys>
-VTP_DEVICE Cut find_cut(const Keys& keys, const Census& census, int need,
-                        SelectScratch<Threads>& scratch) {
-  if (need == 0) return {kKeptKey - 1, 0};
-  if (need == census.competing) return {kAbsentKey, 0};
+VTP_DEVICE uint32_t find_cut(const Keys& keys, const Census& census, int need,
+                             SelectScratch<Threads>& scratch) {
+  if (need == 0) return kKeptKey - 1;
+  if (need == census.competing) return kAbsentKey;
   uint32_t lowest = census.lowest, highest = census.highest;
   while (lowest != highest) {
     const uint32_t range = highest - lowest;
@@ -246,43 +248,48 @@ VTP_DEVICE Cut find_cut(const Keys& keys, const Census& census, int need,
     highest -= static_cast<uint32_t>(slot) << shift;
     const uint32_t width = (1u << shift) - 1;
     lowest = highest - lowest > width ? highest - width : lowest;
-    if (need == count) return {lowest - 1, 0};
+    if (need == count) return lowest - 1;
   }
-  return {highest, need};
+  return highest;
 }
 
-// Writes the tokens that are taken, ascending. Does not touch the rest of `indices`.
+// Writes `count` tokens, ascending: those whose keys are above the cut, no more than count, and of
+// those equal to it the first. Does not touch the rest of `indices`.
 template <int Threads, class Keys>
-VTP_DEVICE void emit(const Keys& keys, Cut cut, int64_t* indices, SelectScratch<Threads>& scratch) {
+VTP_DEVICE void emit(const Keys& keys, uint32_t cut, int count, int64_t* indices,
+                     EmitScratch& scratch) {
   using Pair = typename Keys::Pair;
   constexpr int kHalf = sizeof(Pair) * 4;
+  constexpr Pair kFirstHalf = (Pair{1} << kHalf) - 1;
   Pair mine = 0;  // keys above the cut, and above them keys equal to it
   keys.for_each([&](int, uint32_t key) {
-    mine += key > cut.key ? 1 : 0;
-    mine += key == cut.key ? Pair{1} << kHalf : 0;
+    mine += key > cut ? 1 : key == cut ? Pair{1} << kHalf : 0;
   });
   mine = warp_sum(mine);
-  if (lane_id() == 0) scratch.pairs_per_warp[warp_id()] = mine;
+  if (lane_id() == 0) scratch.per_warp[warp_id()] = mine;
   __syncthreads();
-  const Pair before = warp_sum(
-      lane_id() < warp_id() ? static_cast<Pair>(scratch.pairs_per_warp[lane_id()]) : Pair{0});
+  const bool is_warp = lane_id() < Threads / kWarp;
+  const Pair of_warp = is_warp ? static_cast<Pair>(scratch.per_warp[lane_id()]) : Pair{0};
+  const Pair before = warp_exclusive_sum(of_warp);
+  const Pair all = __shfl_sync(kAllLanes, before + of_warp, kWarp - 1);
+  const int ties = count - static_cast<int>(all & kFirstHalf);
+  const Pair start = __shfl_sync(kAllLanes, before, warp_id());
 
-  int above = static_cast<int>(before & ((Pair{1} << kHalf) - 1));
-  int equal = static_cast<int>(before >> kHalf);
+  int above = static_cast<int>(start & kFirstHalf), equal = static_cast<int>(start >> kHalf);
   const unsigned lanes_before = (1u << lane_id()) - 1;
   keys.for_each([&](int token, uint32_t key) {
-    const unsigned above_here = __ballot_sync(kAllLanes, key > cut.key);
-    const unsigned equal_here = __ballot_sync(kAllLanes, key == cut.key);
+    const unsigned above_here = __ballot_sync(kAllLanes, key > cut);
+    const unsigned equal_here = __ballot_sync(kAllLanes, key == cut);
     if ((above_here | equal_here) == 0) return;
     const int place = above + __popc(above_here & lanes_before);
-    bool taken = key > cut.key;
-    int ties = equal;
+    bool taken = key > cut;
+    int tie = equal;
     if (equal_here != 0) {
-      ties += __popc(equal_here & lanes_before);
-      taken = taken || (key == cut.key && ties < cut.ties);
+      tie += __popc(equal_here & lanes_before);
+      taken = taken || (key == cut && tie < ties);
       equal += __popc(equal_here);
     }
-    if (taken) indices[place + (ties < cut.ties ? ties : cut.ties)] = token;
+    if (taken) indices[place + (tie < ties ? tie : ties)] = token;
     above += __popc(above_here);
   });
 }

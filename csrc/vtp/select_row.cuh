@@ -81,7 +81,8 @@ VTP_DEVICE void select_from(const Keys& keys, const Census& census, const Select
   if (threadIdx.x == 0) *row.count = static_cast<int32_t>(count);
   for (int64_t i = count + threadIdx.x; i < row.capacity; i += Threads) row.indices[i] = -1;
   if (count == 0) return;
-  emit(keys, find_cut(keys, census, static_cast<int>(need), scratch), row.indices, scratch);
+  const uint32_t cut = find_cut(keys, census, static_cast<int>(need), scratch);
+  emit<Threads>(keys, cut, static_cast<int>(count), row.indices, scratch.emit);
 }
 
 // The whole row. make_keys(source) returns HeldKeys or StreamedKeys of that source. Every thread of
