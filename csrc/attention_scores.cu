@@ -31,7 +31,6 @@ struct PassArguments {
   int group;                   // query heads of a KV head
   int segments, segment_rows;  // rows that one sum is over, and how many such sums
   float factor;                // of the logits
-  bool keys_aligned, queries_aligned;
 };
 
 // Where a block works.
@@ -40,12 +39,21 @@ struct Block {
   int64_t batch;
 };
 
+VTP_DEVICE Block block_of(const PassArguments& p) {
+  const unsigned tiles = static_cast<unsigned>(p.parts.tiles), unit = blockIdx.x / tiles;
+  const unsigned kv_heads = static_cast<unsigned>(p.a.key.size[1]);
+  return {static_cast<int>(blockIdx.x % tiles), static_cast<int>(unit % kv_heads),
+          unit / kv_heads};
+}
+
 template <class T, int Chunks>
 struct PassShared {
   using Keys = KeyTile<T, Chunks>;
-  static constexpr int kRows = Chunks <= 8 ? 32 : 16;  // query rows at a time: 8 to 16 KB
+  static constexpr int kRows = kThreads / Chunks;  // query rows at a time: 8 KB
+  static constexpr int kSteps = kRows / Keys::kQueries;
+  static_assert(kRows % Keys::kQueries == 0 && kRows <= kThreads);
 
-  int4 queries[2][kRows * Keys::kUnits];
+  int4 queries[2][kSteps][Keys::kQueryUnits];
   RowWeight weights[2][kRows];
   RowStatistic statistics[2][kWarps][kRows];
   BlockScratch<int> scratch;
@@ -53,199 +61,177 @@ struct PassShared {
 
 // --- query rows -------------------------------------------------------------------------------
 
-// A tile of query rows: up to kRows of one segment.
+// A tile of query rows, consecutive among those of the KV head and of one segment.
 template <int Rows>
 struct RowTile {
-  int first, count;  // among the rows of the KV head
+  int first, count;
+  int left;  // in the segment, this tile included
 
-  bool ends_segment;
+  VTP_DEVICE explicit RowTile(const PassArguments& p) : first(0), left(p.segment_rows) { cut(); }
 
-  VTP_DEVICE RowTile(const PassArguments& p, int step) {
-    const int tiles = static_cast<int>(divide_up(p.segment_rows, Rows));
-    const int begin = step % tiles * Rows, left = p.segment_rows - begin;
-    first = step / tiles * p.segment_rows + begin;
-    count = left < Rows ? left : Rows;
-    ends_segment = left <= Rows;
+  VTP_DEVICE RowTile next(const PassArguments& p) const {
+    RowTile tile = *this;
+    tile.first += count;
+    tile.left = ends_segment() ? p.segment_rows : left - count;
+    tile.cut();
+    return tile;
   }
 
-  static VTP_DEVICE int steps(const PassArguments& p) {
-    return p.segments * static_cast<int>(divide_up(p.segment_rows, Rows));
+  VTP_DEVICE bool exists(const PassArguments& p) const {
+    return first < p.segments * p.segment_rows;
+  }
+  VTP_DEVICE bool ends_segment() const { return count == left; }
+
+ private:
+  VTP_DEVICE void cut() { count = left < Rows ? left : Rows; }
+};
+
+struct QueryRow {
+  int head, m;
+
+  VTP_DEVICE QueryRow(const PassArguments& p, const Block& block, int packed) {
+    const auto row = static_cast<unsigned>(packed);
+    const auto queries = static_cast<unsigned>(p.a.query.size[2]);
+    head = block.kv_head * p.group + static_cast<int>(row / queries);
+    m = static_cast<int>(row % queries);
   }
 };
 
-// Starts to copy a tile's queries, and zeros up to the next multiple of kQueries rows.
-template <class T, int Chunks>
-VTP_DEVICE void stage_queries(const PassArguments& p, const Block& block,
-                              const RowTile<PassShared<T, Chunks>::kRows>& rows, int4* out) {
-  using Keys = KeyTile<T, Chunks>;
-  const auto query = view_as<const T>(p.a.query);
-  const int dim = static_cast<int>(query.size[3]), queries = static_cast<int>(query.size[2]);
-  const int padded = static_cast<int>(divide_up(rows.count, Keys::kQueries)) * Keys::kQueries;
-  for (int i = static_cast<int>(threadIdx.x); i < padded * Keys::kUnits; i += kThreads) {
-    const int row = i / Keys::kUnits, unit = i % Keys::kUnits, first = unit * Keys::kUnitSize;
-    const int packed = rows.first + (row < rows.count ? row : 0);
-    const T* source =
-        query.at(block.batch, block.kv_head * p.group + packed / queries, packed % queries);
-    const bool exists = row < rows.count && first < dim;
-    int4* target = &out[Keys::place(row, unit)];
-    if (p.queries_aligned) {
-      copy_async(target, source + (exists ? first : 0), exists);
+// The statistics pass has no use for the softmax.
+template <Pass P>
+VTP_DEVICE RowWeight load_row_weight(const PassArguments& p, const Block& block, QueryRow row) {
+  RowWeight weight = {0.0f, 1.0f, last_key(p.a, block.batch, row.head, row.m)};
+  if (P == Pass::columns && weight.last >= 0) {
+    if (p.a.lse) {
+      weight.base = kLog2e * *view_as<const float>(p.a.lse).at(block.batch, row.head, row.m);
     } else {
-      *target = load_unit(source, first, exists ? dim : 0, false);
+      const int64_t number = row.head * p.a.query.size[2] + row.m;
+      const RowSoftmax softmax = p.parts.softmax[block.batch * p.parts.rows + number];
+      weight.base = softmax.base;
+      weight.share = softmax.share;
     }
   }
-  commit_copies();
+  return weight;
 }
 
-// Constants of row `packed` of a KV head; the statistics pass has no use for the softmax.
-template <Pass P>
-VTP_DEVICE RowWeight load_row_weight(const PassArguments& p, const Block& block, int packed) {
-  const int queries = static_cast<int>(p.a.query.size[2]);
-  const int head = block.kv_head * p.group + packed / queries, m = packed % queries;
-  RowWeight row = {0.0f, 1.0f, last_key(p.a, block.batch, head, m)};
-  if (P == Pass::columns && row.last >= 0) {
-    if (p.a.lse) {
-      row.base = kLog2e * *view_as<const float>(p.a.lse).at(block.batch, head, m);
-    } else {
-      const int64_t number = static_cast<int64_t>(head) * queries + m;
-      const RowSoftmax softmax = p.parts.softmax[block.batch * p.parts.rows + number];
-      row.base = softmax.base;
-      row.share = softmax.share;
+// A thread's share of a tile of query rows on its way to shared memory: four units of 16 bytes, and
+// one row's constants. Between load and store lies the work on the tile before.
+template <class T, int Chunks, Pass P>
+struct Staged {
+  using Keys = KeyTile<T, Chunks>;
+  using Shared = PassShared<T, Chunks>;
+  using Rows = RowTile<Shared::kRows>;
+  static constexpr int kWarpsPerStep = kWarps / Shared::kSteps;  // share a step's chunks
+  static constexpr int kChunks = Chunks / kWarpsPerStep;         // each
+  static_assert(kWarps % Shared::kSteps == 0 && Chunks % kWarpsPerStep == 0);
+
+  int4 unit[kChunks][Keys::kLaneQueries];
+  RowWeight weight;
+
+  static VTP_DEVICE int step() { return warp_id() / kWarpsPerStep; }
+  static VTP_DEVICE int chunk(int c) { return warp_id() % kWarpsPerStep * kChunks + c; }
+
+  VTP_DEVICE void load(const PassArguments& p, const Block& block, const Rows& rows) {
+    const auto query = view_as<const T>(p.a.query);
+    const int dim = static_cast<int>(query.size[3]);
+#pragma unroll
+    for (int i = 0; i < Keys::kLaneQueries; ++i) {
+      const int row = step() * Keys::kQueries + lane_id() / 4 + 8 * i;
+      const bool exists = row < rows.count;
+      const QueryRow at(p, block, rows.first + (exists ? row : 0));
+      const T* source = query.at(block.batch, at.head, at.m);
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        const int first = (4 * chunk(c) + lane_id() % 4) * Keys::kUnitSize;
+        unit[c][i] = int4{0, 0, 0, 0};
+        if (exists && first < dim) unit[c][i] = *reinterpret_cast<const int4*>(source + first);
+      }
+    }
+    weight = {0.0f, 0.0f, -1};
+    const int row = static_cast<int>(threadIdx.x);
+    if (row < rows.count) {
+      weight = load_row_weight<P>(p, block, QueryRow(p, block, rows.first + row));
     }
   }
-  return row;
-}
+
+  VTP_DEVICE void store(Shared& shared, int buffer) const {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      Keys::store_query(shared.queries[buffer][step()], chunk(c), unit[c]);
+    }
+    if (threadIdx.x < Shared::kRows) shared.weights[buffer][threadIdx.x] = weight;
+  }
+};
 
 // --- keys -------------------------------------------------------------------------------------
 
 // By a whole block: the last key any query row attends to.
 VTP_DEVICE int farthest_key(const AttentionScores& a, int64_t batch, BlockScratch<int>& scratch) {
-  if (!a.query_positions) return static_cast<int>(a.key.size[2]) - 1;
-  const int64_t end = a.key.size[2] - 1;
+  const int end = static_cast<int>(a.key.size[2]) - 1;
+  if (!a.query_positions) return end;
   int farthest = -1;
   for (int64_t m = threadIdx.x; m < a.query_positions.size[1]; m += kThreads) {
     const int64_t position = *a.query_positions.at(batch, m);
-    const int64_t last = position < end ? position : end;
-    if (last > farthest) farthest = static_cast<int>(last);
+    if (position > farthest) farthest = position < end ? static_cast<int>(position) : end;
   }
   return block_reduce<kThreads>(farthest, Max{}, scratch);
 }
 
-// The keys of a lane.
-template <int Count>
-struct LaneKeys {
-  int position[Count];  // INT_MAX: not to be read, beyond every row's last key
-  bool wanted[Count];   // a result of this pass is asked for
-  int lowest, highest;
+// The bits of keys up to `last`, of those from `first` on.
+VTP_DEVICE unsigned bits_until(int last, int first) {
+  const int count = last - first + 1;
+  return count <= 0 ? 0 : count >= kWarp ? kAllLanes : (1u << count) - 1;
+}
 
-  VTP_DEVICE void set(int i, int key, bool is_wanted, int farthest) {
-    wanted[i] = is_wanted;
-    position[i] = is_wanted && key <= farthest ? key : INT_MAX;
-    lowest = i == 0 || position[i] < lowest ? position[i] : lowest;
-    highest = i == 0 || position[i] > highest ? position[i] : highest;
-  }
-
-  VTP_DEVICE bool any_wanted() const {
-    bool any = false;
-#pragma unroll
-    for (int i = 0; i < Count; ++i) any = any || wanted[i];
-    return any;
-  }
-};
-
+// By a whole warp: which of its keys the pass has to do with, a bit each.
 template <Pass P>
-VTP_DEVICE bool is_wanted(const AttentionScores& a, int64_t batch, int64_t key) {
-  if (P == Pass::columns || a.candidates_only) return is_scored(a, batch, key);
-  return key < a.key.size[2] && (!a.valid || *a.valid.at(batch, key));
-}
-
-// --- statistics -------------------------------------------------------------------------------
-
-struct NumberMax {
-  VTP_DEVICE float operator()(float a, float b) const { return fmaxf(a, b); }
-};
-
-// Results over the warp's keys come to lie one column a lane.
-template <int Columns>
-constexpr int kLanesPerColumn = kWarp / Columns;
-
-// Over all lanes of a query, that is of equal lane % 4: column lane / kLanesPerColumn of x. Lanes
-// trade columns, so that each goes on with half of them.
-template <int Columns, class Operation>
-VTP_DEVICE float reduce_keys(const float (&x)[Columns], Operation operation) {
-  static_assert(Columns == 2 || Columns == 4);
-  const bool upper = lane_id() & 16;
-  float y[Columns / 2];
-#pragma unroll
-  for (int c = 0; c < Columns / 2; ++c) {
-    const float other = __shfl_xor_sync(kAllLanes, upper ? x[c] : x[c + Columns / 2], 16);
-    y[c] = operation(upper ? x[c + Columns / 2] : x[c], other);
+VTP_DEVICE unsigned wanted_keys(const AttentionScores& a, int64_t batch, int first, int count) {
+  const int key = first + lane_id();
+  const bool exists = lane_id() < count && key < a.key.size[2];
+  bool candidate = true, valid = true;
+  if (P == Pass::columns || a.candidates_only) {
+    candidate = exists && *a.candidates.at(batch, key);
   }
-  float result = y[0];
-  if constexpr (Columns == 4) {
-    const bool right = lane_id() & 8;
-    const float other = __shfl_xor_sync(kAllLanes, right ? y[0] : y[1], 8);
-    result = operation(right ? y[1] : y[0], other);
-  } else {
-    result = operation(result, __shfl_xor_sync(kAllLanes, result, 8));
-  }
-  return operation(result, __shfl_xor_sync(kAllLanes, result, 4));
-}
-
-// The statistic of column lane / kLanesPerColumn over the warp's keys.
-template <int Keys, int Columns>
-VTP_DEVICE RowStatistic reduce_logits(const float (&logit)[Keys][Columns]) {
-  float x[Columns];
-#pragma unroll
-  for (int c = 0; c < Columns; ++c) {
-    x[c] = logit[0][c];
-#pragma unroll
-    for (int i = 1; i < Keys; ++i) x[c] = fmaxf(x[c], logit[i][c]);
-  }
-  const float maximum = reduce_keys(x, NumberMax{});
-#pragma unroll
-  for (int c = 0; c < Columns; ++c) {
-    const int owner = c * kLanesPerColumn<Columns> + lane_id() % 4;
-    const float base = finite_base(__shfl_sync(kAllLanes, maximum, owner));
-    x[c] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < Keys; ++i) x[c] += fast_exp2(logit[i][c] - base);
-  }
-  // All NaN: a maximum of any kind, the sum tells.
-  return {maximum == maximum ? maximum : -INFINITY, reduce_keys(x, Sum{})};
+  if (a.valid) valid = exists && *a.valid.at(batch, key);
+  return __ballot_sync(kAllLanes, exists && candidate && valid);
 }
 
 // --- the pass ---------------------------------------------------------------------------------
 
-// One warp's keys against kQueries rows of the tile in shared memory.
-template <class T, int Chunks, Pass P>
+// One warp's keys against kQueries rows in shared memory.
+template <class T, int Chunks>
 struct Warp {
   using Keys = KeyTile<T, Chunks>;
-  static constexpr int kColumns = Keys::kColumns;
+  static constexpr int kGroups = Keys::kGroups, kLaneQueries = Keys::kLaneQueries;
 
   const PassArguments& p;
   const Block& block;
   const Keys& keys;
-  const LaneKeys<Keys::kKeys>& lane;
+  int first;
+  unsigned all, read;  // bits of the keys: those there are, those that were read
 
-  // Which rows attend to which keys, as far as a vote can tell.
+  // Which keys the lane's rows attend to. The bit of the lane's key (n, j) is 8 n + j.
   struct Attends {
-    int last[kColumns];
-    bool any, all;
+    unsigned keys[kLaneQueries];
+    bool any, every;  // over the warp
+
+    VTP_DEVICE bool operator()(int i, int n, int j) const {
+      return keys[i] & (1u << (8 * n + j));
+    }
   };
 
   VTP_DEVICE Attends attends(const RowWeight* weights) const {
     Attends attends;
-    int lowest = INT_MAX, highest = -1;
+    bool any = false, every = true;
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      const int last = weights[Keys::query_of(c)].last;
-      attends.last[c] = last;
-      lowest = last < lowest ? last : lowest;
-      highest = last > highest ? last : highest;
+    for (int i = 0; i < kLaneQueries; ++i) {
+      const unsigned bits = read & bits_until(weights[Keys::query_of(i)].last, first);
+      any = any || bits != 0;
+      every = every && bits == all;
+      attends.keys[i] = bits >> Keys::key_of(0, 0);
     }
-    attends.any = __any_sync(kAllLanes, lane.lowest <= highest);
-    attends.all = __all_sync(kAllLanes, lane.highest <= lowest);
+    attends.any = __any_sync(kAllLanes, any);
+    attends.every = __all_sync(kAllLanes, every);
     return attends;
   }
 
@@ -253,61 +239,84 @@ struct Warp {
   VTP_DEVICE void add_statistics(const int4* queries, const RowWeight* weights, int first_row,
                                  int row_count, RowStatistic* out) const {
     const Attends attends = this->attends(weights);
-    const int column = lane_id() / kLanesPerColumn<kColumns>;
-    const bool owns = lane_id() % kLanesPerColumn<kColumns> < 4;
-    RowStatistic statistic = no_logits();
-    if (attends.any) {
-      const auto products = keys.multiply(queries, static_cast<int>(p.a.query.size[3]));
-      float logit[Keys::kKeys][kColumns];
+    if (!attends.any) {
+      if (lane_id() < Keys::kQueries) out[lane_id()] = no_logits();
+      return;
+    }
+    auto logits = keys.multiply(queries, static_cast<int>(p.a.query.size[3]));
 #pragma unroll
-      for (int i = 0; i < Keys::kKeys; ++i) {
+    for (int n = 0; n < kGroups; ++n) {
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) logit[i][c] = products.at(i, c) * p.factor;
-      }
-      if (p.parts.few_rows) store_logits(logit, first_row, row_count);
-      if (!attends.all) {
+      for (int i = 0; i < 2 * kLaneQueries; ++i) logits.x[n][i] *= p.factor;
+    }
+    if (p.parts.few_rows) store_logits(logits, first_row, row_count);
+    if (!attends.every) {
 #pragma unroll
-        for (int i = 0; i < Keys::kKeys; ++i) {
+      for (int n = 0; n < kGroups; ++n) {
 #pragma unroll
-          for (int c = 0; c < kColumns; ++c) {
-            if (lane.position[i] > attends.last[c]) logit[i][c] = -INFINITY;
-          }
+        for (int i = 0; i < 2 * kLaneQueries; ++i) {
+          if (!attends(i / 2, n, i % 2)) logits.x[n][i] = -INFINITY;
         }
       }
-      statistic = reduce_logits(logit);
     }
-    if (owns) out[Keys::query_of(column)] = statistic;
+#pragma unroll
+    for (int i = 0; i < kLaneQueries; ++i) {
+      const RowStatistic statistic = statistic_of(logits, i);
+      if (lane_id() % 4 == 0) out[Keys::query_of(i)] = statistic;
+    }
   }
 
-  VTP_DEVICE void store_logits(const float (&logit)[Keys::kKeys][kColumns], int first_row,
+  // Of the lane's row i, over the warp's keys.
+  static VTP_DEVICE RowStatistic statistic_of(const typename Keys::Products& logits, int i) {
+    float maximum = -INFINITY, sum = 0.0f;  // fmaxf ignores NaN, the sum does not
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n) {
+      maximum = fmaxf(maximum, fmaxf(logits.at(i, n, 0), logits.at(i, n, 1)));
+    }
+    maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, 1));
+    maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, 2));
+    const float base = finite_base(maximum);
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n) {
+      sum += fast_exp2(logits.at(i, n, 0) - base) + fast_exp2(logits.at(i, n, 1) - base);
+    }
+    return {maximum, warp_sum<4>(sum)};
+  }
+
+  // Of all keys, since the workspace has room for whole tiles; what nobody wants is never read.
+  VTP_DEVICE void store_logits(const typename Keys::Products& logits, int first_row,
                                int row_count) const {
-    const int64_t number =
-        static_cast<int64_t>(block.kv_head) * p.group * p.a.query.size[2] + first_row;
+    const int64_t number = block.kv_head * p.group * p.a.query.size[2] + first_row;
+    float* out = p.parts.logits + (block.batch * p.parts.rows + number) * p.parts.stride + first;
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      const int row = Keys::query_of(c);
-      float* out = p.parts.logits + (block.batch * p.parts.rows + number + row) * p.parts.stride;
+    for (int i = 0; i < kLaneQueries; ++i) {
+      const int row = Keys::query_of(i);
+      if (row >= row_count) continue;
+      float* row_out = out + row * p.parts.stride + Keys::key_of(0, 0);
 #pragma unroll
-      for (int i = 0; i < Keys::kKeys; ++i) {
-        const int key = lane.position[i];
-        if (row < row_count && key != INT_MAX) out[key] = logit[i][c];
+      for (int n = 0; n < kGroups; ++n) {
+        const float2 pair = {logits.at(i, n, 0), logits.at(i, n, 1)};
+        *reinterpret_cast<float2*>(row_out + 8 * n) = pair;
       }
     }
   }
 
-  // Adds the rows' weights to the columns of the lane's keys.
+  // Adds the weights of the lane's rows to its keys' columns.
   VTP_DEVICE void add_columns(const int4* queries, const RowWeight* weights,
-                              float (&sum)[Keys::kKeys]) const {
+                              float (&sum)[kGroups][2]) const {
     const Attends attends = this->attends(weights);
     if (!attends.any) return;
     const auto products = keys.multiply(queries, static_cast<int>(p.a.query.size[3]));
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      const RowWeight row = weights[Keys::query_of(c)];
+    for (int i = 0; i < kLaneQueries; ++i) {
+      const RowWeight row = weights[Keys::query_of(i)];
 #pragma unroll
-      for (int i = 0; i < Keys::kKeys; ++i) {
-        const float weight = fast_exp2(fmaf(products.at(i, c), p.factor, -row.base)) * row.share;
-        sum[i] += attends.all || lane.position[i] <= attends.last[c] ? weight : 0.0f;
+      for (int n = 0; n < kGroups; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float weight = fast_exp2(fmaf(products.at(i, n, j), p.factor, -row.base));
+          sum[n][j] += attends.every || attends(i, n, j) ? weight * row.share : 0.0f;
+        }
       }
     }
   }
@@ -337,6 +346,35 @@ VTP_DEVICE void write_no_statistics(const PassArguments& p, const Block& block) 
   }
 }
 
+// What was added up over the rows of a segment becomes a head's column; of several, the largest.
+template <int Groups>
+VTP_DEVICE void end_segment(float (&sum)[Groups][2], float (&column)[Groups][2]) {
+#pragma unroll
+  for (int n = 0; n < Groups; ++n) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+#pragma unroll
+      for (int distance = 4; distance < kWarp; distance *= 2) {
+        sum[n][j] += __shfl_xor_sync(kAllLanes, sum[n][j], distance);
+      }
+      column[n][j] = larger(column[n][j], sum[n][j]);
+      sum[n][j] = 0.0f;
+    }
+  }
+}
+
+template <int Groups>
+VTP_DEVICE void write_columns(const PassArguments& p, const Block& block, int first,
+                              const float (&column)[Groups][2]) {
+  if (lane_id() >= 4) return;
+  const int64_t row = block.batch * p.a.key.size[1] + block.kv_head;
+  float* out = p.parts.columns + row * p.parts.stride + first + 2 * lane_id();
+#pragma unroll
+  for (int n = 0; n < Groups; ++n) {
+    *reinterpret_cast<float2*>(out + 8 * n) = float2{column[n][0], column[n][1]};
+  }
+}
+
 template <int Chunks>
 constexpr int kBlocksPerMultiprocessor = Chunks <= 2 ? 4 : Chunks <= 8 ? 3 : 2;
 
@@ -347,90 +385,70 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Chunks>)
   using Shared = PassShared<T, Chunks>;
   using Rows = RowTile<Shared::kRows>;
   VTP_SHARED(Shared, shared);
-  const int kv_heads = static_cast<int>(p.a.key.size[1]);
-  const int unit = static_cast<int>(blockIdx.x) / p.parts.tiles;
-  const Block block = {static_cast<int>(blockIdx.x) % p.parts.tiles, unit % kv_heads,
-                       unit / kv_heads};
-  const int first = (block.tile * kWarps + warp_id()) * Keys::kWarpKeys;
-
+  const Block block = block_of(p);
+  const int first = (block.tile * kWarps + warp_id()) * Keys::kKeys;
   const int farthest = farthest_key(p.a, block.batch, shared.scratch);
-  LaneKeys<Keys::kKeys> lane;
-#pragma unroll
-  for (int i = 0; i < Keys::kKeys; ++i) {
-    const int key = first + Keys::key_of(i);
-    lane.set(i, key, is_wanted<P>(p.a, block.batch, key), farthest);
-  }
-  if (!__syncthreads_or(lane.any_wanted())) {
+  const unsigned wanted = wanted_keys<P>(p.a, block.batch, first, Keys::kKeys);
+  if (!__syncthreads_or(wanted != 0)) {
     if (P == Pass::statistics) write_no_statistics(p, block);
     return;
   }
 
   const auto key = view_as<const T>(p.a.key);
+  const unsigned read = wanted & bits_until(farthest, first);
   Keys keys;
-  keys.load(key.at(block.batch, block.kv_head), key.stride[2], lane.position,
-            static_cast<int>(key.size[3]), p.keys_aligned);
+  keys.load(key.at(block.batch, block.kv_head, first), key.stride[2], read,
+            static_cast<int>(key.size[3]));
+  const Warp<T, Chunks> warp = {p, block, keys, first, bits_until(Keys::kKeys - 1, 0), read};
 
-  const Warp<T, Chunks, P> warp = {p, block, keys, lane};
-  const int thread = static_cast<int>(threadIdx.x), steps = Rows::steps(p);
-  float sum[Keys::kKeys] = {}, column[Keys::kKeys] = {};
-  if (steps > 0) {
-    const Rows rows(p, 0);
-    stage_queries<T, Chunks>(p, block, rows, shared.queries[0]);
-    if (thread < Shared::kRows) {
-      shared.weights[0][thread] =
-          thread < rows.count ? load_row_weight<P>(p, block, rows.first + thread)
-                              : RowWeight{0.0f, 0.0f, -1};
-    }
-  }
-  for (int step = 0; step < steps; ++step) {
-    const Rows rows(p, step);
-    const int buffer = step % 2, other = 1 - buffer;
-    wait_copies<0>();
-    __syncthreads();  // this tile is here, and the other buffer is free
-    RowWeight next = {0.0f, 0.0f, -1};
-    if (step + 1 < steps) {
-      const Rows next_rows(p, step + 1);
-      stage_queries<T, Chunks>(p, block, next_rows, shared.queries[other]);
-      if (thread < next_rows.count) {
-        next = load_row_weight<P>(p, block, next_rows.first + thread);
-      }
-    }
-    if (P == Pass::statistics && step > 0) {
-      write_statistics(p, block, Rows(p, step - 1), shared.statistics[other]);
-    }
-    for (int n = 0; n < rows.count; n += Keys::kQueries) {
-      const int4* queries = shared.queries[buffer] + n * Keys::kUnits;
-      const RowWeight* weights = shared.weights[buffer] + n;
+  Rows rows(p);
+  Staged<T, Chunks, P> staged;
+  staged.load(p, block, rows);
+  staged.store(shared, 0);
+  __syncthreads();
+  float sum[Keys::kGroups][2] = {}, column[Keys::kGroups][2] = {};
+  for (int buffer = 0; rows.exists(p); buffer = 1 - buffer) {
+    const Rows next = rows.next(p);
+    if (next.exists(p)) staged.load(p, block, next);
+    for (int step = 0; step * Keys::kQueries < rows.count; ++step) {
+      const int row = step * Keys::kQueries;
+      const int4* queries = shared.queries[buffer][step];
+      const RowWeight* weights = shared.weights[buffer] + row;
       if constexpr (P == Pass::statistics) {
-        warp.add_statistics(queries, weights, rows.first + n, rows.count - n,
-                            shared.statistics[buffer][warp_id()] + n);
+        warp.add_statistics(queries, weights, rows.first + row, rows.count - row,
+                            shared.statistics[buffer][warp_id()] + row);
       } else {
         warp.add_columns(queries, weights, sum);
       }
     }
-    if (thread < Shared::kRows) shared.weights[other][thread] = next;
-    if (P == Pass::columns && rows.ends_segment) {
-#pragma unroll
-      for (int i = 0; i < Keys::kKeys; ++i) {
-        column[i] = larger(column[i], warp_sum<4>(sum[i]));
-        sum[i] = 0.0f;
-      }
-    }
+    if (P == Pass::columns && rows.ends_segment()) end_segment(sum, column);
+    if (next.exists(p)) staged.store(shared, 1 - buffer);
+    __syncthreads();  // the next tile is there, and this one's statistics are
+    if (P == Pass::statistics) write_statistics(p, block, rows, shared.statistics[buffer]);
+    rows = next;
   }
-  if constexpr (P == Pass::statistics) {
-    if (steps == 0) return;
-    __syncthreads();
-    write_statistics(p, block, Rows(p, steps - 1), shared.statistics[(steps - 1) % 2]);
-  } else {
-    float* out = p.parts.columns + (block.batch * kv_heads + block.kv_head) * p.parts.stride;
-#pragma unroll
-    for (int i = 0; i < Keys::kKeys; ++i) {
-      if (lane.wanted[i] && lane_id() % 4 == 0) out[first + Keys::key_of(i)] = column[i];
-    }
-  }
+  if (P == Pass::columns) write_columns(p, block, first, column);
 }
 
 // --- the rest ---------------------------------------------------------------------------------
+
+// Copies rows to where 16-byte loads can serve them, filled up with zeros; a thread per 16 bytes.
+// Misaligned rows are rare: they are better copied than a burden on every pass.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    align_rows(const View<const T, 4> source, T* target, int units) {
+  const int64_t unit = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t row = unit / units, heads = source.size[1], length = source.size[2];
+  const int first = static_cast<int>(unit % units) * kVectorSize<T>;
+  if (row >= source.size[0] * heads * length) return;
+  const T* from = source.at(row / length / heads, row / length % heads, row % length);
+  Vector<T> vector;
+#pragma unroll
+  for (int i = 0; i < kVectorSize<T>; ++i) {
+    vector.x[i] = first + i < source.size[3] ? from[first + i] : from_float<T>(0.0f);
+  }
+  *reinterpret_cast<Vector<T>*>(target + unit * kVectorSize<T>) = vector;
+}
 
 constexpr int kMergeRows = kWarp, kMergeThreads = kMergeRows * kStatisticParts;
 using MergeShared = RowStatistic[kStatisticParts][kMergeRows];
@@ -510,6 +528,32 @@ void with_key_tile(const AttentionScores& a, const F& f) {
   });
 }
 
+int64_t row_units(const Floats<4>& x) {
+  const int64_t element = x.dtype == DType::f32 ? 4 : 2;
+  return divide_up(x.size[3] * element, kVectorBytes);
+}
+
+// Room for a copy of rows that are not aligned.
+void* take_copy(const Floats<4>& x, Pieces& workspace) {
+  if (rows_are_aligned(x)) return nullptr;
+  return workspace.take<int4>(x.size[0] * x.size[1] * x.size[2] * row_units(x));
+}
+
+// Puts the copy in the place of `x`.
+void copy_rows(Floats<4>& x, void* copy, Stream stream) {
+  if (rows_are_aligned(x)) return;
+  const int64_t units = row_units(x), rows = x.size[0] * x.size[1] * x.size[2];
+  with_type(x.dtype, [&](auto type) {
+    using T = decltype(type);
+    const dim3 grid(static_cast<unsigned>(divide_up(rows * units, kThreads)));
+    launch("attention_scores", align_rows<T>, grid, dim3(kThreads), 0, stream,
+           view_as<const T>(x), static_cast<T*>(copy), static_cast<int>(units));
+    x.size[3] = units * kVectorSize<T>;
+  });
+  x.data = copy;
+  for (int i = 2; i >= 0; --i) x.stride[i] = x.size[i + 1] * (i == 2 ? 1 : x.stride[i + 1]);
+}
+
 template <Pass P>
 void launch_pass(const AttentionScores& a, const AttentionParts& parts, Stream stream) {
   const int64_t group = a.query.size[1] / a.key.size[1], rows = a.query.size[2];
@@ -521,8 +565,6 @@ void launch_pass(const AttentionScores& a, const AttentionParts& parts, Stream s
   p.segments = by_head ? p.group : 1;
   p.segment_rows = static_cast<int>(by_head ? rows : group * rows);
   p.factor = static_cast<float>(a.scale * kLog2e);
-  p.keys_aligned = rows_are_aligned(a.key);
-  p.queries_aligned = rows_are_aligned(a.query);
   with_key_tile(a, [&](auto type, auto chunks) {
     launch("attention_scores", key_pass<decltype(type), decltype(chunks)::value, P>,
            dim3(static_cast<unsigned>(parts.tiles * a.key.size[1] * a.query.size[0])),
@@ -536,8 +578,10 @@ AttentionParts attention_parts(const AttentionScores& a, Pieces& workspace) {
   const int64_t batch = a.query.size[0], heads = a.query.size[1], kv_heads = a.key.size[1];
   AttentionParts parts;
   parts.rows = heads * a.query.size[2];
+  parts.query_copy = take_copy(a.query, workspace);
+  parts.key_copy = take_copy(a.key, workspace);
   with_key_tile(a, [&](auto type, auto chunks) {
-    constexpr int kKeys = kWarps * KeyTile<decltype(type), decltype(chunks)::value>::kWarpKeys;
+    constexpr int kKeys = kWarps * KeyTile<decltype(type), decltype(chunks)::value>::kKeys;
     parts.tiles = static_cast<int>(divide_up(a.key.size[2], kKeys));
     parts.stride = static_cast<int64_t>(parts.tiles) * kKeys;
   });
@@ -557,9 +601,12 @@ AttentionParts attention_parts(const AttentionScores& a, Pieces& workspace) {
   return parts;
 }
 
-void compute_attention_parts(const AttentionScores& a, const AttentionParts& parts,
+void compute_attention_parts(const AttentionScores& given, const AttentionParts& parts,
                              Stream stream) {
   if (parts.rows == 0) return;
+  AttentionScores a = given;
+  copy_rows(a.query, parts.query_copy, stream);
+  copy_rows(a.key, parts.key_copy, stream);
   if (parts.statistics) launch_pass<Pass::statistics>(a, parts, stream);
   if (parts.softmax) {
     const int64_t blocks = divide_up(parts.rows, kMergeRows) * a.query.size[0];

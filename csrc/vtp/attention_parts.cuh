@@ -72,6 +72,7 @@ struct AttentionParts {
   RowStatistic* statistics = nullptr;  // [B, tiles, rows]
   RowSoftmax* softmax = nullptr;       // [B, rows]; absent: to be made of the statistics
   float* columns = nullptr;            // [B, Hkv, stride]: weights, added or reduced over rows
+  void *query_copy = nullptr, *key_copy = nullptr;  // aligned, where the rows given are not
 };
 
 // Host. Puts on the stream whatever must run before scores can be finished.

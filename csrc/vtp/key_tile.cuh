@@ -1,90 +1,84 @@
-// Dot products of many keys with many queries, one warp's share: its keys stay in registers, queries
-// come from shared memory, eight or sixteen at a time.
+// Dot products of keys with queries, one warp's share: its keys stay in registers for as many
+// queries as come by in shared memory, eight or sixteen at a time.
 //
-// With g = lane / 4 and t = lane % 4, a lane holds 16-byte units t, t + 4, t + 8 ... of keys g,
-// g + 8, ...: one load instruction of a warp reads 64 contiguous bytes of eight keys, straight from
-// global memory, and all loads of a lane are independent. Nothing is sorted into the operand layout
-// of the tensor core: a dot product does not mind in which order its terms come, so a unit's four
-// words simply serve as the words the instruction wants, for keys and queries alike.
-// float32 has no such instruction: a lane multiplies its own units, and four lanes add up.
+// Keys are read straight from global memory: a load of a warp takes 64 contiguous bytes of each of
+// eight keys, 16 bytes a lane, and all loads of a lane are independent. Nothing sorts them into the
+// layout the tensor core documents, because a dot product does not mind in which order its terms
+// come: the words of a unit of 16 bytes serve as operands as they are, if keys and queries agree.
+// With g = lane / 4 and t = lane % 4, words 0 and 1 of unit t of key g are one operand B, words 2
+// and 3 the next; of queries g and g + 8 the same words, interleaved, are operand A, and lie so in
+// shared memory.
+// float32 has no such instruction. Four lanes share a key, a unit each, and multiply it with eight
+// queries; they add up by trading sums.
 //
-// Either way lane (g, t) ends with the products of keys g + 8 i and queries 2 t, 2 t + 1 of every
+// Either way a lane ends with the products of its one or two queries and keys 2 t, 2 t + 1 of every
 // group of eight.
 #pragma once
 
-#include <climits>
-
-#include "async_copy.cuh"
 #include "mma.cuh"
 #include "vector.cuh"
 #include "warp.cuh"
 
 namespace vtp::cuda {
 
-// Elements [first, first + kVectorSize) of a row of `dim`; zeros beyond its end.
-template <class T>
-VTP_DEVICE int4 load_unit(const T* row, int first, int dim, bool aligned) {
-  if (aligned) {
-    if (first < dim) return *reinterpret_cast<const int4*>(row + first);
-    return int4{0, 0, 0, 0};
-  }
-  Vector<T> vector;
-#pragma unroll
-  for (int i = 0; i < kVectorSize<T>; ++i) {
-    vector.x[i] = first + i < dim ? row[first + i] : from_float<T>(0.0f);
-  }
-  int4 bits;
-  memcpy(&bits, &vector, sizeof bits);
-  return bits;
-}
-
-// Chunks: of 64 bytes, enough for the rows served.
+// Rows of up to 64 * Chunks bytes, aligned to 16.
 template <class T, int Chunks>
 struct KeyTile {
   static constexpr bool kTensorCore = sizeof(T) == 2;
-  static constexpr int kUnits = 4 * Chunks;                   // 16-byte units a row
-  static constexpr int kUnitSize = kVectorSize<T>;            // elements a unit
-  static constexpr int kSixteens = Chunks <= 4 ? 2 : 1;       // keys a warp, in sixteens
-  static constexpr int kWarpKeys = 16 * kSixteens;            // 64 registers a lane, mostly
-  static constexpr int kKeys = 2 * kSixteens;                 // keys a lane
-  static constexpr int kEights = kTensorCore ? 2 : 1;         // queries at a time, in eights
-  static constexpr int kQueries = 8 * kEights;                //
-  static constexpr int kColumns = 2 * kEights;                // queries a lane has products of
-  static_assert(Chunks >= 2);
+  static constexpr int kUnitSize = kVectorSize<T>;      // elements of a unit of 16 bytes
+  static constexpr int kGroups = Chunks <= 4 ? 4 : 2;   // of eight keys, in 64 registers, mostly
+  static constexpr int kKeys = 8 * kGroups;             // a warp
+  static constexpr int kLaneQueries = kTensorCore ? 2 : 1;
+  static constexpr int kQueries = 8 * kLaneQueries;     // at a time
+  static constexpr int kQueryUnits = kQueries * 4 * Chunks;  // the shared memory they take
 
-  // Of key i and column c of this lane.
+  // Of query i and key (n, j) of a lane.
   struct Products {
-    float x[kSixteens][kEights][4];
+    float x[kGroups][4];
 
-    VTP_DEVICE float at(int i, int c) const { return x[i / 2][c / 2][i % 2 * 2 + c % 2]; }
+    VTP_DEVICE float at(int i, int n, int j) const { return x[n][2 * i + j]; }
   };
 
-  int4 unit[kKeys][Chunks];
+  int4 unit[kGroups][Chunks];
 
-  // Which key of the warp's, which of the queries at hand.
-  static VTP_DEVICE int key_of(int i) { return 8 * i + lane_id() / 4; }
-  static VTP_DEVICE int query_of(int c) { return c / 2 * 8 + lane_id() % 4 * 2 + c % 2; }
+  // Which of the queries at hand, which of the warp's keys.
+  static VTP_DEVICE int query_of(int i) {
+    const int g = lane_id() / 4;
+    return kTensorCore ? g + 8 * i : g % 4 * 2 + g / 4;
+  }
+  static VTP_DEVICE int key_of(int n, int j) { return 8 * n + lane_id() % 4 * 2 + j; }
 
-  // Where unit u of a query lies in shared memory. Eight lanes at a time read four units of two
-  // neighbouring rows, which the swap puts into different banks.
-  static VTP_DEVICE int place(int query, int u) { return query * kUnits + (u ^ (query % 2 * 4)); }
-
-  // The keys whose position is not INT_MAX; the others are taken as zero and not read.
-  VTP_DEVICE void load(const T* keys, int64_t stride, const int (&position)[kKeys], int dim,
-                       bool aligned) {
+  // Keys keys[0 ... kKeys) of `dim` elements, as far as their bits are set in `read`; the others
+  // are taken as zero.
+  VTP_DEVICE void load(const T* keys, int64_t stride, unsigned read, int dim) {
+    const int g = lane_id() / 4, t = lane_id() % 4;
+    const int key = kTensorCore ? g : 2 * t + g / 4, first = kTensorCore ? t : g % 4;
+    const T* row = keys + key * stride + first * kUnitSize;
 #pragma unroll
-    for (int i = 0; i < kKeys; ++i) {
-      const bool read = position[i] != INT_MAX;
-      const T* row = keys + (read ? position[i] : 0) * stride;
+    for (int n = 0; n < kGroups; ++n) {
+      const int row_dim = (read >> (8 * n + key)) & 1 ? dim : 0;
 #pragma unroll
       for (int c = 0; c < Chunks; ++c) {
-        const int first = (4 * c + lane_id() % 4) * kUnitSize;
-        unit[i][c] = load_unit(row, first, read ? dim : 0, aligned);
+        const bool inside = (4 * c + first) * kUnitSize < row_dim;
+        unit[n][c] = int4{0, 0, 0, 0};
+        if (inside) unit[n][c] = *reinterpret_cast<const int4*>(row + 4 * c * kUnitSize);
       }
+      row += 8 * stride;
     }
   }
 
-  // With the kQueries queries of `dim` elements that begin at `queries`, laid out by place().
+  // Puts units 4 c + t of queries g and, for the tensor core, g + 8 where multiply() wants them.
+  static VTP_DEVICE void store_query(int4* queries, int c, const int4 (&q)[kLaneQueries]) {
+    if constexpr (kTensorCore) {
+      int4* out = queries + 2 * c * kWarp + lane_id();
+      out[0] = int4{q[0].x, q[1].x, q[0].y, q[1].y};
+      out[kWarp] = int4{q[0].z, q[1].z, q[0].w, q[1].w};
+    } else {
+      queries[c * kWarp + lane_id()] = q[0];
+    }
+  }
+
+  // With kQueries queries of `dim` elements.
   VTP_DEVICE Products multiply(const int4* queries, int dim) const {
     const int chunks = static_cast<int>(divide_up(dim, 4 * kUnitSize));
     if constexpr (kTensorCore) {
@@ -101,50 +95,61 @@ struct KeyTile {
   static VTP_DEVICE bool has_chunk(int c, int chunks) { return 2 * c < Chunks || c < chunks; }
 
   VTP_DEVICE Products multiply_by_tensor_core(const int4* queries, int chunks) const {
-    Products products = {};
+    // At least four sums under way, to cover the latency of the instruction.
+    constexpr int kChains = kGroups < 4 ? 2 : 1;
+    Products sum[kChains] = {};
 #pragma unroll
     for (int c = 0; c < Chunks; ++c) {
       if (!has_chunk(c, chunks)) continue;
+      const int4 a = queries[2 * c * kWarp + lane_id()];
+      const int4 b = queries[(2 * c + 1) * kWarp + lane_id()];
+      const uint32_t low[4] = {word(a.x), word(a.y), word(a.z), word(a.w)};
+      const uint32_t high[4] = {word(b.x), word(b.y), word(b.z), word(b.w)};
 #pragma unroll
-      for (int n = 0; n < kEights; ++n) {
-        const int4 q = queries[place(8 * n + lane_id() / 4, 4 * c + lane_id() % 4)];
-        const uint32_t low[2] = {word(q.x), word(q.y)}, high[2] = {word(q.z), word(q.w)};
+      for (int n = 0; n < kGroups; ++n) {
+        mma<T>(sum[0].x[n], low, {word(unit[n][c].x), word(unit[n][c].y)});
+      }
 #pragma unroll
-        for (int m = 0; m < kSixteens; ++m) {
-          const int4 a = unit[2 * m][c], b = unit[2 * m + 1][c];
-          mma<T>(products.x[m][n], {word(a.x), word(b.x), word(a.y), word(b.y)}, low);
-          mma<T>(products.x[m][n], {word(a.z), word(b.z), word(a.w), word(b.w)}, high);
-        }
+      for (int n = 0; n < kGroups; ++n) {
+        mma<T>(sum[kChains - 1].x[n], high, {word(unit[n][c].z), word(unit[n][c].w)});
       }
     }
-    return products;
+    if constexpr (kChains == 2) {
+#pragma unroll
+      for (int n = 0; n < kGroups; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[0].x[n][i] += sum[1].x[n][i];
+      }
+    }
+    return sum[0];
   }
 
-  // Every lane multiplies its units of all eight queries; then half of the unfinished sums go to
-  // the lane two away, and half of the rest to the neighbour.
   VTP_DEVICE Products multiply_by_lanes(const int4* queries, int chunks) const {
-    float sum[kKeys][8] = {};
+    float sum[kGroups][8] = {};
 #pragma unroll
     for (int c = 0; c < Chunks; ++c) {
       if (!has_chunk(c, chunks)) continue;
 #pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        const int4 q = queries[place(n, 4 * c + lane_id() % 4)];
+      for (int q = 0; q < 8; ++q) {
+        const int4 query = queries[c * kWarp + 4 * q + lane_id() / 4 % 4];
 #pragma unroll
-        for (int i = 0; i < kKeys; ++i) sum[i][n] = add_products(unit[i][c], q, sum[i][n]);
+        for (int n = 0; n < kGroups; ++n) sum[n][q] = add_products(unit[n][c], query, sum[n][q]);
       }
     }
-    const bool upper_half = lane_id() & 2, upper_quarter = lane_id() & 1;
-    Products products;
+    // A lane goes on with half of its sums, and half of them, adding what others have of these.
+    // Lanes 16 apart hold neighbouring keys: they part with one of two queries.
+    Products products = {};
+    const bool upper = lane_id() & 16;
 #pragma unroll
-    for (int i = 0; i < kKeys; ++i) {
-      float half[4];
+    for (int n = 0; n < kGroups; ++n) {
+      float half[4], quarter[2];
 #pragma unroll
-      for (int n = 0; n < 4; ++n) half[n] = trade(sum[i][n], sum[i][n + 4], upper_half, 2);
+      for (int q = 0; q < 4; ++q) half[q] = trade(sum[n][q], sum[n][q + 4], 8);
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        products.x[i / 2][0][i % 2 * 2 + n] = trade(half[n], half[n + 2], upper_quarter, 1);
-      }
+      for (int q = 0; q < 2; ++q) quarter[q] = trade(half[q], half[q + 2], 4);
+      const float other = __shfl_xor_sync(kAllLanes, upper ? quarter[0] : quarter[1], 16);
+      products.x[n][0] = upper ? other : quarter[0];
+      products.x[n][1] = upper ? quarter[1] : other;
     }
     return products;
   }
@@ -156,8 +161,9 @@ struct KeyTile {
     return fmaf(__int_as_float(a.w), __int_as_float(b.w), sum);
   }
 
-  // Of two sums, both lanes of a pair add up one: the upper lane the second.
-  static VTP_DEVICE float trade(float first, float second, bool upper, int distance) {
+  // Two lanes add up two sums, each lane one: the upper lane the second.
+  static VTP_DEVICE float trade(float first, float second, int distance) {
+    const bool upper = lane_id() & distance;
     const float given = __shfl_xor_sync(kAllLanes, upper ? first : second, distance);
     return (upper ? second : first) + given;
   }
