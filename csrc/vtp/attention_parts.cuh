@@ -186,6 +186,16 @@ VTP_DEVICE float reduce_columns(const AttentionScores& a, const AttentionParts& 
   return total;
 }
 
+// A key's score where all rows' constants are at hand, at most kWeightRows.
+VTP_DEVICE float finished_score(const AttentionScores& a, const AttentionParts& parts,
+                                int64_t batch, int key, const RowWeights& weights, float factor) {
+  if (!is_scored(a, batch, key)) return 0.0f;
+  if (!parts.few_rows) return reduce_columns(a, parts, batch, key) * factor;
+  HeadTotal sum(a);
+  add_rows(parts, batch, 0, static_cast<int>(parts.rows), weights, key, sum);
+  return sum.total() * factor;
+}
+
 // By a whole block: what makes a mean of a sum over rows, and of one over heads.
 template <int Threads>
 VTP_DEVICE float score_factor(const AttentionScores& a, int64_t batch, BlockScratch<int>& scratch) {
