@@ -130,6 +130,16 @@ VTP_DEVICE T* output_row(const Problem<T>& p, int batch, int head, int position)
   return p.output + row * p.query.size[3];
 }
 
+// Shared memory of a multiprocessor. It says how many blocks run side by side, and so how many
+// registers each may take.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
+constexpr int kMultiprocessorShared = 64 * 1024;
+#elif __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
+constexpr int kMultiprocessorShared = 100 * 1024;
+#else
+constexpr int kMultiprocessorShared = 164 * 1024;
+#endif
+
 // Tile sizes for up to Columns head dims. With the queries and two tiles of keys or values a block
 // takes 64 KB of shared memory at most, all that sm_75 has.
 template <class T, int Columns>
@@ -138,8 +148,9 @@ struct Tiling {
   static constexpr int kRows = kRowBytes > 512 ? 32 : 64;
   static constexpr int kKeys = kRowBytes < 256 ? 64 : 16 * 1024 / kRowBytes;
   static constexpr int kThreads = kRows / kWarpRows * kWarp;
-  static constexpr int kBlocks = Columns == 64 ? 3 : 2;  // at once on a multiprocessor
-  static constexpr size_t kSharedBytes = (kRows + 2 * kKeys) * kRowBytes;
+  static constexpr int kSharedBytes = (kRows + 2 * kKeys) * kRowBytes;
+  static constexpr int kFit = kMultiprocessorShared / (kSharedBytes + 1024);  // 1 KB is taken by CUDA
+  static constexpr int kBlocks = kFit < 1 ? 1 : kFit > 3 ? 3 : kFit;
 };
 
 // Rows first ... first + count of a list.
@@ -165,12 +176,12 @@ VTP_DEVICE RowTile find_tile(const Tokens& tokens, Until total, int rank) {
   return {kNone, 0, 0};
 }
 
-// The first `count` keys of a list: those up to a tile's last row.
+// A list of keys as a lane sees it. Lists ascend, so a row attends to the first few keys: how many,
+// says which, and no position is compared.
 struct Keys {
   const int* positions;
-  int count;
-  int shared;  // how many all rows of the tile attend
-  int own;     // how many some row of this warp attends
+  int count;        // attended by the tile's last row
+  int attended[2];  // by the lane's rows; 0 in a warp without rows
 };
 
 // One tile of rows of one head. Tiles of keys and values take turns in two buffers: while one is
@@ -191,45 +202,29 @@ class Attend {
         row_positions_(p_.tokens.list(batch, rows.list) + rows.first),
         query_{shared} {
     const KeyLists lists = rows.list == kText ? p_.of_text : p_.of_visual;
-    const int last = rows.count - 1, warp_row = warp_id() * kWarpRows;
-    const Until first_until = until(0), last_until = until(last);
-    Until own = {};
-    if (warp_row <= last) own = until(min(warp_row + kWarpRows - 1, last));
-    const auto keys = [&](List list) {
-      return Keys{list == kNone ? nullptr : p_.tokens.list(batch, list), last_until.of(list),
-                  first_until.of(list), own.of(list)};
-    };
-    weighted_ = keys(lists.weighted);
-    silent_ = keys(lists.silent);
+    weighted_ = keys_of(lists.weighted);
+    silent_ = keys_of(lists.silent);
     merge_ = lists.merge && silent_.count > 0;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = row_of(h);
-      bound_[h] = row <= last ? row_positions_[row] : -1;
-    }
   }
 
   VTP_DEVICE void run() {
-    const int silent_tiles = tiles(silent_), all_tiles = silent_tiles + tiles(weighted_);
-    if (all_tiles > 0) {
+    Step step = start({false, 0, false});
+    if (ongoing(step)) {
       gather_rows<Tile::kRows, Tile::kThreads>(query_, row_source(), 0);
-      request_keys(0, silent_tiles);
+      request(step);
     }
-    for (int tile = 0; tile < all_tiles; ++tile) {
-      const bool weighs = tile >= silent_tiles;
-      const Keys keys = weighs ? weighted_ : silent_;
-      const int first = (weighs ? tile - silent_tiles : tile) * kKeys;
+    while (ongoing(step)) {
       receive();
-      if (weighs) {
-        request(p_.value, keys, first);
-      } else if (tile + 1 < all_tiles) {
-        request_keys(tile + 1, silent_tiles);
+      const Step next = after(step);
+      if (ongoing(next)) request(next);
+      if (__any_sync(kAllLanes, step.first < keys_of(step).attended[1])) {
+        if (step.adds) {
+          add_values<kKeys>(sums_, logits_, tile_rows(received_), dim_);
+        } else {
+          weigh(step);
+        }
       }
-      if (first < keys.own) weigh(keys, first, weighs);
-      if (!weighs) continue;
-      receive();
-      if (tile + 1 < all_tiles) request_keys(tile + 1, silent_tiles);
-      if (first < keys.own) add_values<kKeys>(sums_, logits_, tile_rows(received_), dim_);
+      step = next;
     }
     finish();
   }
@@ -240,10 +235,40 @@ class Attend {
   // The lane's rows, within the tile of rows.
   VTP_DEVICE static int row_of(int h) { return warp_id() * kWarpRows + lane_id() / 4 + 8 * h; }
 
-  VTP_DEVICE static int tiles(const Keys& keys) { return (keys.count + kKeys - 1) / kKeys; }
+  // The work on one tile: keys first ... first + kKeys of one of the lists are given weights, or the
+  // weighted ones' values are added up.
+  struct Step {
+    bool weighted;
+    int first;
+    bool adds;
+  };
+
+  VTP_DEVICE Keys keys_of(Step step) const { return step.weighted ? weighted_ : silent_; }
+
+  VTP_DEVICE bool ongoing(Step step) const { return step.first < keys_of(step).count; }
+
+  // Leaves the silent list behind its end.
+  VTP_DEVICE Step start(Step step) const {
+    return !step.weighted && !ongoing(step) ? Step{true, 0, false} : step;
+  }
+
+  VTP_DEVICE Step after(Step step) const {
+    if (step.weighted && !step.adds) return {true, step.first, true};
+    return start({step.weighted, step.first + kKeys, false});
+  }
 
   VTP_DEVICE Until until(int row) const {
     return p_.tokens.until[static_cast<int64_t>(batch_) * p_.tokens.length + row_positions_[row]];
+  }
+
+  VTP_DEVICE Keys keys_of(List list) const {
+    if (list == kNone) return {};
+    const int last = rows_.count - 1;
+    Keys keys = {p_.tokens.list(batch_, list), until(last).of(list), {}};
+    if (warp_id() * kWarpRows > last) return keys;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) keys.attended[h] = until(min(row_of(h), last)).of(list);
+    return keys;
   }
 
   VTP_DEVICE Rows<T> row_source() const {
@@ -255,19 +280,13 @@ class Attend {
     return {query_.base + (Tile::kRows + buffer * kKeys) * Columns};
   }
 
-  VTP_DEVICE void request(const View<const T, 4>& tensor, const Keys& keys, int first) {
+  VTP_DEVICE void request(Step step) {
+    const View<const T, 4>& tensor = step.adds ? p_.value : p_.key;
+    const Keys keys = keys_of(step);
     const Rows<T> rows = {tensor.at(batch_, kv_head_), tensor.stride[2], dim_,
                           p_.aligned,                  keys.positions,   keys.count};
-    gather_rows<kKeys, Tile::kThreads>(tile_rows(1 - received_), rows, first);
+    gather_rows<kKeys, Tile::kThreads>(tile_rows(1 - received_), rows, step.first);
     commit_copies();
-  }
-
-  VTP_DEVICE void request_keys(int tile, int silent_tiles) {
-    if (tile < silent_tiles) {
-      request(p_.key, silent_, tile * kKeys);
-    } else {
-      request(p_.key, weighted_, (tile - silent_tiles) * kKeys);
-    }
   }
 
   // Takes the tile requested last and frees the other buffer, which all have left.
@@ -277,40 +296,32 @@ class Attend {
     received_ = 1 - received_;
   }
 
-  VTP_DEVICE void weigh(const Keys& keys, int first, bool weighs) {
+  VTP_DEVICE void weigh(Step step) {
+    const Keys keys = keys_of(step);
     multiply_keys<kKeys>(logits_, query_, warp_id() * kWarpRows, tile_rows(received_), dim_);
-    const bool all_attend = first + kKeys <= keys.shared;
+    const bool all_attend = __all_sync(kAllLanes, step.first + kKeys <= keys.attended[0]);
 #pragma unroll
     for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int key = first + 8 * j + 2 * (lane_id() % 4) + i;
-        int position = 0;
-        if (!all_attend) position = key < keys.count ? keys.positions[key] : INT_MAX;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float& logit = logits_[j][2 * h + i];
-          logit = all_attend || position <= bound_[h] ? logit * p_.factor : -INFINITY;
-        }
+      for (int i = 0; i < 4; ++i) {
+        const int key = step.first + 8 * j + 2 * (lane_id() % 4) + i % 2;
+        const bool attended = all_attend || key < keys.attended[i / 2];
+        logits_[j][i] = attended ? logits_[j][i] * p_.factor : -INFINITY;
       }
     }
     float keep[2], sum[2];
     maximum_.weigh(logits_, keep, sum);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      silent_sum_[h] = silent_sum_[h] * keep[h] + (weighs ? 0.0f : sum[h]);
-      weighted_sum_[h] = weighted_sum_[h] * keep[h] + (weighs ? sum[h] : 0.0f);
+      silent_sum_[h] = silent_sum_[h] * keep[h] + (step.weighted ? 0.0f : sum[h]);
+      weighted_sum_[h] = weighted_sum_[h] * keep[h] + (step.weighted ? sum[h] : 0.0f);
     }
-    if (!weighs) return;  // nothing has been added up
+    if (!step.weighted) return;  // nothing has been added up
 #pragma unroll
     for (int j = 0; j < Columns / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums_[j][i] *= keep[i / 2];
     }
-  }
-
-  VTP_DEVICE bool attends(const Keys& keys, int h) const {
-    return keys.count > 0 && keys.positions[0] <= bound_[h];
   }
 
   // Weighs the sums and writes them by way of the warp's own rows of queries, no longer needed.
@@ -323,9 +334,9 @@ class Attend {
       const float silent = RowMaximum::total(silent_sum_[h]);
       const float sum = RowMaximum::total(weighted_sum_[h]) + silent;
       // Who attends to logits of -inf alone gets NaN, as softmax has it; who attends to nothing, 0.
-      const bool undefined = attends(weighted_, h) || attends(silent_, h);
+      const bool undefined = weighted_.attended[h] + silent_.attended[h] > 0;
       share[h] = sum == 0.0f ? (undefined ? __uint_as_float(0x7fc00000u) : 0.0f) : 1.0f / sum;
-      moved[h] = merge_ && attends(silent_, h) ? silent * share[h] : 0.0f;
+      moved[h] = merge_ && silent_.attended[h] > 0 ? silent * share[h] : 0.0f;
     }
     __syncwarp();
 #pragma unroll
@@ -368,7 +379,6 @@ class Attend {
   const SharedTile query_;
   Keys weighted_, silent_;
   bool merge_;
-  int bound_[2];      // the last position that the lane's rows attend; -1 where there is no row
   int received_ = 1;  // the buffer to work on
   float logits_[kKeys / 8][4];
   float sums_[Columns / 8][4] = {};
@@ -426,7 +436,7 @@ void attend(const Problem<T>& problem, Stream stream) {
   const int64_t tiles = problem.tokens.length / Tile::kRows + 3;
   launch("passive_attention", attend_kernel<T, Columns>,
          dim3(static_cast<unsigned>(batch_heads), static_cast<unsigned>(tiles)),
-         dim3(Tile::kThreads), Tile::kSharedBytes, stream, problem);
+         dim3(Tile::kThreads), static_cast<size_t>(Tile::kSharedBytes), stream, problem);
 }
 
 template <class T>

@@ -28,7 +28,8 @@ constexpr bool kTensorCores = !std::is_same_v<T, float>;
 #endif
 
 // Rows of Columns elements in shared memory. Chunks of a row are permuted, else those of one column
-// would all lie in the same banks.
+// would all lie in the same banks. Every eighth row is permuted alike: chunk(row + 8 * n, c) lies
+// 8 * n * Columns elements behind chunk(row, c), a constant where n is one.
 template <class T, int Columns>
 struct SharedRows {
   static constexpr int kChunks = Columns / kVectorSize<T>;
@@ -37,7 +38,7 @@ struct SharedRows {
   T* base;
 
   VTP_DEVICE T* chunk(int row, int chunk) const {
-    return base + (row * kChunks + (chunk ^ (row % 8))) * kVectorSize<T>;
+    return base + row * Columns + (chunk ^ (row % 8)) * kVectorSize<T>;
   }
   VTP_DEVICE T* at(int row, int column) const {
     return chunk(row, column / kVectorSize<T>) + column % kVectorSize<T>;
@@ -84,16 +85,23 @@ VTP_DEVICE void gather_rows(const SharedRows<T, Columns>& tile, const Rows<T>& r
   const int thread = static_cast<int>(threadIdx.x), chunk = thread % kChunks;
   if (chunk >= chunks_read<T>(rows.dim)) return;
   const int elements = rows.dim - chunk * kVectorSize<T>;
+  const int row = thread / kChunks;
+  const auto source = [&](int i, bool real) {
+    const T* data = rows.data;
+    if (real) data += rows.positions[first + row + i] * rows.stride + chunk * kVectorSize<T>;
+    return data;
+  };
+  if (rows.aligned) {
 #pragma unroll 4
-  for (int i = 0; i < TileRows / kStep; ++i) {
-    const int row = thread / kChunks + i * kStep;
-    const bool real = first + row < rows.count && elements > 0;
-    const T* source = rows.data;
-    if (real) source += rows.positions[first + row] * rows.stride + chunk * kVectorSize<T>;
-    if (rows.aligned) {
-      copy_async(tile.chunk(row, chunk), source, real);
-    } else {
-      copy_elements(tile.chunk(row, chunk), source, real ? elements : 0);
+    for (int i = 0; i < TileRows; i += kStep) {
+      const bool real = first + row + i < rows.count && elements > 0;
+      copy_async(tile.chunk(row + i, chunk), source(i, real), real);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < TileRows; i += kStep) {
+      const bool real = first + row + i < rows.count && elements > 0;
+      copy_elements(tile.chunk(row + i, chunk), source(i, real), real ? elements : 0);
     }
   }
 }
@@ -116,10 +124,11 @@ VTP_DEVICE void multiply_keys(float (&logits)[Keys / 8][4], const SharedRows<T, 
     for (int k = 0; k < steps; ++k) {
       uint32_t a[4];
       load_matrices(a, query.chunk(row + lane % 16, 2 * k + lane / 16));
+      const T* key_row = key.chunk(lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2);
 #pragma unroll
       for (int j = 0; j < Keys / 8; j += 2) {
         uint32_t b[4];
-        load_matrices(b, key.chunk(8 * j + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
+        load_matrices(b, key_row + 8 * j * Columns);
         mma<T>(logits[j], a, {b[0], b[1]});
         mma<T>(logits[j + 1], a, {b[2], b[3]});
       }
@@ -195,22 +204,20 @@ VTP_DEVICE int column_of(int j, int i) {
   return (element / kVectorSize<T> * 4 + t) * kVectorSize<T> + element % kVectorSize<T>;
 }
 
-// Weights as operands. One 16-bit float would round them to 2^-9 or 2^-12, which the sums would show
-// even after they are rounded to T themselves; two add up to float32 near enough.
-template <class T, int Keys>
+// The operand of 16 weights a row. One 16-bit float would round them to 2^-9 or 2^-12, which sums
+// would show even after they are rounded to T themselves; two add up to float32 near enough.
+template <class T>
 struct SplitWeights {
-  uint32_t high[Keys / 16][4], low[Keys / 16][4];
+  uint32_t high[4], low[4];
 
-  VTP_DEVICE explicit SplitWeights(const float (&weights)[Keys / 8][4]) {
+  VTP_DEVICE SplitWeights(const float (&left)[4], const float (&right)[4]) {
 #pragma unroll
-    for (int k = 0; k < Keys / 16; ++k) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float x = weights[2 * k + i / 2][i % 2 * 2], y = weights[2 * k + i / 2][i % 2 * 2 + 1];
-        high[k][i] = pack<T>(x, y);
-        const Pair<T> rounded = unpack<T>(high[k][i]);
-        low[k][i] = pack<T>(x - to_float(rounded.x[0]), y - to_float(rounded.x[1]));
-      }
+    for (int i = 0; i < 4; ++i) {
+      const float x = i < 2 ? left[2 * i] : right[2 * i - 4];
+      const float y = i < 2 ? left[2 * i + 1] : right[2 * i - 3];
+      high[i] = pack<T>(x, y);
+      const Pair<T> rounded = unpack<T>(high[i]);
+      low[i] = pack<T>(x - to_float(rounded.x[0]), y - to_float(rounded.x[1]));
     }
   }
 };
@@ -222,20 +229,20 @@ VTP_DEVICE void add_values(float (&sums)[Columns / 8][4], const float (&weights)
   constexpr int kChunks = SharedRows<T, Columns>::kChunks;
   const int lane = lane_id(), chunks = chunks_read<T>(dim);
   if constexpr (kTensorCores<T>) {
-    const SplitWeights<T, Keys> split(weights);
 #pragma unroll
-    for (int c = 0; c < kChunks; c += 4) {
-      if (c >= chunks) continue;
+    for (int k = 0; k < Keys / 16; ++k) {
+      const SplitWeights<T> split(weights[2 * k], weights[2 * k + 1]);
 #pragma unroll
-      for (int k = 0; k < Keys / 16; ++k) {
+      for (int c = 0; c < kChunks; c += 4) {
+        if (c >= chunks) continue;
 #pragma unroll
         for (int j = c; j < c + 4; j += 2) {
           uint32_t b[4];
-          load_matrices<true>(b, value.chunk(16 * k + lane % 16, j + lane / 16));
-          mma<T>(sums[j], split.high[k], {b[0], b[1]});
-          mma<T>(sums[j + 1], split.high[k], {b[2], b[3]});
-          mma<T>(sums[j], split.low[k], {b[0], b[1]});
-          mma<T>(sums[j + 1], split.low[k], {b[2], b[3]});
+          load_matrices<true>(b, value.chunk(lane % 16, j + lane / 16) + 16 * k * Columns);
+          mma<T>(sums[j], split.high, {b[0], b[1]});
+          mma<T>(sums[j + 1], split.high, {b[2], b[3]});
+          mma<T>(sums[j], split.low, {b[0], b[1]});
+          mma<T>(sums[j + 1], split.low, {b[2], b[3]});
         }
       }
     }
