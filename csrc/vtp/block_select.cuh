@@ -53,7 +53,8 @@ class HeldKeys {
 
   template <class Source>
   VTP_DEVICE void load(const Source& source, int size) {
-    constexpr int kMost = kFetchBatch<Threads>, kBatch = KeysPerThread < kMost ? KeysPerThread : kMost;
+    constexpr int kMost = kFetchBatch<Threads>;
+    constexpr int kBatch = KeysPerThread < kMost ? KeysPerThread : kMost;
     static_assert(KeysPerThread % kBatch == 0);
     words_ = (size + Threads - 1) / Threads;
     first_ = warp_id() * words_ * kWarp + lane_id();
