@@ -24,7 +24,8 @@ namespace {
 constexpr int kGroups = 16;    // groups of lanes a block, so 128, 256 or 512 threads
 constexpr int kGroupKeys = 8;  // keys that a group holds in registers in `attend`
 constexpr int kSplit = kGroups * kGroupKeys;
-constexpr int kGroupTokens = 4;  // the same in `compare`, whose blocks are many for it
+constexpr int kLogGroupTokens = 2;  // the same in `compare`, which has more blocks for it
+constexpr int kGroupTokens = 1 << kLogGroupTokens;
 constexpr int kMaxThreads = kGroups * kWarp;
 constexpr int kMaxWarps = kGroups;
 // Query heads that share one read of K and V; more of them go to blocks of their own.
@@ -32,9 +33,11 @@ constexpr int kMaxHeads = 8;
 
 struct Shape {
   int length, heads, kv_heads, group;
-  int chunks;      // parts of a group, of up to kMaxHeads query heads
-  int splits;      // parts of the keys
-  int head_warps;  // warps of `compare` that share the KV heads of the same tokens
+  int chunks;          // parts of a group, of up to kMaxHeads query heads
+  int splits;          // parts of the keys
+  int tiles;           // of tokens, in `compare`
+  int log_head_warps;  // warps of `compare` that share the KV heads of the same tokens
+  float factor;        // of query, so that exponentials are those of base 2
   RowShape row;
 
   explicit Shape(const TokenContribution& a)
@@ -44,15 +47,18 @@ struct Shape {
         group(heads / kv_heads),
         chunks(static_cast<int>(divide_up(group, kMaxHeads))),
         splits(static_cast<int>(divide_up(length, kSplit))),
-        head_warps(1),
+        log_head_warps(0),
+        factor(static_cast<float>(a.scale * 1.4426950408889634)),
         row(RowShape::of(a.query.size[2])) {
-    while (head_warps * 2 <= std::min(kv_heads, warps())) head_warps *= 2;
+    while (2 << log_head_warps <= std::min(kv_heads, warps())) ++log_head_warps;
+    tiles = static_cast<int>(divide_up(length, tile_tokens()));
   }
 
   VTP_INLINE int threads() const { return kGroups << row.log_lanes; }
   VTP_INLINE int warps() const { return threads() / kWarp; }
-  VTP_INLINE int warp_tokens() const { return kGroupTokens * (kWarp >> row.log_lanes); }
-  VTP_INLINE int tile_tokens() const { return warp_tokens() * (warps() / head_warps); }
+  VTP_INLINE int head_warps() const { return 1 << log_head_warps; }
+  VTP_INLINE int log_warp_tokens() const { return kLogGroupTokens + 5 - row.log_lanes; }
+  VTP_INLINE int tile_tokens() const { return (warps() >> log_head_warps) << log_warp_tokens(); }
 };
 
 // Softmax is taken in base 2, of logits that carry a factor of log2(e). Vectors lie in the order of
@@ -84,8 +90,7 @@ Workspace take_workspace(const TokenContribution& a, Pieces& pieces) {
 // What exponents are taken relative to: 0 where every logit is -inf, so that all weights are 0.
 VTP_DEVICE float base_of(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
 
-// ---- attend
-// --------------------------------------------------------------------------------------
+// ---- attend ------------------------------------------------------------------------------------
 
 // Shared memory of a block for `heads` query heads.
 struct AttendShared {
@@ -104,16 +109,15 @@ struct AttendShared {
         sums(weights + heads * kSplit) {}
 };
 
-// `count` queries into shared memory, scaled, padded with zeros.
-template <class T, bool Aligned>
+// `count` queries into shared memory, padded with zeros.
+template <class T>
 VTP_DEVICE void stage_queries(const TokenContribution& a, const Shape& shape, int b, int first,
                               int count, float* queries) {
-  const float factor = static_cast<float>(a.scale) * kLog2e;
-  const int width = shape.row.width();
+  const int width = shape.row.width(), log_width = shape.row.log_width();
   for (int i = static_cast<int>(threadIdx.x); i < count * width; i += shape.threads()) {
-    const int head = i / width, column = shape.row.column_at<T, Aligned>(i & (width - 1));
+    const int head = i >> log_width, column = shape.row.column_at<T>(i & (width - 1));
     const T* query = view_as<const T>(a.query).at(b, first + head);
-    queries[i] = column < shape.row.dim ? to_float(query[column]) * factor : 0.0f;
+    queries[i] = column < shape.row.dim ? to_float(query[column]) * shape.factor : 0.0f;
   }
 }
 
@@ -155,48 +159,46 @@ VTP_DEVICE float sum_warps(const float* sums, const Shape& shape) {
 template <class T, bool Aligned>
 __global__ void __launch_bounds__(kMaxThreads)
     attend(TokenContribution a, Shape shape, Workspace work) {
-  int unit = static_cast<int>(blockIdx.x);
-  const int chunk = unit % shape.chunks;
-  unit /= shape.chunks;
-  const int split = unit % shape.splits;
-  unit /= shape.splits;
-  const int kv_head = unit % shape.kv_heads, b = unit / shape.kv_heads;
+  // Parts of a group are neighbours: they read the same keys.
+  const unsigned units = blockIdx.x / shape.chunks, pairs = units / shape.splits;
+  const int chunk = blockIdx.x % shape.chunks, split = units % shape.splits;
+  const int kv_head = pairs % shape.kv_heads, b = pairs / shape.kv_heads;
   const int first_head = kv_head * shape.group + chunk * kMaxHeads;
   const int count = min(kMaxHeads, shape.group - chunk * kMaxHeads);
   const int64_t row = static_cast<int64_t>(b) * shape.heads + first_head;
 
   VTP_DYNAMIC_SHARED(memory);
   const AttendShared shared(memory, shape, count);
-  const RowShape& shape_of_row = shape.row;
+  const RowShape& row_shape = shape.row;
 
   // The keys of this thread's group, and the one that it will hold products of.
-  const int group_key = shape_of_row.group() * kGroupKeys, first_key = split * kSplit + group_key;
-  const int own_key = shape_of_row.lane() % kGroupKeys;
+  const int group_key = row_shape.group() * kGroupKeys, first_key = split * kSplit + group_key;
+  const int own_key = row_shape.lane() % kGroupKeys;
   const bool own_valid =
       first_key + own_key < shape.length && (!a.valid || *a.valid.at(b, first_key + own_key));
-  const unsigned valid = __ballot_sync(kAllLanes, own_valid) >>
-                         (shape_of_row.group_of_warp() << shape_of_row.log_lanes);
+  const unsigned valid =
+      __ballot_sync(kAllLanes, own_valid) >> (row_shape.group_of_warp() << row_shape.log_lanes);
 
   RowPart<T> parts[kGroupKeys];
   const auto key = view_as<const T>(a.key), value = view_as<const T>(a.value);
-  load_parts<Aligned, true>(key.at(b, kv_head, first_key), key.stride[2], shape_of_row, valid,
-                            parts);
-  stage_queries<T, Aligned>(a, shape, b, first_head, count, shared.queries);
+  load_parts<Aligned, true>(key.at(b, kv_head, first_key), key.stride[2], row_shape, valid, parts);
+  stage_queries<T>(a, shape, b, first_head, count, shared.queries);
   __syncthreads();
 
   float rows[kGroupKeys][kLaneElements];
   widen_parts(parts, rows);
+#pragma unroll 1
   for (int head = 0; head < count; ++head) {
     float query[kLaneElements];
-    load_share(shared.queries + head * shape_of_row.width(), shape_of_row, query);
-    const float logit = dot_rows(rows, query, shape_of_row);
-    if (shape_of_row.lane() < kGroupKeys) {
+    load_share(shared.queries + head * row_shape.width(), row_shape, query);
+    const float logit = dot_rows(rows, query, row_shape);
+    if (row_shape.lane() < kGroupKeys) {
       shared.weights[head * kSplit + group_key + own_key] = own_valid ? logit : -INFINITY;
     }
   }
 
   // Under way while exponentials are taken.
-  load_parts<Aligned>(value.at(b, kv_head, first_key), value.stride[2], shape_of_row, valid, parts);
+  load_parts<Aligned>(value.at(b, kv_head, first_key), value.stride[2], row_shape, valid, parts);
   __syncthreads();
   for (int head = warp_id(); head < count; head += shape.warps()) {
     exponentiate(shape, split, row + head, work, shared.weights + head * kSplit);
@@ -204,15 +206,16 @@ __global__ void __launch_bounds__(kMaxThreads)
   __syncthreads();
 
   widen_parts(parts, rows);
-  const int width = shape_of_row.width();
+  const int width = row_shape.width();
+#pragma unroll 1
   for (int head = 0; head < count; ++head) {
     float sum[kLaneElements] = {};
     add_rows(rows, shared.weights + head * kSplit + group_key, sum);
-    sum_groups(sum, shape_of_row);
+    sum_groups(sum, row_shape);
     // Two places by turns: while this head is added up, the next one's sums are stored.
     float* sums = shared.sums + head % 2 * shape.warps() * width;
-    if (shape_of_row.group_of_warp() == 0) {
-      store_share(sum, shape_of_row, sums + warp_id() * width);
+    if (row_shape.group_of_warp() == 0) {
+      store_share(sum, row_shape, sums + warp_id() * width);
     }
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < width) {
@@ -222,8 +225,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-// ---- combine
-// -------------------------------------------------------------------------------------
+// ---- combine -----------------------------------------------------------------------------------
 
 constexpr int kCombineThreads = 256;
 
@@ -287,8 +289,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine(Shape shape, Workspac
   if (thread == 0) work.squared[row] = squared;
 }
 
-// ---- compare
-// -------------------------------------------------------------------------------------
+// ---- compare -----------------------------------------------------------------------------------
 
 struct CompareShared {
   double alpha[kMaxWarps][kWarp / 2], beta[kMaxWarps][kWarp / 2];
@@ -298,10 +299,18 @@ struct CompareShared {
   double rest_squared[kMaxWarps], rest_dot_output[kMaxWarps];
 };
 
-VTP_DEVICE float weight_of(const Workspace& work, const Shape& shape, int64_t row, int key) {
-  const float logit = work.logits[row * shape.length + key];
-  return fast_exp2(logit - base_of(work.maximum[row])) * work.inverse_sum[row];
-}
+// What a key's weight in a query head is made of, so that it can be on its way before it is needed.
+struct Weight {
+  float logit = 0.0f, maximum = 0.0f, inverse_sum = 0.0f;
+
+  VTP_DEVICE void load(const Workspace& work, const Shape& shape, int64_t row, int key) {
+    logit = work.logits[row * shape.length + key];
+    maximum = work.maximum[row];
+    inverse_sum = work.inverse_sum[row];
+  }
+
+  VTP_DEVICE float value() const { return fast_exp2(logit - base_of(maximum)) * inverse_sum; }
+};
 
 struct AlphaBeta {
   double alpha, beta;
@@ -319,14 +328,14 @@ VTP_DEVICE AlphaBeta compare_heads(const TokenContribution& a, const Shape& shap
   const int turns = row_shape.lanes() / kGroupTokens, turn = row_shape.lane() / kGroupTokens;
   const auto value = view_as<const T>(a.value);
   double alpha = 0.0, beta = 0.0;
-  int kv_head = warp_id() % shape.head_warps;
+  int kv_head = warp_id() & (shape.head_warps() - 1);
   RowPart<T> parts[kGroupTokens];
   load_parts<Aligned>(value.at(b, kv_head, first_token), value.stride[2], row_shape, wanted, parts);
-  for (; kv_head < shape.kv_heads; kv_head += shape.head_warps) {
+  for (; kv_head < shape.kv_heads; kv_head += shape.head_warps()) {
     float rows[kGroupTokens][kLaneElements];
     widen_parts(parts, rows);
-    if (kv_head + shape.head_warps < shape.kv_heads) {
-      load_parts<Aligned>(value.at(b, kv_head + shape.head_warps, first_token), value.stride[2],
+    if (kv_head + shape.head_warps() < shape.kv_heads) {
+      load_parts<Aligned>(value.at(b, kv_head + shape.head_warps(), first_token), value.stride[2],
                           row_shape, wanted, parts);
     }
     const double value_squared = square_rows(rows, row_shape);
@@ -334,7 +343,8 @@ VTP_DEVICE AlphaBeta compare_heads(const TokenContribution& a, const Shape& shap
       const int64_t row = static_cast<int64_t>(b) * shape.heads + kv_head * shape.group + first;
       const int count = min(turns, shape.group - first);
       const bool mine = own_wanted && turn < count;
-      const float weight = mine ? weight_of(work, shape, row + turn, own_token) : 0.0f;
+      Weight weight;
+      if (mine) weight.load(work, shape, row + turn, own_token);
       float product = 0.0f;
       for (int i = 0; i < count; ++i) {
         float output[kLaneElements];
@@ -343,7 +353,7 @@ VTP_DEVICE AlphaBeta compare_heads(const TokenContribution& a, const Shape& shap
         product = i == turn ? sum : product;
       }
       if (mine) {
-        const double wide = weight;
+        const double wide = weight.value();
         alpha += wide * product;
         beta += wide * wide * value_squared;
       }
@@ -369,8 +379,10 @@ VTP_DEVICE float rest_of_head(const TokenContribution& a, const Shape& shape, co
   const int width = shape.row.width();
   if (thread < kSplit) {
     const int key = split * kSplit + thread;
+    Weight weight;
     const bool counts = key < shape.length && key != token;
-    shared.weights[thread] = counts ? weight_of(work, shape, row, key) : 0.0f;
+    if (counts) weight.load(work, shape, row, key);
+    shared.weights[thread] = counts ? weight.value() : 0.0f;
   }
   __syncthreads();
   float sum[kLaneElements] = {};
@@ -443,27 +455,55 @@ VTP_DEVICE float cosine_of(double squared, const Rest& rest) {
   return scale == 0.0 ? 0.0f : static_cast<float>(rest.dot_output / scale);
 }
 
+VTP_DEVICE bool is_wanted(const TokenContribution& a, const Shape& shape, int b, int token) {
+  if (token >= shape.length) return false;
+  const bool is_candidate = *a.candidates.at(b, token);
+  const bool is_valid = !a.valid || *a.valid.at(b, token);
+  return is_candidate & is_valid;  // both loads at once
+}
+
+// This thread's token of the tile, from the sums of all warps. True where its rest is too short for
+// the closed form.
+VTP_DEVICE bool finish(const TokenContribution& a, const Shape& shape, int b, int first,
+                       double squared, const CompareShared& shared) {
+  const int place = static_cast<int>(threadIdx.x), token = first + place;
+  if (place >= shape.tile_tokens() || token >= shape.length) return false;
+  const int warp = place >> shape.log_warp_tokens() << shape.log_head_warps;
+  const int warp_place = place & ((1 << shape.log_warp_tokens()) - 1);
+  double alpha = 0.0, beta = 0.0;
+  for (int i = 0; i < shape.head_warps(); ++i) {
+    alpha += shared.alpha[warp + i][warp_place];
+    beta += shared.beta[warp + i][warp_place];
+  }
+  // No contribution: cosine 1. So it is off the candidates, too.
+  const bool contributes = is_wanted(a, shape, b, token) && beta != 0.0;
+  const Rest rest = {squared - 2.0 * alpha + beta, squared - alpha};
+  const int64_t at = static_cast<int64_t>(b) * shape.length + token;
+  static_cast<float*>(a.cosine)[at] = contributes ? cosine_of(squared, rest) : 1.0f;
+  static_cast<float*>(a.norm)[at] = contributes ? static_cast<float>(sqrt(beta)) : 0.0f;
+  // The closed form subtracts numbers as large as ||o||^2: where less than 0.1 % of that is left, a
+  // token that is nearly all of the output, the rest is added up instead.
+  return contributes && rest.squared < 1e-3 * squared;
+}
+
 template <class T, bool Aligned>
 __global__ void __launch_bounds__(kMaxThreads)
     compare(TokenContribution a, Shape shape, Workspace work) {
   VTP_SHARED(CompareShared, shared);
   VTP_DYNAMIC_SHARED(memory);
-  const int tiles = static_cast<int>(divide_up(shape.length, shape.tile_tokens()));
   // From the end: what `attend` read last is likeliest to be in the cache yet.
-  const int unit = static_cast<int>(gridDim.x - 1 - blockIdx.x);
-  const int b = unit / tiles, first = unit % tiles * shape.tile_tokens();
-  const auto is_wanted = [&](int token) {
-    return token < shape.length && *a.candidates.at(b, token) &&
-           (!a.valid || *a.valid.at(b, token));
-  };
+  const unsigned unit = gridDim.x - 1 - blockIdx.x;
+  const int b = unit / shape.tiles, first = unit % shape.tiles * shape.tile_tokens();
+  const double* squares = work.squared + static_cast<int64_t>(b) * shape.heads;
+  double squared = lane_id() < shape.heads ? squares[lane_id()] : 0.0;
 
-  const int place = shape.row.group_of_warp() * kGroupTokens + shape.row.lane() % kGroupTokens;
-  const int warp_first = first + warp_id() / shape.head_warps * shape.warp_tokens();
-  const bool own_wanted = is_wanted(warp_first + place);
+  const int group = shape.row.group_of_warp();
+  const int place = group * kGroupTokens + shape.row.lane() % kGroupTokens;
+  const int warp_first = first + (warp_id() >> shape.log_head_warps << shape.log_warp_tokens());
+  const bool own_wanted = is_wanted(a, shape, b, warp_first + place);
   const unsigned wanted = __ballot_sync(kAllLanes, own_wanted);
   AlphaBeta sums = {0.0, 0.0};
   if (wanted != 0) {
-    const int group = shape.row.group_of_warp();
     sums = compare_heads<T, Aligned>(a, shape, work, b, warp_first + group * kGroupTokens,
                                      own_wanted, wanted >> (group << shape.row.log_lanes));
   }
@@ -471,40 +511,23 @@ __global__ void __launch_bounds__(kMaxThreads)
     shared.alpha[warp_id()][place] = sums.alpha;
     shared.beta[warp_id()][place] = sums.beta;
   }
-  double squared = 0.0;
-  for (int head = lane_id(); head < shape.heads; head += kWarp) {
-    squared += work.squared[static_cast<int64_t>(b) * shape.heads + head];
-  }
+  for (int head = lane_id() + kWarp; head < shape.heads; head += kWarp) squared += squares[head];
   squared = warp_sum(squared);
   __syncthreads();
 
-  float* const cosines = static_cast<float*>(a.cosine) + static_cast<int64_t>(b) * shape.length;
-  float* const norms = static_cast<float*>(a.norm) + static_cast<int64_t>(b) * shape.length;
-  const int tile_place = static_cast<int>(threadIdx.x), token = first + tile_place;
-  bool is_nearly_all = false;
-  if (tile_place < shape.tile_tokens() && token < shape.length) {
-    const int warp = tile_place / shape.warp_tokens() * shape.head_warps;
-    double alpha = 0.0, beta = 0.0;
-    for (int i = 0; i < shape.head_warps; ++i) {
-      alpha += shared.alpha[warp + i][tile_place % shape.warp_tokens()];
-      beta += shared.beta[warp + i][tile_place % shape.warp_tokens()];
-    }
-    // No contribution: cosine 1. So it is off the candidates, too.
-    const bool contributes = is_wanted(token) && beta != 0.0;
-    const Rest rest = {squared - 2.0 * alpha + beta, squared - alpha};
-    // The closed form subtracts numbers as large as ||o||^2: where less than 0.1 % of that is left,
-    // a token that is nearly all of the output, the rest is added up instead.
-    is_nearly_all = contributes && rest.squared < 1e-3 * squared;
-    cosines[token] = contributes ? cosine_of(squared, rest) : 1.0f;
-    norms[token] = contributes ? static_cast<float>(sqrt(beta)) : 0.0f;
+  const bool is_nearly_all = finish(a, shape, b, first, squared, shared);
+  if (static_cast<int>(threadIdx.x) < shape.tile_tokens()) {
+    shared.is_nearly_all[threadIdx.x] = is_nearly_all;
   }
-  if (tile_place < shape.tile_tokens()) shared.is_nearly_all[tile_place] = is_nearly_all;
   if (!__syncthreads_or(is_nearly_all)) return;
   for (int i = 0; i < shape.tile_tokens(); ++i) {
     if (!shared.is_nearly_all[i]) continue;
     const Rest rest = add_rest<T, Aligned>(a, shape, work, b, first + i,
                                            reinterpret_cast<float*>(memory), shared);
-    if (threadIdx.x == 0) cosines[first + i] = cosine_of(squared, rest);
+    if (threadIdx.x == 0) {
+      static_cast<float*>(a.cosine)[static_cast<int64_t>(b) * shape.length + first + i] =
+          cosine_of(squared, rest);
+    }
   }
 }
 
@@ -523,7 +546,6 @@ void token_contribution(const TokenContribution& a, void* workspace, Stream stre
   const Workspace work = take_workspace(a, pieces);
   const Shape shape(a);
   const int64_t units = batch * shape.kv_heads * shape.splits * shape.chunks;
-  const int64_t tiles = batch * divide_up(shape.length, shape.tile_tokens());
   const size_t sums = shape.warps() * shape.row.width() * sizeof(float);
   with_type(a.query.dtype, [&](auto type) {
     with_bool(rows_are_aligned(a.key) && rows_are_aligned(a.value), [&](auto aligned) {
@@ -532,8 +554,8 @@ void token_contribution(const TokenContribution& a, void* workspace, Stream stre
              AttendShared::bytes(shape), stream, a, shape, work);
       launch("token_contribution: combine", combine, dim3(batch * shape.heads), kCombineThreads, 0,
              stream, shape, work);
-      launch("token_contribution: compare", compare<T, aligned.value>, dim3(tiles), shape.threads(),
-             sums, stream, a, shape, work);
+      launch("token_contribution: compare", compare<T, aligned.value>, dim3(batch * shape.tiles),
+             shape.threads(), sums, stream, a, shape, work);
     });
   });
 }

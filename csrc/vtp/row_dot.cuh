@@ -2,10 +2,10 @@
 // 8, 16 or 32 neighbouring lanes, so one kernel serves every width and a warp reads four, two or
 // one rows at once, sixteen bytes a lane.
 //
-// Which eight columns a lane holds depends on the type and on alignment (RowShape::column). Vectors
-// of float32 that meet such rows, like queries and outputs, are kept in the order of the lanes'
-// registers, padded with zeros to RowShape::width(): a lane reads its share of them in two accesses
-// of sixteen bytes, neighbouring lanes neighbouring bytes.
+// Which eight columns a lane holds depends on the type (RowShape::column). Vectors of float32 that
+// meet such rows, like queries and outputs, are kept in the order of the lanes' registers, padded
+// with zeros to RowShape::width(): a lane reads its share of them in two accesses of sixteen bytes,
+// neighbouring lanes neighbouring bytes.
 #pragma once
 
 #include "vector.cuh"
@@ -26,25 +26,47 @@ struct RowShape {
   }
 
   VTP_INLINE int lanes() const { return 1 << log_lanes; }
-  VTP_INLINE int width() const { return kLaneElements << log_lanes; }
+  VTP_INLINE int log_width() const { return log_lanes + 3; }
+  VTP_INLINE int width() const { return 1 << log_width(); }
   // This thread's group in its block, or in its warp, and its lane there.
   VTP_DEVICE int group() const { return static_cast<int>(threadIdx.x) >> log_lanes; }
   VTP_DEVICE int group_of_warp() const { return lane_id() >> log_lanes; }
   VTP_DEVICE int lane() const { return lane_id() & (lanes() - 1); }
 
-  // The column of a lane's element: sixteen bytes of a row together where it may be read so.
-  template <class T, bool Aligned>
+  // The column of a lane's element: sixteen bytes of a row together.
+  template <class T>
   VTP_DEVICE int column(int lane, int element) const {
-    if (!Aligned) return (element << log_lanes) + lane;
     constexpr int kSize = kVectorSize<T>;
     return element / kSize * (kSize << log_lanes) + lane * kSize + element % kSize;
   }
 
   // The same for a place in a vector that is kept in the order of registers.
-  template <class T, bool Aligned>
+  template <class T>
   VTP_DEVICE int column_at(int place) const {
     const int row = place >> (log_lanes + 2), rest = place & ((4 << log_lanes) - 1);
-    return column<T, Aligned>(rest / 4, row * 4 + rest % 4);
+    return column<T>(rest / 4, row * 4 + rest % 4);
+  }
+};
+
+// The elements in a word of memory. Taken apart as a whole word: told to read two members of a
+// struct, the compiler splits it where it is loaded, which makes loads wait for each other.
+template <class T>
+struct Word {
+  static constexpr int kSize = 4 / static_cast<int>(sizeof(T));
+
+  static VTP_DEVICE void widen(uint32_t word, float* out) {
+    if constexpr (std::is_same_v<T, float>) {
+      out[0] = __uint_as_float(word);
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      out[0] = __uint_as_float(word << 16);
+      out[1] = __uint_as_float(word & 0xffff0000u);
+    } else {
+      __half2 pair;
+      memcpy(&pair, &word, sizeof pair);
+      const float2 wide = __half22float2(pair);
+      out[0] = wide.x;
+      out[1] = wide.y;
+    }
   }
 };
 
@@ -52,56 +74,51 @@ struct RowShape {
 template <class T>
 struct RowPart {
   static constexpr int kVectors = kLaneElements / kVectorSize<T>;
-  int4 bits[kVectors];
+  uint4 bits[kVectors];
 
   VTP_DEVICE void widen(float (&out)[kLaneElements]) const {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      Vector<T> vector;
-      memcpy(&vector, &bits[v], sizeof vector);
-#pragma unroll
-      for (int i = 0; i < kVectorSize<T>; ++i) {
-        out[v * kVectorSize<T> + i] = to_float(vector.x[i]);
-      }
+      float* const vector = out + v * kVectorSize<T>;
+      Word<T>::widen(bits[v].x, vector);
+      Word<T>::widen(bits[v].y, vector + Word<T>::kSize);
+      Word<T>::widen(bits[v].z, vector + 2 * Word<T>::kSize);
+      Word<T>::widen(bits[v].w, vector + 3 * Word<T>::kSize);
     }
   }
 };
 
-// Zeros where not `wanted` (nothing is read then) and past the row's end. `Once` spares the cache:
-// what it holds will be wanted again, this row will not.
-template <class T, bool Aligned, bool Once = false>
-VTP_DEVICE RowPart<T> load_part(const T* row, RowShape shape, bool wanted) {
-  RowPart<T> part;
-#pragma unroll
-  for (int v = 0; v < RowPart<T>::kVectors; ++v) {
-    const int first = v * kVectorSize<T>;
-    if constexpr (Aligned) {
-      const int column = shape.column<T, true>(shape.lane(), first);
-      part.bits[v] = int4{0, 0, 0, 0};
-      if (wanted && column < shape.dim) {
-        const int4* source = reinterpret_cast<const int4*>(row + column);
-        part.bits[v] = Once ? __ldcs(source) : *source;
-      }
-    } else {
-      Vector<T> vector;
-#pragma unroll
-      for (int i = 0; i < kVectorSize<T>; ++i) {
-        const int column = shape.column<T, false>(shape.lane(), first + i);
-        vector.x[i] = wanted && column < shape.dim ? row[column] : from_float<T>(0.0f);
-      }
-      memcpy(&part.bits[v], &vector, sizeof vector);
-    }
-  }
-  return part;
-}
-
-// Rows 0 ... Rows - 1 from `row` on, those whose bit is set.
+// Rows 0 ... Rows - 1 from `row` on, those whose bit is set; the others, and what lies past the end
+// of a row, are zeros and not read. `Once` spares the cache: what it holds will be wanted again,
+// these rows will not.
 template <bool Aligned, bool Once = false, class T, int Rows>
 VTP_DEVICE void load_parts(const T* row, int64_t stride, RowShape shape, unsigned wanted,
                            RowPart<T> (&out)[Rows]) {
+  const int column = shape.column<T>(shape.lane(), 0), left = shape.dim - column;
+  const T* source = row + column;
 #pragma unroll
   for (int r = 0; r < Rows; ++r) {
-    out[r] = load_part<T, Aligned, Once>(row + r * stride, shape, (wanted >> r & 1) != 0);
+    const bool is_wanted = (wanted >> r & 1) != 0;
+#pragma unroll
+    for (int v = 0; v < RowPart<T>::kVectors; ++v) {
+      const int first = v * (kVectorSize<T> << shape.log_lanes);
+      if constexpr (Aligned) {
+        out[r].bits[v] = uint4{0, 0, 0, 0};
+        if (is_wanted && first < left) {
+          const uint4* vector = reinterpret_cast<const uint4*>(source + first);
+          out[r].bits[v] = Once ? __ldcs(vector) : *vector;
+        }
+      } else {
+        Vector<T> vector;
+#pragma unroll
+        for (int i = 0; i < kVectorSize<T>; ++i) {
+          const bool is_inside = is_wanted && first + i < left;
+          vector.x[i] = is_inside ? source[first + i] : from_float<T>(0.0f);
+        }
+        memcpy(&out[r].bits[v], &vector, sizeof vector);
+      }
+    }
+    source += stride;
   }
 }
 
