@@ -24,11 +24,15 @@ class AsyncCopies {
 
   void commit() { group_ends_.push_back(copies_.size()); }
 
-  // Lets all groups land but the last `pending`.
-  void wait(size_t pending) {
+  // Lets all groups land but the last `pending`; each copy is announced by landed(target, bytes).
+  template <class Landed>
+  void wait(size_t pending, const Landed& landed) {
     if (group_ends_.size() <= pending) return;
     const size_t groups = group_ends_.size() - pending, landing = group_ends_[groups - 1];
-    for (size_t i = 0; i < landing; ++i) std::memcpy(copies_[i].target, copies_[i].bytes, kBytes);
+    for (size_t i = 0; i < landing; ++i) {
+      std::memcpy(copies_[i].target, copies_[i].bytes, kBytes);
+      landed(copies_[i].target, kBytes);
+    }
     copies_.erase(copies_.begin(), copies_.begin() + landing);
     group_ends_.erase(group_ends_.begin(), group_ends_.begin() + groups);
     for (size_t& end : group_ends_) end -= landing;

@@ -1,6 +1,6 @@
 """Builds the CUDA kernels for the emulator, with g++ instead of nvcc, as a Python extension module.
 
-    python tests/emulator/build.py [plain | sanitized]
+    python tests/emulator/build.py [plain | sanitized | races]
 
 Results lie in build/emulator/<variant>/; ninja rebuilds what changed. VTP_EMULATOR_KERNELS, a list
 such as "select_topk,inflection", builds those csrc/*.cu alone; a call of another kernel then ends
@@ -24,15 +24,19 @@ ROOT = HERE.parents[1]
 MODULE = "vtp_kernels_emulated"
 
 # Sums must have the bits the source asks for: nothing may be fused behind its back.
-COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-g1", "-pthread")
+COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-g", "-pthread")
 WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-attributes")
 VARIANTS = {
-    "plain": ("-O2",),
+    "plain": ("-O2", "-g0"),
     "sanitized": (
         *("-O1", "-fno-omit-frame-pointer"),
         *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     ),
+    "races": ("-O1", "-DVTP_EMULATOR_RACES"),
 }
+# Files with kernels report their accesses; races.cpp takes the reports, not the compiler's library.
+KERNEL_FLAGS = {"races": "-fsanitize=thread"}
+KERNELS_OF_TESTS = ("defects.cpp", "primitives.cpp")
 ORDERS = ("forward", "reverse", "random")  # in which threads can run
 TORCH_TARGET = "0x020a000000000000"  # as in CMakeLists.txt
 
@@ -112,21 +116,25 @@ def ninja_file(variant: str) -> str:
     def joined(flags: list[str]) -> str:
         return " ".join(flag.replace("$", "$$").replace(" ", "\\ ") for flag in flags)
 
-    objects = {
-        source: f"{source.name}.o" for source in (*kernel_sources(), *sorted(HERE.glob("*.cpp")))
-    }
+    kernels = [*kernel_sources(), *(HERE / name for name in KERNELS_OF_TESTS)]
+    objects = {source: f"{source.name}.o" for source in (*kernels, *sorted(HERE.glob("*.cpp")))}
     lines = [
         f"flags = {joined(compile_flags(variant))}",
+        f"kernel_flags = {KERNEL_FLAGS.get(variant, '')}",
         f"link_flags = {joined(link_flags(variant))}",
         "rule compile",
-        f"  command = {find_tool('g++')} $flags -MMD -MF $out.d -x c++ -c $in -o $out",
+        f"  command = {find_tool('g++')} $flags $more -MMD -MF $out.d -x c++ -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = $out",
         "rule link",
         f"  command = {find_tool('g++')} $in -o $out $link_flags",
         "  description = $out",
-        *(f"build {target}: compile {escaped(source)}" for source, target in objects.items()),
+        *(
+            f"build {target}: compile {escaped(source)}\n"
+            f"  more = {'$kernel_flags' if source in kernels else ''}"
+            for source, target in objects.items()
+        ),
         f"build {MODULE}.so: link {' '.join(objects.values())}",
         f"default {MODULE}.so",
     ]
@@ -153,12 +161,14 @@ def build(variant: str = "plain") -> Path:
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         run = subprocess.run(
             [find_tool("ninja"), "-C", directory, "-j", jobs],
+            env={name: value for name, value in os.environ.items() if name != "LD_PRELOAD"},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
     if run.returncode != 0:
-        raise RuntimeError(f"the emulated kernels do not compile:\n{run.stdout[-8000:]}")
+        first = run.stdout[max(run.stdout.find("FAILED"), 0) :]
+        raise RuntimeError(f"the emulated kernels do not compile:\n{first[:8000]}")
     return directory / f"{MODULE}.so"
 
 

@@ -189,7 +189,8 @@ def cls_inflection(draw, batch, length):
 
 
 def compact_kv(draw, batch, length):
-    heads, dim, layers = draw.any(1, 3), draw.any(*DIMS), draw.any(1, 2, 40)
+    layers, heads = draw.any(1, 2, 40), draw.any(1, 3)
+    dim = draw.any(1, 8, 9) if layers == 40 else draw.any(*DIMS)
     sides = [[draw.normal(batch, heads, length, dim) for _ in range(layers)] for _ in range(2)]
     width = draw.any(0, 1, length // 2, length)
     per = draw.any((), (layers,), (layers, heads))  # indices for all, for each layer, each head

@@ -58,6 +58,64 @@ __global__ void lane_neighbour_kernel(int* out, bool barrier) {
   out[i] = lane_id() == 0 ? 0 : numbers.x[i - 1];
 }
 
+// Here a shuffle stands where __syncwarp should: lanes meet, but their memory accesses stay unordered.
+__global__ void shuffle_as_barrier_kernel(int* out) {
+  VTP_SHARED(Ints, numbers);
+  const int i = threadIdx.x;
+  numbers.x[i] = i;
+  __shfl_sync(kAllLanes, i, 0);
+  out[i] = lane_id() == 0 ? 0 : numbers.x[i - 1];
+}
+
+// The scratch is written again while some may still read it.
+__global__ void reused_scratch_kernel(int* out) {
+  VTP_SHARED(int, scratch);
+  int sum = 0;
+  for (int round = 0; round < 2; ++round) {
+    if (threadIdx.x == 0) scratch = round;
+    __syncthreads();
+    sum += scratch;
+  }
+  out[threadIdx.x] = sum;
+}
+
+// All agree on what they write, yet nothing orders them.
+__global__ void same_value_kernel(int* out) {
+  VTP_SHARED(int, found);
+  found = 1;
+  __syncthreads();
+  out[threadIdx.x] = found;
+}
+
+// Counted with atomics, read without a barrier.
+__global__ void early_total_kernel(int* out) {
+  VTP_SHARED(int, total);
+  if (threadIdx.x == 0) total = 0;
+  __syncthreads();
+  atomicAdd(&total, 1);
+  out[threadIdx.x] = total;
+}
+
+// Every thread waits for its own copies, but reads those of another.
+__global__ void early_copies_kernel(int* out) {
+  VTP_SHARED(Floats4, copy);
+  const int i = threadIdx.x;
+  copy_async(&copy.x[i * 4], nullptr, false);
+  commit_copies();
+  wait_copies<0>();
+  out[i] = copy.x[(i + 1) % kThreads * 4] == 0.0f;
+}
+
+// Blocks write the same element.
+__global__ void shared_total_kernel(int* out) {
+  if (threadIdx.x == 0) out[0] = blockIdx.x;
+}
+
+void shared_total() {
+  Output out(1);
+  launch("shared_total", shared_total_kernel, 2, kWarp, 0, nullptr, out.data());
+}
+
 // Threads take slots in the order they come: right as a set, not as a list.
 __global__ void slots_kernel(int* out) {
   VTP_SHARED(int, next);
@@ -304,12 +362,23 @@ void bind_defects(py::module_ m) {
   using namespace vtp::cuda;
   m.def("neighbour", [](bool b) { return output_of("neighbour", neighbour_kernel, b); });
   m.def("neighbour_is_right", [] { output_of("neighbour", neighbour_kernel, true); });
+  m.def("lane_neighbour_is_right",
+        [] { output_of("lane_neighbour", lane_neighbour_kernel, true); });
+  m.def("neighbour_races", [] { output_of("neighbour", neighbour_kernel, false); });
+  m.def("lane_neighbour_races",
+        [] { output_of("lane_neighbour", lane_neighbour_kernel, false); });
+  m.def("shared_total", shared_total);
   m.def("lane_neighbour",
         [](bool b) { return output_of("lane_neighbour", lane_neighbour_kernel, b); });
   m.def("slots", [] { return output_of("slots", slots_kernel); });
   m.def("block_chain", block_chain);
 
 #define VTP_BIND(name) m.def(#name, [] { return output_of(#name, name##_kernel); })
+  VTP_BIND(shuffle_as_barrier);
+  VTP_BIND(reused_scratch);
+  VTP_BIND(same_value);
+  VTP_BIND(early_total);
+  VTP_BIND(early_copies);
   VTP_BIND(divergent_barrier);
   VTP_BIND(early_return);
   VTP_BIND(two_barriers);

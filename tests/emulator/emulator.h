@@ -32,15 +32,18 @@ const T* all_lanes(const T& value, Site site = Site::here()) {
   return multiprocessor.exchange("all_lanes", ~0u, value, site);
 }
 
-inline void copy_async(void* shared, const void* source, size_t bytes) {
+__attribute__((always_inline)) inline void copy_async(void* shared, const void* source, size_t bytes) {
   if (bytes != AsyncCopies::kBytes || reinterpret_cast<uintptr_t>(shared) % bytes != 0 ||
       reinterpret_cast<uintptr_t>(source) % bytes != 0) {
     multiprocessor.fail("copy_async moves 16 bytes, aligned to 16");
   }
-  multiprocessor.async_copies().issue(shared, source);
+  multiprocessor.copy_async(shared, source, races::this_place());
 }
 
-inline void commit_copies() { multiprocessor.async_copies().commit(); }
-inline void wait_copies(int pending) { multiprocessor.async_copies().wait(pending); }
+inline void commit_copies() { multiprocessor.commit_copies(); }
+
+__attribute__((always_inline)) inline void wait_copies(int pending) {
+  multiprocessor.wait_copies(pending, races::this_place());
+}
 
 }  // namespace vtp::emulator

@@ -16,6 +16,7 @@
 #include "cuda/vector_types.h"
 #include "fiber.h"
 #include "order.h"
+#include "races.h"
 #include "shared_memory.h"
 #include "site.h"
 
@@ -96,6 +97,7 @@ class Multiprocessor {
   // ---- What kernels call --------------------------------------------------------------------
 
   void* shared_object(int id, const std::type_info& type, size_t bytes, size_t alignment) {
+    const Untracked untracked;
     void* object = shared_.object(id, type, bytes, alignment);
     if (shared_.static_bytes() > SharedMemory::kStaticLimit) {
       fail("has more than 48 KB of static shared memory");
@@ -106,10 +108,29 @@ class Multiprocessor {
 
   unsigned char* dynamic_shared() const { return shared_.dynamic(); }
 
-  AsyncCopies& async_copies() { return current_->copies; }
+  // To shared memory, zeros from null.
+  void copy_async(void* target, const void* source, const void* place) {
+    const Untracked untracked;
+    if (source) untracked.note(Access::read, source, AsyncCopies::kBytes, place);
+    untracked.note(Access::write, target, AsyncCopies::kBytes, place);
+    current_->copies.issue(target, source);
+  }
+
+  void commit_copies() {
+    const Untracked untracked;
+    current_->copies.commit();
+  }
+
+  void wait_copies(size_t pending, const void* place) {
+    const Untracked untracked;
+    current_->copies.wait(pending, [&](const void* target, size_t bytes) {
+      untracked.note(Access::write, target, bytes, place);
+    });
+  }
 
   // Waits for all threads of the block; their votes counted.
   Votes barrier(const char* kind, bool vote, Site site) {
+    const Untracked untracked;
     Votes& votes = barrier_.votes[barrier_.parity];
     come_to(barrier_, {kind, site});
     if (barrier_.arrived == 1) votes = {};
@@ -118,6 +139,7 @@ class Multiprocessor {
     votes.all &= vote;
     if (barrier_.arrived == threads_) {
       leave(barrier_);
+      races::barrier();
       ready_.add_first(threads_);
     }
     wait();
@@ -128,21 +150,29 @@ class Multiprocessor {
   template <class T>
   const T* exchange(const char* kind, unsigned mask, const T& value, Site site) {
     static_assert(sizeof(T) <= Warp::kValueBytes && std::is_trivially_copyable_v<T>);
+    const Untracked untracked;
     Warp& warp = warps_[current_->number / kLanes];
     auto* values = reinterpret_cast<T*>(warp.values[warp.parity]);
     std::memcpy(values + current_->number % kLanes, &value, sizeof value);
-    meet(warp, {kind, site}, mask);
+    meet(warp, {kind, site}, mask, false);
     return values;
   }
 
   // The same for a bit each.
   uint32_t ballot(const char* kind, unsigned mask, bool vote, Site site) {
+    const Untracked untracked;
     Warp& warp = warps_[current_->number / kLanes];
     uint32_t& ballot = warp.ballot[warp.parity];
     if (warp.arrived == 0) ballot = 0;
     ballot |= uint32_t{vote} << current_->number % kLanes;
-    meet(warp, {kind, site}, mask);
+    meet(warp, {kind, site}, mask, false);
     return ballot;
+  }
+
+  // Waits for all lanes of the warp. Alone among the collectives this one orders memory accesses.
+  void warp_barrier(const char* kind, unsigned mask, Site site) {
+    const Untracked untracked;
+    meet(warps_[current_->number / kLanes], {kind, site}, mask, true);
   }
 
   unsigned lane() const { return current_->number % kLanes; }
@@ -150,6 +180,7 @@ class Multiprocessor {
   // Where order among threads may show, another may go first.
   void preempt() {
     if (order_ != Order::random) return;
+    const Untracked untracked;
     ready_.add(current_->number);
     wait();
   }
@@ -183,6 +214,7 @@ class Multiprocessor {
     check_configuration();
     make_threads();
     ++launches_[name];
+    races::begin_launch();
     host_.adopt_thread();
     const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
     for (const uint64_t i : block_sequence(blocks, order_, random_)) {
@@ -195,6 +227,7 @@ class Multiprocessor {
   }
 
   void run_block() {
+    races::begin_block(warps_.size());
     shared_.begin_block(dynamic_bytes_);
     static_cast<Rendezvous&>(barrier_) = {};
     for (Warp& warp : warps_) static_cast<Rendezvous&>(warp) = {};
@@ -207,7 +240,9 @@ class Multiprocessor {
     ready_.add_first(threads_);
     go_on(host_);
     if (failure_.empty() && exited_ < threads_) failure_ = deadlock();
-    if (failure_.empty() && !shared_.damage().empty()) failure_ = context() + ": " + shared_.damage();
+    for (const std::string& mistake : {shared_.damage(), races::found()}) {
+      if (failure_.empty() && !mistake.empty()) failure_ = context() + ": " + mistake;
+    }
     if (!failure_.empty()) abandon();
   }
 
@@ -265,6 +300,7 @@ class Multiprocessor {
     current_->fiber.arrive();
     for (;;) {
       try {
+        races::track(true);
         call_(body_);
       } catch (const std::exception& error) {
         failure_ = error.what();
@@ -272,17 +308,19 @@ class Multiprocessor {
       } catch (...) {
         failure_ = context() + ": an exception that is no std::exception";
       }
+      races::track(false);
       current_->exited = true;
       ++exited_;
       wait();
     }
   }
 
-  void meet(Warp& warp, const Meeting& meeting, unsigned mask) {
+  void meet(Warp& warp, const Meeting& meeting, unsigned mask, bool orders_memory) {
     if (mask != ~0u) fail(meeting.text() + " does not name all 32 lanes");
     come_to(warp, meeting);
     if (warp.arrived == kLanes) {
       leave(warp);
+      if (orders_memory) races::warp_barrier(current_->number / kLanes);
       ready_.add_warp(current_->number / kLanes);
     }
     wait();
@@ -316,6 +354,7 @@ class Multiprocessor {
                                                      : ready_.take_from(random_.below(threads_));
     current_ = all_threads_[next].get();
     position.thread = current_->index;
+    races::run(next, current_->stack.bottom(), Stack::kBytes);
     if (&current_->fiber != &running) running.switch_to(current_->fiber);
   }
 

@@ -15,6 +15,7 @@
 
 #include "fiber.h"  // VTP_EMULATOR_ASAN
 #include "order.h"
+#include "races.h"
 
 namespace vtp::emulator {
 
@@ -115,6 +116,7 @@ class SharedMemory {
     std::memset(memory, kCanary, kCanaryBytes);
     std::memset(data + bytes, kCanary, kCanaryBytes);
     fill_with_garbage(data, bytes, salt_ * 0x9e3779b9u + id);
+    races::forget(data, bytes);
     objects_.push_back({id, type, memory, data, bytes});
     if (id >= 0) static_bytes_ += bytes;
     return data;

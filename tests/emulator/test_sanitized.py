@@ -35,7 +35,7 @@ def run_sanitized():
 
 
 def test_planted_memory_errors_are_reported_with_their_line(run_sanitized):
-    run = run_sanitized("planted.py", *MEMORY_ERRORS, "neighbour_is_right")
+    run = run_sanitized("planted.py", "sanitized", *MEMORY_ERRORS, "neighbour_is_right")
     assert run.returncode == 0, run.stderr
     reports = json.loads(run.stdout)
     lines = (build.HERE / "defects.cpp").read_text().splitlines()

@@ -21,8 +21,11 @@ template <class T>
 using AnyInteger = IfOneOf<T, int, unsigned, long long, unsigned long long>;
 
 template <class T, class Operation>
-T atomically(T* at, Operation operation) {
+__attribute__((always_inline)) inline T atomically(T* at, Operation operation) {
+  const void* const place = races::this_place();
   multiprocessor.preempt();
+  const Untracked untracked;
+  untracked.note(Access::atomic, at, sizeof *at, place);
   const T old = *at;
   *at = operation(old);
   return old;
@@ -32,7 +35,7 @@ T atomically(T* at, Operation operation) {
 
 #define VTP_EMULATOR_ATOMIC(name, types, result)                              \
   template <class T>                                                          \
-  types name(T* at, typename vtp::emulator::Exactly<T>::Type x) {             \
+  __attribute__((always_inline)) inline types name(T* at, typename vtp::emulator::Exactly<T>::Type x) {             \
     return vtp::emulator::atomically(at, [&](T old) -> T { return result; }); \
   }
 
@@ -53,7 +56,8 @@ VTP_EMULATOR_ATOMIC(atomicXor, VTP_EMULATOR_ADDABLE, old ^ x)
 #undef VTP_EMULATOR_ATOMIC
 
 template <class T>
-vtp::emulator::IfOneOf<T, int, unsigned, unsigned long long> atomicCAS(
+__attribute__((always_inline)) inline vtp::emulator::IfOneOf<T, int, unsigned, unsigned long long>
+atomicCAS(
     T* at, typename vtp::emulator::Exactly<T>::Type expected,
     typename vtp::emulator::Exactly<T>::Type x) {
   return vtp::emulator::atomically(at, [&](T old) -> T { return old == expected ? x : old; });

@@ -51,7 +51,7 @@ inline int __syncthreads_and(int x, vtp::emulator::Site site = vtp::emulator::Si
 
 inline void __syncwarp(unsigned mask = ~0u,
                        vtp::emulator::Site site = vtp::emulator::Site::here()) {
-  vtp::emulator::multiprocessor.ballot("__syncwarp", mask, false, site);
+  vtp::emulator::multiprocessor.warp_barrier("__syncwarp", mask, site);
 }
 
 inline unsigned __ballot_sync(unsigned mask, int x,

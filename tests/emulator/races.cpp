@@ -1,0 +1,270 @@
+// Finds data races: two accesses to a byte, one of them a write, by threads that nothing orders.
+//
+// CUDA as used here has few ways to order threads, so the answer is exact for the inputs run, and
+// the same in every thread order: __syncthreads orders all threads of a block, __syncwarp the lanes
+// of a warp, a launch all that came before it; shuffles and votes order nothing, and neither do
+// blocks. Time is a counter that each of these events advances: an access is ordered before the
+// present if it is older than the last event that both threads took part in.
+//
+// Kernels are compiled with -fsanitize=thread, which puts a call before each access. Those calls end
+// here instead of in the sanitizer's own library, which knows nothing but threads of the host. All
+// that is here must be compiled without that flag and stay private to this file.
+#include "races.h"
+
+#ifdef VTP_EMULATOR_RACES
+
+#include <dlfcn.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <memory>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace vtp::emulator {
+namespace {
+
+constexpr unsigned kLanes = 32;
+
+// The latest access of one kind to a byte. Of others since the last event that would order them it
+// is enough to know where they came from.
+struct Latest {
+  uint32_t time = 0;  // 0: never
+  uint32_t place = 0;
+  uint16_t thread = 0;
+  bool other_lanes = false, other_warps = false, other_blocks = false;
+};
+
+struct Cell {
+  Latest latest[3];  // by Access
+};
+
+// The cells of all bytes the launch has touched.
+class Shadow {
+ public:
+  void clear() {
+    pages_.clear();
+    recent_ = nullptr;
+  }
+
+  Cell& at(uintptr_t address) {
+    const uintptr_t number = address / kPageBytes;
+    if (!recent_ || number != recent_number_) {
+      std::unique_ptr<Page>& page = pages_[number];
+      if (!page) page = std::make_unique<Page>();
+      recent_ = page.get();
+      recent_number_ = number;
+    }
+    return recent_->cells[address % kPageBytes];
+  }
+
+ private:
+  static constexpr size_t kPageBytes = 256;
+
+  struct Page {
+    Cell cells[kPageBytes];
+  };
+
+  std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
+  Page* recent_ = nullptr;
+  uintptr_t recent_number_ = 0;
+};
+
+struct State {
+  bool tracking = false;
+  Shadow shadow;
+  std::string found;
+  uint32_t clock = 0;
+  uint32_t launch = 0, block = 0, barrier = 0;  // when the current one began or the last one was
+  std::vector<uint32_t> warp_barriers;
+  unsigned thread = 0;  // the running one
+  uintptr_t stack = 0;
+  size_t stack_bytes = 0;
+
+  unsigned warp() const { return thread / kLanes; }
+};
+
+State state;
+
+// ---- Order --------------------------------------------------------------------------------------
+
+// Whether the running thread's access now is in no order with an earlier one.
+bool is_unordered(const Latest& latest) {
+  if (latest.time < state.launch) return false;
+  if (latest.other_blocks || latest.time < state.block) return true;
+  if (latest.time < state.barrier) return false;
+  if (latest.other_warps || latest.thread / kLanes != state.warp()) return true;
+  if (latest.time < state.warp_barriers[state.warp()]) return false;
+  return latest.other_lanes || latest.thread != state.thread;
+}
+
+void update(Latest& latest, uint32_t place) {
+  if (latest.time < state.launch) {
+    latest = {};
+  } else if (latest.time < state.block) {
+    latest.other_blocks = true;
+    latest.other_warps = latest.other_lanes = false;
+  } else if (latest.time < state.barrier) {
+    latest.other_warps = latest.other_lanes = false;
+  } else if (latest.thread / kLanes != state.warp()) {
+    latest.other_warps = true;
+  } else if (latest.time < state.warp_barriers[state.warp()]) {
+    latest.other_lanes = false;
+  } else if (latest.thread != state.thread) {
+    latest.other_lanes = true;
+  }
+  latest.time = state.clock;
+  latest.thread = static_cast<uint16_t>(state.thread);
+  latest.place = place;
+}
+
+// ---- Words --------------------------------------------------------------------------------------
+
+const Dl_info& this_module() {
+  static const Dl_info info = [] {
+    Dl_info found;
+    dladdr(&state, &found);
+    return found;
+  }();
+  return info;
+}
+
+uint32_t offset_of(const void* place) {
+  static const char* const base = static_cast<const char*>(this_module().dli_fbase);
+  return static_cast<uint32_t>(static_cast<const char*>(place) - base);
+}
+
+// "file:line" of the call that returns to the place and, if its function was inlined there, where
+// from: "inner:1 < outer:2". The emulator's own functions are left out.
+std::string source_of(uint32_t place) {
+  char command[4096], line[4096];
+  std::snprintf(command, sizeof command, "addr2line -i -e '%s' 0x%x", this_module().dli_fname,
+                place - 1);
+  FILE* lines = popen(command, "r");
+  if (!lines) return "?";
+  std::string source;
+  while (std::fgets(line, sizeof line, lines)) {
+    std::string text(line);
+    text.erase(text.find_first_of(" \n"));  // also " (discriminator 2)"
+    const bool ours = text.find("/emulator/cuda/") != std::string::npos ||
+                      text.find("/emulator/emulator.h") != std::string::npos;
+    if (!ours) source += (source.empty() ? "" : " < ") + text;
+  }
+  pclose(lines);
+  return source.empty() ? "?" : source;
+}
+
+const char* verb(Access access) {
+  return access == Access::read    ? "reads"
+         : access == Access::write ? "writes"
+                                   : "atomically changes";
+}
+
+void report(Access access, uint32_t place, Access other, const Latest& latest) {
+  if (!state.found.empty()) return;
+  const bool same_block = latest.time >= state.block;
+  state.found = "a data race: thread " + std::to_string(state.thread) + " " + verb(access) + " (" +
+                source_of(place) + ") what thread " + std::to_string(latest.thread) +
+                (same_block ? " " : " of another block ") + verb(other) + " (" +
+                source_of(latest.place) + "), and nothing orders them";
+}
+
+void note(Access access, Cell& cell, uint32_t place) {
+  // Reads agree with reads, atomics with atomics.
+  for (const Access other : {Access::read, Access::write, Access::atomic}) {
+    if (access == other && access != Access::write) continue;
+    const Latest& latest = cell.latest[static_cast<int>(other)];
+    if (is_unordered(latest)) report(access, place, other, latest);
+  }
+  update(cell.latest[static_cast<int>(access)], place);
+}
+
+}  // namespace
+
+// ---- What the emulator tells --------------------------------------------------------------------
+
+namespace races {
+
+void begin_launch() {
+  state.shadow.clear();
+  state.found.clear();
+  state.launch = ++state.clock;
+}
+
+void begin_block(unsigned warps) {
+  state.block = state.barrier = ++state.clock;
+  state.warp_barriers.assign(warps, state.clock);
+}
+
+void barrier() { state.barrier = ++state.clock; }
+
+void warp_barrier(unsigned warp) { state.warp_barriers[warp] = ++state.clock; }
+
+void run(unsigned thread, const void* stack, size_t stack_bytes) {
+  state.thread = thread;
+  state.stack = reinterpret_cast<uintptr_t>(stack);
+  state.stack_bytes = stack_bytes;
+}
+
+void forget(const void* data, size_t bytes) {
+  const auto first = reinterpret_cast<uintptr_t>(data);
+  for (uintptr_t at = first; at < first + bytes; ++at) state.shadow.at(at) = {};
+}
+
+void note(Access access, const void* data, size_t bytes, const void* place) {
+  const auto first = reinterpret_cast<uintptr_t>(data);
+  if (first - state.stack < state.stack_bytes) return;
+  const uint32_t offset = offset_of(place);
+  for (uintptr_t at = first; at < first + bytes; ++at) {
+    emulator::note(access, state.shadow.at(at), offset);
+  }
+}
+
+bool track(bool on) { return std::exchange(state.tracking, on); }
+
+std::string found() { return state.found; }
+
+}  // namespace races
+}  // namespace vtp::emulator
+
+// ---- What the compiler calls --------------------------------------------------------------------
+
+#define VTP_NOTE(access, data, bytes)                                                         \
+  if (vtp::emulator::state.tracking) {                                                        \
+    vtp::emulator::races::note(vtp::emulator::Access::access, data, bytes,                    \
+                               __builtin_return_address(0));                                  \
+  }
+
+#define VTP_HOOKS(bytes)                                                        \
+  void __tsan_read##bytes(void* data) { VTP_NOTE(read, data, bytes) }           \
+  void __tsan_write##bytes(void* data) { VTP_NOTE(write, data, bytes) }         \
+  void __tsan_unaligned_read##bytes(void* data) { VTP_NOTE(read, data, bytes) } \
+  void __tsan_unaligned_write##bytes(void* data) { VTP_NOTE(write, data, bytes) }
+
+extern "C" {
+
+VTP_HOOKS(1)
+VTP_HOOKS(2)
+VTP_HOOKS(4)
+VTP_HOOKS(8)
+VTP_HOOKS(16)
+void __tsan_read_range(void* data, size_t bytes) { VTP_NOTE(read, data, bytes) }
+void __tsan_write_range(void* data, size_t bytes) { VTP_NOTE(write, data, bytes) }
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_read(void**) {}
+void __tsan_vptr_update(void**, void*) {}
+
+// Of the host's code, as for local statics: kernels have none of these.
+uint8_t __tsan_atomic8_load(const volatile uint8_t* at, int) {
+  return __atomic_load_n(at, __ATOMIC_SEQ_CST);
+}
+uint32_t __tsan_atomic32_fetch_add(volatile uint32_t* at, uint32_t x, int) {
+  return __atomic_fetch_add(at, x, __ATOMIC_SEQ_CST);
+}
+
+}  // extern "C"
+
+#endif

@@ -1,0 +1,74 @@
+// What the emulator tells the race detector (races.cpp) in builds with VTP_EMULATOR_RACES; in others
+// nothing is told and nothing found.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+namespace vtp::emulator {
+
+enum class Access { read, write, atomic };
+
+namespace races {
+
+#ifdef VTP_EMULATOR_RACES
+#define VTP_RACES(declaration) declaration;
+#else
+#define VTP_RACES(declaration) inline declaration {}
+#endif
+
+VTP_RACES(void begin_launch())
+VTP_RACES(void begin_block(unsigned /*warps*/))
+VTP_RACES(void barrier())                         // all threads of the block have met
+VTP_RACES(void warp_barrier(unsigned /*warp*/))  // so have the warp's lanes
+
+// A thread runs from now on, on a stack that is nobody else's.
+VTP_RACES(void run(unsigned /*thread*/, const void* /*stack*/, size_t /*stack_bytes*/))
+
+// Fresh memory, whoever had its place before.
+VTP_RACES(void forget(const void* /*data*/, size_t /*bytes*/))
+
+// The running thread's access, by code at `place`.
+VTP_RACES(void note(Access, const void* /*data*/, size_t /*bytes*/, const void* /*place*/))
+
+#undef VTP_RACES
+
+#ifdef VTP_EMULATOR_RACES
+
+// Says whether accesses are the kernel's from now on, or the emulator's own; returns what was.
+bool track(bool on);
+
+// The launch's first race, in words; "" if there is none.
+std::string found();
+
+// The address of the code that asks.
+__attribute__((noinline)) inline const void* this_place() { return __builtin_return_address(0); }
+
+#else
+
+inline bool track(bool) { return false; }
+inline std::string found() { return ""; }
+inline const void* this_place() { return nullptr; }
+
+#endif
+
+}  // namespace races
+
+// Within its scope the emulator runs, not the kernel.
+class Untracked {
+ public:
+  Untracked() : before_(races::track(false)) {}
+  ~Untracked() { races::track(before_); }
+  Untracked(const Untracked&) = delete;
+  Untracked& operator=(const Untracked&) = delete;
+
+  // An access on the kernel's behalf.
+  void note(Access access, const void* data, size_t bytes, const void* place) const {
+    if (before_) races::note(access, data, bytes, place);
+  }
+
+ private:
+  bool before_;
+};
+
+}  // namespace vtp::emulator

@@ -1,0 +1,63 @@
+"""No two accesses to the same memory race: barriers order them all, whatever the timing."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from emulator import build
+
+READ, WRITE = "reads", "writes"
+RACES = {  # what each thread of the pair does, either way round
+    "neighbour_races": {READ, WRITE},
+    "lane_neighbour_races": {READ, WRITE},
+    "shuffle_as_barrier": {READ, WRITE},
+    "reused_scratch": {READ, WRITE},
+    "same_value": {WRITE},
+    "early_total": {READ, "atomically changes"},
+    "early_copies": {READ, WRITE},
+    "block_chain": {READ, WRITE},
+    "shared_total": {WRITE},
+}
+CLEAN = ("neighbour_is_right", "lane_neighbour_is_right", "slots")
+
+
+@pytest.fixture(scope="module")
+def run_racing():
+    """A function that runs a script of this folder with the build that looks for races."""
+    if (reason := build.why_not()) is not None:
+        pytest.skip(reason)
+    if shutil.which("addr2line") is None:
+        pytest.skip("no addr2line here")
+    build.build("races")
+    environment = {**os.environ, "PYTHONPATH": str(build.HERE.parent)}
+
+    def run(order, script, *arguments):
+        environment["VTP_EMULATOR_ORDER"] = order
+        command = [sys.executable, build.HERE / script, "races", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.parametrize("order", build.ORDERS)
+def test_planted_races_are_found_in_every_order_of_threads(run_racing, order):
+    run = run_racing(order, "planted.py", *RACES, *CLEAN)
+    assert run.returncode == 0, run.stderr
+    reports = json.loads(run.stdout)
+    for name, verbs in RACES.items():
+        pattern = r"a data race: thread \d+ (.*) \(.*defects.cpp:\d+\) what thread \d+ "
+        pattern += r"(?:of another block )?(.*) \(.*defects.cpp:\d+\), and nothing orders them"
+        match = re.search(pattern, reports[name])
+        assert match and set(match.groups()) == verbs, (name, reports[name])
+    assert [reports[name] for name in CLEAN] == [""] * len(CLEAN)
+
+
+def test_no_op_races(run_racing, draw):
+    run = run_racing("random", "cases.py", str(draw.integer(0, 2**31)))
+    where = run.stdout.strip().rpartition("\n")[2]
+    assert run.returncode == 0, f"{where}:\n{run.stderr[-4000:]}"
