@@ -1,0 +1,316 @@
+"""What nvcc makes of the kernels, on every architecture, and the reader of its logs.
+
+A kernel that spills, or whose 16-byte loads fell apart, still passes every other test.
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from code_generation import (
+    ARCHS,
+    FLOAT_ATOMIC,
+    LOCAL_MEMORY,
+    REGISTER_TOLERANCE,
+    TABLE,
+    Usage,
+    by_kernel,
+    complaints,
+    demangler,
+    disassembler,
+    dotted,
+    find_nvcc,
+    images,
+    instructions,
+    library_build,
+    machine_code,
+    moves_16_bytes,
+    own_build,
+    parse,
+    read_table,
+    render,
+    shortened,
+)
+
+from vtp_kernels import _native
+
+LOG = """\
+nvcc warning : something else
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z4copyPf' for 'sm_80'
+ptxas info    : Function properties for _Z4copyPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 2048 bytes smem, 400 bytes cmem[0]
+ptxas info    : Compile time = 44.385 ms
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z4copyPf' for 'sm_120'
+ptxas info    : Function properties for _Z4copyPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, used 0 barriers
+"""
+SPILLING = """\
+ptxas info    : Compiling entry function '_Z4sortPf' for 'sm_90a'
+ptxas info    : Function properties for _Z4sortPf
+    24 bytes stack frame, 20 bytes spill stores, 36 bytes spill loads
+ptxas info    : Used 64 registers, used 1 barriers, 24 bytes cumulative stack size
+ptxas info    : Function properties for helper
+    32 bytes stack frame, 4 bytes spill stores, 0 bytes spill loads
+"""
+
+
+def test_a_log_is_read():
+    assert parse(LOG) == [
+        Usage("_Z4copyPf", "8.0", registers=40, shared=2048),
+        Usage("_Z4copyPf", "12.0", registers=32),
+    ]
+    assert parse("") == []
+
+
+def test_a_spill_is_seen():
+    """A called function's stack frame and spills are the kernel's."""
+    (usage,) = parse(SPILLING)
+    assert usage == Usage("_Z4sortPf", "9.0a", 64, stack=32, spill_stores=24, spill_loads=36)
+    assert usage.local == "32 bytes stack frame, 24 bytes spill stores, 36 bytes spill loads"
+    assert Usage("k", "8.0", spill_loads=4).local == "4 bytes spill loads"
+    assert Usage("k", "8.0", 255, 49152).local is None
+
+
+@pytest.mark.parametrize(
+    "demangled, short",
+    [
+        ("vtp::cuda::(anonymous namespace)::probe()", "probe"),
+        (
+            "void vtp::cuda::(anonymous namespace)::copy<16>(vtp::cuda::Plan<16>, int (*)(int))",
+            "copy<16>",
+        ),
+        (
+            "void vtp::cuda::(anonymous namespace)::pass<__half, (int)4, (bool)1, "
+            "(vtp::cuda::(anonymous namespace)::Pass)0>(int)",
+            "pass<f16, 4, true, 0>",
+        ),
+        ("void vtp::cuda::scan<__nv_bfloat16, -1, false>(float)", "scan<bf16, -1, false>"),
+        ("void select<float>(vtp::SelectTopk)", "select<f32>"),
+    ],
+)
+def test_names_are_shortened(demangled, short):
+    assert shortened(demangled) == short
+
+
+def test_architectures_are_named_by_compute_capability():
+    assert [dotted(name) for name in ("sm_75", "90a", "120")] == ["7.5", "9.0a", "12.0"]
+
+
+USAGES = [
+    Usage("copy: kernel<2>", "9.0", 40),
+    Usage("copy: kernel<2>", "10.0", 48),
+    Usage("copy: kernel<10>", "9.0", 60, 2048),
+]
+
+
+def test_a_table_is_read_as_it_was_written():
+    table = render(USAGES, "13.0.88")
+    assert "| kernel | 9.0 | 10.0 |\n" in table and "| `copy: kernel<10>` | 60+2048 |  |" in table
+    nvcc, recorded = read_table(table)
+    assert nvcc == "13.0.88" and list(recorded.values()) == USAGES
+    assert list(complaints(USAGES, nvcc, table)) == []
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"registers": 41}, "on 9.0 is 41, in the table 40"),
+        ({"registers": 39}, "on 9.0 is 39, in the table 40"),
+        ({"shared": 8}, r"on 9.0 is 40\+8, in the table 40"),
+        ({"spill_stores": 4}, "on 9.0 uses local memory: 4 bytes spill stores"),
+        ({"stack": 8}, "on 9.0 uses local memory: 8 bytes stack frame"),
+        ({"kernel": "copy: new"}, "new on 9.0 is not in the table"),
+        ({"kernel": "copy: new"}, r"kernel<2> on 9.0 is in the table, but was not built"),
+    ],
+)
+def test_a_change_is_told(change, words):
+    changed = [Usage(**{**vars(USAGES[0]), **change}), *USAGES[1:]]
+    told = list(complaints(changed, "13.0.88", render(USAGES, "13.0.88")))
+    assert any(re.search(words, complaint) for complaint in told)
+
+
+def test_another_nvcc_has_a_budget():
+    table = render(USAGES, "13.0.88")
+
+    def told(**change):
+        return list(
+            complaints([Usage(**{**vars(USAGES[0]), **change}), *USAGES[1:]], "12.9", table)
+        )
+
+    assert told(registers=40 + REGISTER_TOLERANCE, shared=128) == []
+    assert len(told(registers=41 + REGISTER_TOLERANCE)) == 1
+    assert len(told(stack=8)) == 1
+
+
+def test_some_architectures_alone_may_be_built():
+    usages = [usage for usage in USAGES if usage.arch == "9.0"]
+    assert list(complaints(usages, "13.0.88", render(USAGES, "13.0.88"))) == []
+    beside = Usage("copy: kernel<2>", "8.7", 99)
+    assert list(complaints([*usages, beside], "13.0.88", render(USAGES, "13.0.88"))) == []
+
+
+LISTING = """
+	code for sm_80
+		Function : _Z4copyPf
+	.headerflags	@"EF_CUDA_TEXMODE_UNIFIED"
+        /*0000*/                   MOV R1, c[0x0][0x28] ;              /* 0x00000a0000017a02 */
+                                                                       /* 0x000fc40000000f00 */
+        /*0010*/              @!P0 LDG.E.128 R4, [R2.64] ;             /* 0x0000000402048981 */
+        /*0020*/             @!UP1 UMOV UR4, 0x1 ;                     /* 0x0000000402048981 */
+        /*0030*/                   DEPBAR.LE SB0, 0x0, {4,3,2,1} ;     /* 0x0000801e0000791a */
+	code for sm_90
+		Function : _Z4sortPf
+        /*0000*/               @P0 STL.64 [R1], R2 ;                   /* 0x0000000402048981 */
+"""
+
+
+def test_a_listing_is_read():
+    assert instructions(LISTING.splitlines()) == {
+        ("8.0", "_Z4copyPf"): {"MOV", "LDG.E.128", "UMOV", "DEPBAR.LE"},
+        ("9.0", "_Z4sortPf"): {"STL.64"},
+    }
+    assert moves_16_bytes({"LDG.E.128"}, "LDG") and moves_16_bytes({"LDG.E.128.SYS"}, "LDG")
+    assert not moves_16_bytes({"LDG.E.64", "LDS.128", "LDGSTS.E.BYPASS.128"}, "LDG")
+
+
+@pytest.mark.parametrize(
+    "instruction, is_one",
+    [
+        ("RED.E.ADD.F32.FTZ.RN.STRONG.GPU", True),
+        ("REDG.E.ADD.F64.RN.STRONG.GPU", True),
+        ("ATOMG.E.ADD.F32.FTZ.RN.STRONG.GPU", True),
+        ("ATOM.E.ADD.F16x2.RN.STRONG.GPU", True),
+        ("ATOM.E.ADD.BF16x2.RN.STRONG.GPU", True),
+        ("ATOMS.CAST.SPIN", True),
+        ("ATOMG.E.CAS.STRONG.GPU", True),
+        ("REDG.E.ADD.STRONG.GPU", False),
+        ("ATOMS.POPC.INC.32", False),
+        ("ATOMS.ADD", False),
+        ("REDUX.SUM", False),
+    ],
+)
+def test_additions_of_floats_in_no_order_are_known(instruction, is_one):
+    assert bool(FLOAT_ATOMIC.match(instruction)) == is_one
+
+
+# --- what was built ---------------------------------------------------------------------------
+
+
+def archs_asked_for() -> list[str]:
+    """Those of the library, for example 9.0 and 12.0+PTX."""
+    if _native.missing is not None:
+        pytest.skip(_native.missing)
+    archs = json.loads(torch.ops.vtp_kernels.build_info())["cuda_archs"]
+    return archs or pytest.skip("the native library was built without CUDA kernels")
+
+
+@pytest.fixture(scope="module")
+def build():
+    archs_asked_for()
+    found = library_build()
+    if found is None and find_nvcc() is None:
+        pytest.skip("neither the logs of the library's build nor an nvcc are here")
+    return found or own_build()
+
+
+@pytest.fixture(scope="module")
+def code(build):
+    if disassembler() is None:
+        pytest.skip("no cuobjdump here: neither the CUDA toolkit's nor triton's")
+    return machine_code(build)
+
+
+def test_kernels_are_as_the_table_says(build):
+    assert demangler()
+    wrong = list(complaints(build.usages(), build.nvcc, TABLE.read_text()))
+    assert not wrong, "\n".join(
+        [*wrong, "If all is as it should be: python tests/build/code_generation.py --write"]
+    )
+
+
+def test_the_table_knows_every_architecture():
+    _, recorded = read_table(TABLE.read_text())
+    assert all(sorted(row) == sorted(ARCHS) for row in by_kernel(recorded.values()).values())
+
+
+def test_every_kernel_is_built_for_every_architecture(build):
+    archs = {arch.removesuffix("+PTX") for arch in archs_asked_for()}
+    if not os.environ.get("VTP_CUDA_ARCHS") and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        assert archs == set(ARCHS)
+    if library_build() == build:
+        assert all(set(row) == archs for row in by_kernel(build.usages()).values())
+
+
+def test_the_library_has_the_images_asked_for():
+    asked = archs_asked_for()
+    if disassembler() is None:
+        pytest.skip("no cuobjdump here: neither the CUDA toolkit's nor triton's")
+    machine, ptx = images(Path(sys.modules["vtp_kernels._C"].__file__))
+    assert machine == {arch.removesuffix("+PTX") for arch in asked}
+    assert ptx == {arch.removesuffix("+PTX") for arch in asked if arch.endswith("+PTX")}
+
+
+def test_no_kernel_uses_local_memory(code):
+    found = {key: set(filter(LOCAL_MEMORY.match, used)) for key, used in code.items()}
+    assert not {key: used for key, used in found.items() if used}
+
+
+def test_no_kernel_adds_floats_in_no_order(code):
+    found = {key: set(filter(FLOAT_ATOMIC.match, used)) for key, used in code.items()}
+    assert not {key: used for key, used in found.items() if used}
+
+
+def since(oldest: str, arch: str) -> bool:
+    """Whether `arch` has what came with `oldest`."""
+    return float(arch.rstrip("abcdef")) >= float(oldest)
+
+
+# Kernels that wait for memory, and the instructions they must move 16 bytes a thread with.
+WIDE = (
+    ("compact_rows: compact_rows_kernel<", "LDG", "7.5"),
+    ("compact_rows: compact_rows_kernel<", "STG", "7.5"),
+    ("compact_kv: compact_rows_in_place_kernel<", "LDG", "7.5"),
+    ("compact_kv: compact_rows_in_place_kernel<", "STG", "7.5"),
+    ("cls_inflection: similarities<.*, true, ", "LDG", "7.5"),
+    ("token_contribution: attend<.*, true", "LDG", "7.5"),
+    ("token_contribution: compare<.*, true", "LDG", "7.5"),
+    ("attention_scores: key_pass<", "LDG", "7.5"),
+    ("attention_scores: key_pass<", "LDGSTS", "8.0"),
+    ("passive_attention: attend_kernel<", "LDGSTS", "8.0"),
+    ("passive_attention: attend_kernel<", "STG", "7.5"),
+)
+
+
+@pytest.mark.parametrize("kernel, instruction, oldest", WIDE)
+def test_memory_is_moved_16_bytes_at_a_time(code, kernel, instruction, oldest):
+    kernels = {
+        (arch, name): used
+        for (arch, name), used in code.items()
+        if re.match(kernel, name) and since(oldest, arch)
+    }
+    assert kernels
+    assert not [key for key, used in kernels.items() if not moves_16_bytes(used, instruction)]
+
+
+@pytest.mark.parametrize(
+    "kernel", ("attention_scores: key_pass<", "passive_attention: attend_kernel<")
+)
+@pytest.mark.parametrize("dtype, oldest", (("f16", "7.5"), ("bf16", "8.0")))
+def test_16_bit_floats_are_multiplied_by_tensor_cores(code, kernel, dtype, oldest):
+    kernels = {
+        (arch, name): used
+        for (arch, name), used in code.items()
+        if name.startswith(f"{kernel}{dtype},") and since(oldest, arch)
+    }
+    assert kernels
+    assert not [
+        key for key, used in kernels.items() if not any(x.startswith("HMMA.") for x in used)
+    ]
