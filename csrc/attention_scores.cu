@@ -1,7 +1,8 @@
 // Attention received by every key, without an attention matrix in memory.
 //
-// One kernel, key_pass, streams K: a block holds 128 keys of one KV head in registers and meets all
-// query rows of the heads that share it, so a pass reads K once. What runs depends on the rows:
+// One kernel, key_pass, streams K: a block holds 128 keys of one KV head (64 of more than 256 bytes)
+// in registers and meets all query rows of the heads that share them, so a pass reads K once. What
+// runs depends on the rows:
 //
 //   log-sum-exp given     columns pass                          scores
 //   up to 16 rows         statistics pass, keeping its logits   scores
@@ -307,6 +308,16 @@ struct Warp {
     const Attends attends = this->attends(weights);
     if (!attends.any) return;
     const auto products = keys.multiply(queries, static_cast<int>(p.a.query.size[3]));
+    if (attends.every) {
+      add_weights(products, weights, sum, [](int, int, int) { return true; });
+    } else {
+      add_weights(products, weights, sum, attends);
+    }
+  }
+
+  template <class Attended>
+  VTP_DEVICE void add_weights(const typename Keys::Products& products, const RowWeight* weights,
+                              float (&sum)[kGroups][2], const Attended& attended) const {
 #pragma unroll
     for (int i = 0; i < kLaneQueries; ++i) {
       const RowWeight row = weights[Keys::query_of(i)];
@@ -315,7 +326,8 @@ struct Warp {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const float weight = fast_exp2(fmaf(products.at(i, n, j), p.factor, -row.base));
-          sum[n][j] += attends.every || attends(i, n, j) ? weight * row.share : 0.0f;
+          const float with_row = fmaf(weight, row.share, sum[n][j]);
+          sum[n][j] = attended(i, n, j) ? with_row : sum[n][j];
         }
       }
     }
@@ -479,8 +491,10 @@ struct FinishShared {
   BlockScratch<int> scratch;
 };
 
+constexpr int kFinishBlocks = 6;  // a multiprocessor: leaves the loads of a thread 80 registers
+
 // A thread per key.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kFinishBlocks)
     finish_scores(const AttentionScores a, const AttentionParts parts) {
   VTP_SHARED(FinishShared, shared);
   const int64_t length = a.key.size[2], blocks = divide_up(length, kThreads);
