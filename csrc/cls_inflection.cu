@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "cuda_ops.h"
+#include "vtp/row_dot.cuh"
 #include "vtp/vector.cuh"
 #include "vtp/warp.cuh"
 
@@ -24,38 +25,44 @@ constexpr int64_t kMany = 16384;  // tokens; what 132 multiprocessors hold at a 
 template <int Tokens>
 constexpr int kBlocks = Tokens == 1 ? 4 : 3;
 
-// A unit of a row: sixteen bytes, or an element where rows are not aligned.
+// A unit of a row as in memory: sixteen bytes, or an element where rows are not aligned.
 template <class T, bool Aligned>
 struct Unit {
   static constexpr int kSize = Aligned ? kVectorSize<T> : 1;
-  std::conditional_t<Aligned, int4, T> bits;  // as in memory: half the registers of floats
+  std::conditional_t<Aligned, uint4, T> bits;
 
   VTP_DEVICE void load(const T* row, int64_t unit, int64_t units) {
-    memset(&bits, 0, sizeof bits);
+    if constexpr (Aligned) {
+      bits = uint4{0, 0, 0, 0};
+    } else {
+      bits = from_float<T>(0.0f);
+    }
     if (unit < units) bits = reinterpret_cast<const decltype(bits)*>(row)[unit];
   }
 
-  VTP_DEVICE float at(int i) const {
-    T x[kSize];
-    memcpy(x, &bits, sizeof x);
-    return to_float(x[i]);
+  VTP_DEVICE void widen(float (&out)[kSize]) const {
+    if constexpr (Aligned) {
+      widen_vector<T>(bits, out);
+    } else {
+      out[0] = to_float(bits);
+    }
   }
 };
 
-template <class T, bool Aligned>
-VTP_DEVICE float dot(const Unit<T, Aligned>& a, const Unit<T, Aligned>& b, float sum) {
+template <int Size>
+VTP_DEVICE float dot(const float (&a)[Size], const float (&b)[Size], float sum) {
 #pragma unroll
-  for (int i = 0; i < Unit<T, Aligned>::kSize; ++i) sum = fmaf(a.at(i), b.at(i), sum);
+  for (int i = 0; i < Size; ++i) sum = fmaf(a[i], b[i], sum);
   return sum;
 }
 
 template <class T, bool Aligned, int Tokens>
 __global__ void __launch_bounds__(kThreads, kBlocks<Tokens>)
-    similarities(CosineSimilarity a, int64_t parts) {
+    similarities(CosineSimilarity a, unsigned parts) {
   constexpr int kAtOnce = Tokens == 1 ? 4 : 2;  // units of a row under way
   const auto features = view_as<const T>(a.features);
   const int64_t b = blockIdx.x / parts, length = features.size[1];
-  const int64_t first = (blockIdx.x % parts * kWarps + warp_id()) * Tokens;
+  const int64_t first = (static_cast<int64_t>(blockIdx.x % parts) * kWarps + warp_id()) * Tokens;
   if (first >= length) return;
 
   const T* cls = view_as<const T>(a.cls).at(b);
@@ -77,12 +84,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Tokens>)
     for (int i = 0; i < kAtOnce; ++i) c[i].load(cls, base + i * kWarp + lane_id(), units);
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
+      float token[Unit<T, Aligned>::kSize], own[Unit<T, Aligned>::kSize];
+      c[i].widen(own);
 #pragma unroll
       for (int t = 0; t < Tokens; ++t) {
-        products[t] = dot(x[i][t], c[i], products[t]);
-        squares[t] = dot(x[i][t], x[i][t], squares[t]);
+        x[i][t].widen(token);
+        products[t] = dot(token, own, products[t]);
+        squares[t] = dot(token, token, squares[t]);
       }
-      cls_square = dot(c[i], c[i], cls_square);
+      cls_square = dot(own, own, cls_square);
     }
   }
 

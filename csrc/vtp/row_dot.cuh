@@ -70,7 +70,15 @@ struct Word {
   }
 };
 
-// A lane's share of a row as memory holds it, half the registers of what it becomes.
+template <class T>
+VTP_DEVICE void widen_vector(uint4 bits, float* out) {
+  Word<T>::widen(bits.x, out);
+  Word<T>::widen(bits.y, out + Word<T>::kSize);
+  Word<T>::widen(bits.z, out + 2 * Word<T>::kSize);
+  Word<T>::widen(bits.w, out + 3 * Word<T>::kSize);
+}
+
+// A lane's share of a row as memory holds it, of 16-bit elements half the registers they become.
 template <class T>
 struct RowPart {
   static constexpr int kVectors = kLaneElements / kVectorSize<T>;
@@ -78,13 +86,7 @@ struct RowPart {
 
   VTP_DEVICE void widen(float (&out)[kLaneElements]) const {
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      float* const vector = out + v * kVectorSize<T>;
-      Word<T>::widen(bits[v].x, vector);
-      Word<T>::widen(bits[v].y, vector + Word<T>::kSize);
-      Word<T>::widen(bits[v].z, vector + 2 * Word<T>::kSize);
-      Word<T>::widen(bits[v].w, vector + 3 * Word<T>::kSize);
-    }
+    for (int v = 0; v < kVectors; ++v) widen_vector<T>(bits[v], out + v * kVectorSize<T>);
   }
 };
 
