@@ -179,7 +179,7 @@ VTP_DEVICE RowTile find_tile(const Tokens& tokens, Until total, int rank) {
 // A list of keys as a lane sees it. Lists ascend, so a row attends to the first few keys: how many,
 // says which, and no position is compared.
 struct Keys {
-  const int* positions;
+  List list;
   int count;        // attended by the tile's last row
   int attended[2];  // by the lane's rows; 0 in a warp without rows
 };
@@ -199,7 +199,6 @@ class Attend {
         kv_head_(head / static_cast<int>(p_.query.size[1] / p_.key.size[1])),
         dim_(static_cast<int>(p_.query.size[3])),
         rows_(rows),
-        row_positions_(p_.tokens.list(batch, rows.list) + rows.first),
         query_{shared} {
     const KeyLists lists = rows.list == kText ? p_.of_text : p_.of_visual;
     weighted_ = keys_of(lists.weighted);
@@ -257,14 +256,18 @@ class Attend {
     return start({step.weighted, step.first + kKeys, false});
   }
 
+  VTP_DEVICE const int* row_positions() const {
+    return p_.tokens.list(batch_, rows_.list) + rows_.first;
+  }
+
   VTP_DEVICE Until until(int row) const {
-    return p_.tokens.until[static_cast<int64_t>(batch_) * p_.tokens.length + row_positions_[row]];
+    return p_.tokens.until[static_cast<int64_t>(batch_) * p_.tokens.length + row_positions()[row]];
   }
 
   VTP_DEVICE Keys keys_of(List list) const {
-    if (list == kNone) return {};
+    if (list == kNone) return {kNone, 0, {}};
     const int last = rows_.count - 1;
-    Keys keys = {p_.tokens.list(batch_, list), until(last).of(list), {}};
+    Keys keys = {list, until(last).of(list), {}};
     if (warp_id() * kWarpRows > last) return keys;
 #pragma unroll
     for (int h = 0; h < 2; ++h) keys.attended[h] = until(min(row_of(h), last)).of(list);
@@ -272,7 +275,7 @@ class Attend {
   }
 
   VTP_DEVICE Rows<T> row_source() const {
-    return {p_.query.at(batch_, head_), p_.query.stride[2], dim_, p_.aligned, row_positions_,
+    return {p_.query.at(batch_, head_), p_.query.stride[2], dim_, p_.aligned, row_positions(),
             rows_.count};
   }
 
@@ -284,7 +287,7 @@ class Attend {
     const View<const T, 4>& tensor = step.adds ? p_.value : p_.key;
     const Keys keys = keys_of(step);
     const Rows<T> rows = {tensor.at(batch_, kv_head_), tensor.stride[2], dim_,
-                          p_.aligned,                  keys.positions,   keys.count};
+                          p_.aligned,                  p_.tokens.list(batch_, keys.list), keys.count};
     gather_rows<kKeys, Tile::kThreads>(tile_rows(1 - received_), rows, step.first);
     commit_copies();
   }
@@ -327,7 +330,7 @@ class Attend {
   // Weighs the sums and writes them by way of the warp's own rows of queries, no longer needed.
   VTP_DEVICE void finish() {
     const T* first_value = nullptr;
-    if (merge_) first_value = p_.value.at(batch_, kv_head_, silent_.positions[0]);
+    if (merge_) first_value = p_.value.at(batch_, kv_head_, p_.tokens.list(batch_, silent_.list)[0]);
     float share[2], moved[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -362,7 +365,7 @@ class Attend {
     for (int index = lane_id(); index < kWarpRows * kChunks; index += kWarp) {
       const int row = warp_id() * kWarpRows + index / kChunks, column = index % kChunks * kSize;
       if (row >= rows_.count || column >= dim_) continue;
-      T* target = output_row(p_, batch_, head_, row_positions_[row]) + column;
+      T* target = output_row(p_, batch_, head_, row_positions()[row]) + column;
       const T* source = query_.chunk(row, index % kChunks);
       if (p_.aligned) {
         *reinterpret_cast<int4*>(target) = *reinterpret_cast<const int4*>(source);
@@ -375,7 +378,6 @@ class Attend {
   const Problem<T>& p_;
   const int batch_, head_, kv_head_, dim_;
   const RowTile rows_;
-  const int* const row_positions_;
   const SharedTile query_;
   Keys weighted_, silent_;
   bool merge_;
