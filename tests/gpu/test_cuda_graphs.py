@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from variants import VARIANTS, assert_same_bits, cloned, emptied, filled, refill
+from variants import LONG, VARIANTS, assert_same_bits, cloned, emptied, filled, refill
 
 
 def captured(call, *arguments) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
@@ -23,8 +23,11 @@ def poison(tensors) -> None:
         x.view(torch.uint8).fill_(0xA5)
 
 
-@pytest.mark.parametrize("length", (65, 577, 2880))
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+CASES = [(variant, length) for variant in VARIANTS for length in (65, 577, 2880)]
+CASES += [(variant, 20_000) for variant in LONG]
+
+
+@pytest.mark.parametrize("variant, length", CASES, ids=str)
 def test_replays_with_other_contents(draw, variant, length):
     """Captured while nothing is chosen: sizes that a kernel wrongly took from the contents would
     be zero."""

@@ -387,6 +387,8 @@ VARIANTS = [
     Variant("cls_inflection", "mass", patches(FLOAT, 83), {"rule": "mass"}),
 ]
 OPS = sorted({variant.op for variant in VARIANTS})
+#: Those that hold a row of scores in one block, as long as it fits.
+LONG = [variant for variant in VARIANTS if variant.op in ("select_topk", "inflection")]
 
 
 # --- what results must be -----------------------------------------------------------------------
