@@ -109,8 +109,9 @@ def test_dtypes(draw, backend, dtype):
     check(vtp.select_topk(scores, 64, backend=backend), expected(scores, 64), 64)
 
 
-def test_float64_is_not_rounded(backend, device):
-    scores = torch.tensor([[1.0, 1.0 + 2.0**-40, 1.0]], dtype=torch.float64, device=device)
+@pytest.mark.parametrize("dtype", (torch.float64,))
+def test_float64_is_not_rounded(backend, device, dtype):
+    scores = torch.tensor([[1.0, 1.0 + 2.0**-40, 1.0]], dtype=dtype, device=device)
     check(vtp.select_topk(scores, 1, backend=backend), [[1]], 1)
 
 
