@@ -6,15 +6,18 @@
 //
 // One block does, per 32 tokens, some 60 warp instructions (load and key 15, census 6, a round of
 // the histogram 5, writing 20), which four schedulers share: at 2880 tokens that is 1400 cycles, to
-// which add about 2000 of latency (load, census, two rounds of three barriers, writing): 2 us.
+// which add about 2000 of latency (load, census, two rounds of three barriers, writing): some 2 us
+// by that count, which no measurement backs.
 #include "cuda_ops.h"
 #include "vtp/select_row.cuh"
 
 namespace vtp::cuda {
 namespace {
 
+// The number of blocks side by side is a licence to use registers: without it, 512 threads get 40 of
+// them and spill.
 template <int Threads, int KeysPerThread, class T>
-__global__ void __launch_bounds__(Threads) select_held(SelectTopk a) {
+__global__ void __launch_bounds__(Threads, 1024 / Threads) select_held(SelectTopk a) {
   VTP_SHARED(SelectScratch<Threads>, scratch);
   const ScoreRow<T> scores = {view_as<const T>(a.scores).at(blockIdx.x)};
   const int size = static_cast<int>(a.scores.size[1]);

@@ -32,14 +32,14 @@ constexpr uint32_t kAbsentKey = 0, kKeptKey = 0xffffffffu;
 // ascending order. All lanes of a warp make the same calls together, so f may vote; what lies past
 // the end of the row has kAbsentKey.
 //
-// Where keys come from is a Source:
-//   using Fetched;                             // what was read for one token
-//   Fetched fetch(int token, bool inside);     // reads it; reads nothing unless `inside`
-//   uint32_t key(const Fetched&);
-// Several tokens are fetched before the first key is made, so that their loads overlap. A token is
-// always fetched by the same thread.
+// Where keys come from is a Source, which is asked for the tokens token + 32 i, i < Count:
+//   template <int Count> struct Batch;                // what was read for them
+//   Batch<Count> fetch<Count>(int token, int inside)  // reads those with 32 i < inside, no others
+//   uint32_t key(const Batch<Count>&, int i)          // called for the others too: any value
+// fetch should not branch between its loads, nor on what they return, so that they overlap. A token
+// is always fetched by the same thread.
 
-// Loads in flight per thread: with 1024 threads four are more than a multiprocessor can track.
+// Four loads per thread keep enough under way where there are 1024 threads.
 template <int Threads>
 constexpr int kFetchBatch = Threads >= 1024 ? 4 : 8;
 
@@ -60,17 +60,13 @@ class HeldKeys {
     first_ = warp_id() * words_ * kWarp + lane_id();
     const int inside = size - first_ < words_ * kWarp ? size - first_ : words_ * kWarp;
 #pragma unroll
-    for (int begin = 0; begin < KeysPerThread; begin += kBatch) {
-      typename Source::Fetched fetched[kBatch];
+    for (int word = 0; word < KeysPerThread; word += kBatch) {
+      const int rest = inside - word * kWarp;
+      const auto batch = source.template fetch<kBatch>(first_ + word * kWarp, rest);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int offset = (begin + i) * kWarp;
-        fetched[i] = source.fetch(first_ + offset, offset < inside);
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const bool is_inside = (begin + i) * kWarp < inside;
-        keys_[begin + i] = is_inside ? source.key(fetched[i]) : kAbsentKey;
+        const uint32_t key = source.key(batch, i);
+        keys_[word + i] = i * kWarp < rest ? key : kAbsentKey;
       }
     }
   }
@@ -95,36 +91,29 @@ class StreamedKeys {
   using Pair = unsigned long long;  // two counts of tokens, 32 bits each
 
   VTP_DEVICE StreamedKeys(const Source& source, int size)
-      : source_(source),
-        size_(size),
-        words_((static_cast<unsigned>(size) + Threads - 1) / Threads) {}
+      : source_(source), size_(size), words_((size - 1) / Threads + 1) {}  // size > 0
 
   template <class F>
   VTP_DEVICE void for_each(const F& f) const {
     constexpr int kBatch = kFetchBatch<Threads>;
-    const auto size = static_cast<unsigned>(size_);
-    unsigned token = warp_id() * words_ * kWarp + lane_id();  // may pass 2^31 - 1 beyond the row
-    for (unsigned word = 0; word < words_; word += kBatch, token += kBatch * kWarp) {
-      typename Source::Fetched fetched[kBatch];
+    unsigned token = warp_id() * words_ * kWarp + lane_id();  // may pass 2^31 - 1, beyond the row
+    for (int word = 0; word < words_; word += kBatch, token += kBatch * kWarp) {
+      const int in_row = static_cast<int>(static_cast<unsigned>(size_) - token);
+      const int of_warp = (words_ - word) * kWarp, inside = in_row < of_warp ? in_row : of_warp;
+      const auto batch = source_.template fetch<kBatch>(static_cast<int>(token), inside);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const bool inside = word + i < words_ && token + i * kWarp < size;
-        fetched[i] = source_.fetch(static_cast<int>(token + i * kWarp), inside);
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (word + i >= words_) break;
-        const bool inside = token + i * kWarp < size;
-        const uint32_t key = inside ? source_.key(fetched[i]) : kAbsentKey;
-        f(static_cast<int>(token + i * kWarp), key);
+        const uint32_t key = source_.key(batch, i);
+        if (word + i < words_) {
+          f(static_cast<int>(token + i * kWarp), i * kWarp < inside ? key : kAbsentKey);
+        }
       }
     }
   }
 
  private:
   Source source_;
-  int size_;
-  unsigned words_;
+  int size_, words_;
 };
 
 // --- the three steps --------------------------------------------------------------------------

@@ -18,12 +18,25 @@ struct InflectionScratch {
 // A Source (block_select.cuh) of all scores of a row in memory.
 template <class T>
 struct CurveSource {
-  using Fetched = float;
+  template <int Count>
+  struct Batch {
+    float scores[Count];
+  };
 
-  VTP_DEVICE float fetch(int token, bool inside) const {
-    return inside ? to_float(scores[token]) : 0.0f;
+  template <int Count>
+  VTP_DEVICE Batch<Count> fetch(int token, int inside) const {
+    Batch<Count> batch;
+#pragma unroll
+    for (int i = 0; i < Count; ++i) {
+      batch.scores[i] = i * kWarp < inside ? to_float(scores[token + i * kWarp]) : 0.0f;
+    }
+    return batch;
   }
-  VTP_DEVICE uint32_t key(float score) const { return sortable(score); }
+
+  template <int Count>
+  VTP_DEVICE uint32_t key(const Batch<Count>& batch, int i) const {
+    return sortable(batch.scores[i]);
+  }
 
   const T* scores;
 };

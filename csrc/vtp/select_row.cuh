@@ -32,9 +32,10 @@ VTP_DEVICE SelectRow select_row_of(const SelectTopk& a, int64_t row) {
 template <class Score>
 class SelectSource {
  public:
-  struct Fetched {
-    float score;
-    bool candidate, kept;
+  template <int Count>
+  struct Batch {
+    float scores[Count];
+    unsigned candidates, kept;  // a bit each
   };
 
   VTP_DEVICE SelectSource(const Score& score, const SelectRow& row)
@@ -49,21 +50,37 @@ class SelectSource {
     floor_ = kKeptKey;
   }
 
-  VTP_DEVICE Fetched fetch(int token, bool inside) const {
-    Fetched fetched;
-    fetched.score = inside ? score_(token) : 0.0f;
-    fetched.candidate = candidates_ == nullptr || (inside && candidates_[token]);
-    fetched.kept = keep_ != nullptr && inside && keep_[token];
-    return fetched;
+  template <int Count>
+  VTP_DEVICE Batch<Count> fetch(int token, int inside) const {
+    Batch<Count> batch;
+#pragma unroll
+    for (int i = 0; i < Count; ++i) {
+      batch.scores[i] = i * kWarp < inside ? score_(token + i * kWarp) : 0.0f;
+    }
+    batch.candidates = candidates_ ? fetch_bits<Count>(candidates_ + token, inside) : ~0u;
+    batch.kept = keep_ ? fetch_bits<Count>(keep_ + token, inside) : 0;
+    return batch;
   }
 
-  VTP_DEVICE uint32_t key(const Fetched& fetched) const {
-    const uint32_t key = sortable(fetched.score);
-    const bool competes = fetched.candidate && key > floor_;  // NaN is above no threshold
-    return fetched.kept ? key | kept_bits_ : competes ? key : kAbsentKey;
+  template <int Count>
+  VTP_DEVICE uint32_t key(const Batch<Count>& batch, int i) const {
+    const uint32_t key = sortable(batch.scores[i]);
+    const bool competes = (batch.candidates >> i & 1) != 0 && key > floor_;  // NaN exceeds nothing
+    return (batch.kept >> i & 1) != 0 ? key | kept_bits_ : competes ? key : kAbsentKey;
   }
 
  private:
+  template <int Count>
+  VTP_DEVICE static unsigned fetch_bits(const bool* mask, int inside) {
+    const auto* bytes = reinterpret_cast<const unsigned char*>(mask);  // a bool would be compared
+    unsigned bits = 0;
+#pragma unroll
+    for (int i = 0; i < Count; ++i) {
+      bits |= (i * kWarp < inside ? bytes[i * kWarp] : 0u) << i;
+    }
+    return bits;
+  }
+
   Score score_;
   const bool *candidates_, *keep_;
   uint32_t floor_ = kAbsentKey;  // the key of the threshold
@@ -93,6 +110,7 @@ VTP_DEVICE void select_row(const Score& score, const SelectRow& row, const MakeK
                            SelectScratch<Threads>& scratch) {
   SelectSource<Score> source(score, row);
   SelectRow rest = row;
+#pragma unroll 1  // one copy of the code is enough
   for (;;) {
     select_prepare(scratch);
     const auto keys = make_keys(source);
