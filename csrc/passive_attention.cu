@@ -65,50 +65,49 @@ KeyLists keys_of_visual(const PassiveAttention& a) {
 
 constexpr int kListThreads = 256, kPerThread = 8, kListStep = kListThreads * kPerThread;
 
-// One batch row, from position `first` on; `before` counts what lies before that.
-VTP_DEVICE Until list_step(const Tokens& tokens, const Mask& visual, const Mask& valid, int first,
-                           Until before, BlockScratch<int>& scratch) {
+// Lists position s of a batch row, of which `until` counts what lies before.
+VTP_DEVICE void list_token(const Tokens& tokens, int64_t batch, int s, bool is_text, bool is_visual,
+                           Until& until) {
+  const int blank = s - until.text - (tokens.skip_visual ? 0 : until.visual);
+  if (!is_text && (!is_visual || tokens.skip_visual)) tokens.list(batch, kBlank)[blank] = s;
+  if (is_text || (is_visual && until.visual == 0)) {
+    tokens.list(batch, kTextAndFirst)[until.of(kTextAndFirst)] = s;
+  }
+  if (is_text || is_visual) tokens.list(batch, kAll)[until.of(kAll)] = s;
+  if (is_text) tokens.list(batch, kText)[until.text++] = s;
+  if (is_visual) tokens.list(batch, kVisual)[until.visual++] = s;
+  tokens.until[batch * tokens.length + s] = until;
+}
+
+// Lists kListStep positions from `first` on and adds them to `until`, in every thread.
+VTP_DEVICE void list_step(const Tokens& tokens, const Mask& visual, const Mask& valid, int first,
+                          Until& until, BlockScratch<int>& scratch) {
   const int64_t batch = blockIdx.x;
   const int begin = first + static_cast<int>(threadIdx.x) * kPerThread;
-  bool is_valid[kPerThread], is_visual[kPerThread];
-  int counts = 0;  // text in the lower half, visual in the upper one
+  const int count = max(0, min(kPerThread, tokens.length - begin));
+  unsigned text_bits = 0, visual_bits = 0;
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
-    const int s = begin + i;
-    is_valid[i] = s < tokens.length && (!valid || *valid.at(batch, s));
-    is_visual[i] = is_valid[i] && *visual.at(batch, s);
-    counts += is_visual[i] << 16 | static_cast<int>(is_valid[i] && !is_visual[i]);
+    if (i >= count || (valid && !*valid.at(batch, begin + i))) continue;
+    (*visual.at(batch, begin + i) ? visual_bits : text_bits) |= 1u << i;
   }
-  int total;
-  counts = block_exclusive_sum<kListThreads>(counts, &total, scratch);
-  Until until = {before.text + (counts & 0xffff), before.visual + (counts >> 16)};
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int s = begin + i;
-    if (s >= tokens.length) break;
-    const bool skipped = is_visual[i] && tokens.skip_visual;
-    if (!is_valid[i] || skipped) {
-      tokens.list(batch, kBlank)[s - until.text - (tokens.skip_visual ? 0 : until.visual)] = s;
-    }
-    if (is_valid[i]) {
-      const bool is_first = is_visual[i] && until.visual == 0;
-      tokens.list(batch, is_visual[i] ? kVisual : kText)[until.of(is_visual[i] ? kVisual : kText)] =
-          s;
-      tokens.list(batch, kAll)[until.of(kAll)] = s;
-      if (!is_visual[i] || is_first) tokens.list(batch, kTextAndFirst)[until.of(kTextAndFirst)] = s;
-      ++(is_visual[i] ? until.visual : until.text);
-    }
-    tokens.until[batch * tokens.length + s] = until;
+  int total;  // text in the lower half, visual in the upper one
+  const int before = block_exclusive_sum<kListThreads>(
+      __popc(visual_bits) << 16 | __popc(text_bits), &total, scratch);
+  Until own = {until.text + (before & 0xffff), until.visual + (before >> 16)};
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    list_token(tokens, batch, begin + i, text_bits >> i & 1, visual_bits >> i & 1, own);
   }
-  return {before.text + (total & 0xffff), before.visual + (total >> 16)};
+  until = {until.text + (total & 0xffff), until.visual + (total >> 16)};
 }
 
 __global__ void __launch_bounds__(kListThreads)
     list_tokens_kernel(Tokens tokens, Mask visual, Mask valid) {
   VTP_SHARED(BlockScratch<int>, scratch);
-  Until before = {};
+  Until until = {};
   for (int first = 0; first < tokens.length; first += kListStep) {
-    before = list_step(tokens, visual, valid, first, before, scratch);
+    list_step(tokens, visual, valid, first, until, scratch);
   }
 }
 
@@ -125,9 +124,9 @@ struct Problem {
 };
 
 template <class T>
-VTP_DEVICE T* output_row(const Problem<T>& p, int batch, int head, int position) {
-  const int64_t row = (batch * p.query.size[1] + head) * p.query.size[2] + position;
-  return p.output + row * p.query.size[3];
+VTP_DEVICE T* output_row(const Problem<T>& p, int position) {
+  const int64_t batch_and_head = blockIdx.x;
+  return p.output + (batch_and_head * p.query.size[2] + position) * p.query.size[3];
 }
 
 // Shared memory of a multiprocessor. It says how many blocks run side by side, and so how many
@@ -365,7 +364,7 @@ class Attend {
     for (int index = lane_id(); index < kWarpRows * kChunks; index += kWarp) {
       const int row = warp_id() * kWarpRows + index / kChunks, column = index % kChunks * kSize;
       if (row >= rows_.count || column >= dim_) continue;
-      T* target = output_row(p_, batch_, head_, row_positions()[row]) + column;
+      T* target = output_row(p_, row_positions()[row]) + column;
       const T* source = query_.chunk(row, index % kChunks);
       if (p_.aligned) {
         *reinterpret_cast<int4*>(target) = *reinterpret_cast<const int4*>(source);
@@ -389,11 +388,11 @@ class Attend {
 };
 
 template <class T>
-VTP_DEVICE void clear_rows(const Problem<T>& p, int batch, int head, RowTile rows) {
+VTP_DEVICE void clear_rows(const Problem<T>& p, int batch, RowTile rows) {
   const int* positions = p.tokens.list(batch, rows.list) + rows.first;
   const int dim = static_cast<int>(p.query.size[3]);
   for (int row = warp_id(); row < rows.count; row += static_cast<int>(blockDim.x) / kWarp) {
-    T* target = output_row(p, batch, head, positions[row]);
+    T* target = output_row(p, positions[row]);
     for (int column = lane_id(); column < dim; column += kWarp) {
       target[column] = from_float<T>(0.0f);
     }
@@ -412,7 +411,7 @@ __global__ void __launch_bounds__(Tiling<T, Columns>::kThreads, Tiling<T, Column
       find_tile<Tiling<T, Columns>::kRows>(p.tokens, total, static_cast<int>(blockIdx.y));
   if (rows.count == 0) return;
   if (rows.list == kBlank) {
-    clear_rows(p, batch, head, rows);
+    clear_rows(p, batch, rows);
   } else {
     Attend<T, Columns>(p, batch, head, rows, reinterpret_cast<T*>(shared)).run();
   }
