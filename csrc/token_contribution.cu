@@ -331,6 +331,11 @@ VTP_DEVICE AlphaBeta compare_heads(const TokenContribution& a, const Shape& shap
   int kv_head = warp_id() & (shape.head_warps() - 1);
   RowPart<T> parts[kGroupTokens];
   load_parts<Aligned>(value.at(b, kv_head, first_token), value.stride[2], row_shape, wanted, parts);
+  // Values and outputs are read one head ahead of their use.
+  const float* const outputs =
+      work.output + static_cast<int64_t>(b) * shape.heads * row_shape.width();
+  float next_output[kLaneElements];
+  load_share(outputs + kv_head * shape.group * row_shape.width(), row_shape, next_output);
   for (; kv_head < shape.kv_heads; kv_head += shape.head_warps()) {
     float rows[kGroupTokens][kLaneElements];
     widen_parts(parts, rows);
@@ -348,7 +353,14 @@ VTP_DEVICE AlphaBeta compare_heads(const TokenContribution& a, const Shape& shap
       float product = 0.0f;
       for (int i = 0; i < count; ++i) {
         float output[kLaneElements];
-        load_share(work.output + (row + i) * row_shape.width(), row_shape, output);
+#pragma unroll
+        for (int j = 0; j < kLaneElements; ++j) output[j] = next_output[j];
+        const bool is_last = first + i + 1 == shape.group;
+        const int next = kv_head * shape.group + first + i + 1 +
+                         (is_last ? (shape.head_warps() - 1) * shape.group : 0);
+        if (next < shape.heads) {
+          load_share(outputs + next * row_shape.width(), row_shape, next_output);
+        }
         const float sum = dot_rows(rows, output, row_shape);
         product = i == turn ? sum : product;
       }
