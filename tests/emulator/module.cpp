@@ -29,6 +29,9 @@ PYBIND11_MODULE(vtp_kernels_emulated, m) {
   m.def(
       "switches", [] { return multiprocessor.switches(); },
       "How often one thread has made way for another.");
+  m.def("barriers", &races::barriers, "Where barriers were met, \"file:line\"; by races builds.");
+  m.def("ignore_barrier", &races::ignore_barrier, py::arg("site"),
+        "Takes the barriers there for none when looking for races; \"\" for no such place.");
   bind_primitives(m.def_submodule("primitives"));
   bind_defects(m.def_submodule("defects"));
 }

@@ -139,7 +139,7 @@ class Multiprocessor {
     votes.all &= vote;
     if (barrier_.arrived == threads_) {
       leave(barrier_);
-      races::barrier();
+      races::barrier(site, std::strcmp(kind, "__syncthreads") != 0);
       ready_.add_first(threads_);
     }
     wait();
@@ -320,7 +320,7 @@ class Multiprocessor {
     come_to(warp, meeting);
     if (warp.arrived == kLanes) {
       leave(warp);
-      if (orders_memory) races::warp_barrier(current_->number / kLanes);
+      if (orders_memory) races::warp_barrier(current_->number / kLanes, meeting.site);
       ready_.add_warp(current_->number / kLanes);
     }
     wait();

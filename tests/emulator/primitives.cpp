@@ -93,6 +93,7 @@ __global__ void __launch_bounds__(Threads)
   sum[i] = block_reduce<Threads>(in[i], Sum{}, scratch);
   most[i] = block_reduce<Threads>(in[i], Max{}, scratch);
   before[i] = block_exclusive_sum<Threads>(in[i], &total[i], scratch);
+  sum[i] = block_reduce<Threads>(in[i], Sum{}, scratch);  // the scratch may be used again
 }
 
 // Calls f<N>() for the N among the choices that equals n.

@@ -17,7 +17,9 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <map>
 #include <memory>
+#include <string_view>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -78,6 +80,7 @@ struct State {
   uint32_t clock = 0;
   uint32_t launch = 0, block = 0, barrier = 0;  // when the current one began or the last one was
   std::vector<uint32_t> warp_barriers;
+  std::map<std::pair<std::string_view, int>, bool> barriers;  // met so far; whether to be ignored
   unsigned thread = 0;  // the running one
   uintptr_t stack = 0;
   size_t stack_bytes = 0;
@@ -119,6 +122,9 @@ void update(Latest& latest, uint32_t place) {
   latest.place = place;
 }
 
+// Whether the barrier there counts.
+bool orders(const Site& site) { return !state.barriers[{site.file, site.line}]; }
+
 // ---- Words --------------------------------------------------------------------------------------
 
 const Dl_info& this_module() {
@@ -153,6 +159,10 @@ std::string source_of(uint32_t place) {
   }
   pclose(lines);
   return source.empty() ? "?" : source;
+}
+
+std::string text_of(const std::pair<std::string_view, int>& site) {
+  return std::string(site.first) + ":" + std::to_string(site.second);
 }
 
 const char* verb(Access access) {
@@ -197,9 +207,23 @@ void begin_block(unsigned warps) {
   state.warp_barriers.assign(warps, state.clock);
 }
 
-void barrier() { state.barrier = ++state.clock; }
+void barrier(const Site& site, bool is_vote) {
+  if (is_vote || orders(site)) state.barrier = ++state.clock;
+}
 
-void warp_barrier(unsigned warp) { state.warp_barriers[warp] = ++state.clock; }
+void warp_barrier(unsigned warp, const Site& site) {
+  if (orders(site)) state.warp_barriers[warp] = ++state.clock;
+}
+
+std::vector<std::string> barriers() {
+  std::vector<std::string> sites;
+  for (const auto& [site, ignored] : state.barriers) sites.push_back(text_of(site));
+  return sites;
+}
+
+void ignore_barrier(const std::string& wanted) {
+  for (auto& [site, ignored] : state.barriers) ignored = text_of(site) == wanted;
+}
 
 void run(unsigned thread, const void* stack, size_t stack_bytes) {
   state.thread = thread;

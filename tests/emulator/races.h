@@ -4,6 +4,9 @@
 
 #include <cstddef>
 #include <string>
+#include <vector>
+
+#include "site.h"
 
 namespace vtp::emulator {
 
@@ -19,8 +22,9 @@ namespace races {
 
 VTP_RACES(void begin_launch())
 VTP_RACES(void begin_block(unsigned /*warps*/))
-VTP_RACES(void barrier())                         // all threads of the block have met
-VTP_RACES(void warp_barrier(unsigned /*warp*/))  // so have the warp's lanes
+// All threads of the block have met, or the warp's lanes.
+VTP_RACES(void barrier(const Site&, bool /*is_vote*/))
+VTP_RACES(void warp_barrier(unsigned /*warp*/, const Site&))
 
 // A thread runs from now on, on a stack that is nobody else's.
 VTP_RACES(void run(unsigned /*thread*/, const void* /*stack*/, size_t /*stack_bytes*/))
@@ -38,6 +42,11 @@ VTP_RACES(void note(Access, const void* /*data*/, size_t /*bytes*/, const void* 
 // Says whether accesses are the kernel's from now on, or the emulator's own; returns what was.
 bool track(bool on);
 
+// Where barriers that are no votes have been met so far; one of them, "" for none, is to be taken
+// for no barrier. What then is a race tells what the barrier is for.
+std::vector<std::string> barriers();
+void ignore_barrier(const std::string& site);
+
 // The launch's first race, in words; "" if there is none.
 std::string found();
 
@@ -47,6 +56,8 @@ __attribute__((noinline)) inline const void* this_place() { return __builtin_ret
 #else
 
 inline bool track(bool) { return false; }
+inline std::vector<std::string> barriers() { return {}; }
+inline void ignore_barrier(const std::string&) {}
 inline std::string found() { return ""; }
 inline const void* this_place() { return nullptr; }
 

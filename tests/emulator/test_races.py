@@ -38,7 +38,7 @@ def run_racing():
 
     def run(order, script, *arguments):
         environment["VTP_EMULATOR_ORDER"] = order
-        command = [sys.executable, build.HERE / script, "races", *arguments]
+        command = [sys.executable, build.HERE / script, *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     return run
@@ -46,7 +46,7 @@ def run_racing():
 
 @pytest.mark.parametrize("order", build.ORDERS)
 def test_planted_races_are_found_in_every_order_of_threads(run_racing, order):
-    run = run_racing(order, "planted.py", *RACES, *CLEAN)
+    run = run_racing(order, "planted.py", "races", *RACES, *CLEAN)
     assert run.returncode == 0, run.stderr
     reports = json.loads(run.stdout)
     for name, verbs in RACES.items():
@@ -58,6 +58,15 @@ def test_planted_races_are_found_in_every_order_of_threads(run_racing, order):
 
 
 def test_no_op_races(run_racing, draw):
-    run = run_racing("random", "cases.py", str(draw.integer(0, 2**31)))
+    run = run_racing("random", "cases.py", "races", str(draw.integer(0, 2**31)))
     where = run.stdout.strip().rpartition("\n")[2]
     assert run.returncode == 0, f"{where}:\n{run.stderr[-4000:]}"
+
+
+def test_cases_need_the_barriers(run_racing):
+    """Or they would not show that one is missing. (A few stand for the safety of callers.)"""
+    run = run_racing("forward", "barriers.py")
+    assert run.returncode == 0, run.stderr[-4000:]
+    barriers = run.stdout.splitlines()
+    without_need = [line for line in barriers if line.endswith("no case needs it")]
+    assert barriers and len(without_need) <= len(barriers) // 6, without_need
