@@ -184,31 +184,41 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
+def is_newer(target: Path, headers: Path) -> bool:
+    """Whether nothing was edited since, of the files that a compiler listed in `headers`."""
+    if not target.exists() or not headers.exists():
+        return False
+    listed = headers.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+    return all(
+        Path(file).exists() and Path(file).stat().st_mtime < target.stat().st_mtime
+        for file in listed
+    )
+
+
 def own_build() -> Build:
     nvcc = find_nvcc() or stop("no nvcc here: set CUDA_HOME to the CUDA toolkit")
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     build = Build(OWN_BUILD, re.search(r"V([\d.]+)", text)[1])
     build.folder.mkdir(parents=True, exist_ok=True)
-    headers = max(path.stat().st_mtime for path in (*CSRC.glob("*.h"), *CSRC.glob("vtp/*.cuh")))
 
     def compile_source(source: Path):
         target, log = build.objects()[source.stem], build.logs()[source.stem]
-        newest = max(headers, source.stat().st_mtime)
-        if all(file.exists() and file.stat().st_mtime > newest for file in (target, log)):
+        headers = target.with_suffix(".d")
+        if is_newer(target, headers) and log.exists():
             return
         numbers = [arch.replace(".", "") for arch in ARCHS]
         command = [
             *(nvcc, "-std=c++17", "-O3", "-DNDEBUG", f'-DVTP_CUDA_ARCHS="{",".join(ARCHS)}"'),
             *(f"--generate-code=arch=compute_{n},code=sm_{n}" for n in numbers),
-            *("-Xptxas=-v", "-Xfatbin=-compress-all", "-c", str(source), "-o", str(target)),
+            *("-Xptxas=-v", "-Xfatbin=-compress-all", "-MD", "-MF", str(headers)),
+            *("-c", str(source), "-o", str(target)),
         ]
         started = time.time()  # what is edited meanwhile is newer than the result
         run = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if run.returncode != 0:
             stop(f"nvcc fails on {source.name}:\n{run.stderr[-8000:]}")
         log.write_text(run.stderr)
-        for file in (target, log):
-            os.utime(file, (started, started))
+        os.utime(target, (started, started))
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         list(pool.map(compile_source, sources()))

@@ -283,7 +283,7 @@ WIDE = (
     ("token_contribution: attend<.*, true", "LDG", "7.5"),
     ("token_contribution: compare<.*, true", "LDG", "7.5"),
     ("attention_scores: key_pass<", "LDG", "7.5"),
-    ("attention_scores: key_pass<", "LDGSTS", "8.0"),
+    ("attention_scores: align_rows<", "STG", "7.5"),
     ("passive_attention: attend_kernel<", "LDGSTS", "8.0"),
     ("passive_attention: attend_kernel<", "STG", "7.5"),
 )
