@@ -3,7 +3,8 @@
 A test that takes `backend` (and `device`) runs once for every backend that can serve the module's
 `OP`, on the CPU and on a GPU where there is one. Adding a backend adds no test code. The CUDA
 kernels run on any machine: under the id "emulated", the native backend's CPU calls go to their
-unchanged source on the emulator of tests/emulator. That checks their logic, not a GPU.
+unchanged source on the emulator of tests/emulator. That checks their logic, not a GPU. Triton does
+the same for its kernels in a process of its own, with TRITON_INTERPRET=1: "cpu-triton".
 
 Inputs differ from run to run. A failure prints the seed; VTP_TEST_SEED=<seed> repeats the run.
 """
@@ -18,6 +19,11 @@ import torch
 from emulator import serving
 from vtp_kernels.ops._dispatch import BACKENDS, why_not
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    from triton_kernels import interpreter
+
+    interpreter.install()
 SEED = int(os.environ.get("VTP_TEST_SEED") or secrets.randbits(32))
 
 
@@ -40,19 +46,20 @@ def pytest_generate_tests(metafunc):
         for backend in BACKENDS
         if why_not(op, backend, device) is None
     ]
-    if serving.why_not() is None and why_not(op, "native", "cpu") is None:
+    if serving.why_not() is None and why_not(op, "native", "cpu") is None and not INTERPRETED:
         runs.append(pytest.param("cpu", "native", True, id="emulated"))
     metafunc.parametrize("device, backend, emulated", runs, indirect=["emulated"])
 
 
 def pytest_collection_modifyitems(config, items):
-    """CUDA kernels do not serve float64: nothing to test, rather than a skip in every report."""
+    """GPU kernels do not serve float64: nothing to test, rather than a skip in every report."""
 
     def is_served(item):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         on_gpu = parameters.get("emulated") or parameters.get("device") == "cuda"
-        native = parameters.get("backend") == "native"
-        return not (on_gpu and native and parameters.get("dtype") == torch.float64)
+        backend = parameters.get("backend")
+        of_gpu = backend == "triton" or (backend == "native" and on_gpu)
+        return not (of_gpu and parameters.get("dtype") == torch.float64)
 
     left_out = [item for item in items if not is_served(item)]
     items[:] = [item for item in items if is_served(item)]

@@ -11,21 +11,33 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vtp_kernels import _native
+from vtp_kernels import _native, _triton
 
 BACKENDS = ("native", "triton", "reference")
+_NAMESPACES = {"native": torch.ops.vtp_kernels, "triton": torch.ops.vtp_kernels_triton}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT64 = "float64 is served by the reference, and on the CPU by the native library"
+
+#: The shape function of every op.
+fakes: dict[str, Callable] = {}
 
 
 def why_not(
     op: str, backend: str, device: torch.device | str, dtype: torch.dtype | None = None
 ) -> str | None:
     """Why `backend` cannot run `op` on tensors of that device and dtype, or None if it can."""
+    device = torch.device(device)
     if backend == "triton":
-        return "this version has no Triton kernels"
+        return _why_not_triton(device, dtype)
     if backend == "native":
-        return _why_not_native(op, torch.device(device), dtype)
+        return _why_not_native(op, device, dtype)
     return None
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    if dtype == torch.float64:
+        return FLOAT64
+    return _triton.why_not("cpu" if device.type == "cpu" else f"{device.type}:{_index(device)}")
 
 
 def _why_not_native(op: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
@@ -36,13 +48,17 @@ def _why_not_native(op: str, device: torch.device, dtype: torch.dtype | None) ->
     if device.type == "cpu":
         return None
     if dtype == torch.float64:
-        return "float64 is served on the CPU and by the reference only"
-    index = torch.cuda.current_device() if device.index is None else device.index
+        return FLOAT64
+    index = _index(device)
     reason = _native.why_no_image(index)
     if reason is not None:
         archs = " ".join(_native.build["cuda_archs"])
         return f"none of the library's architectures ({archs}) runs on cuda:{index}: {reason}"
     return None
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def choose(op: str, x: Tensor, backend: str | None) -> str:
@@ -54,7 +70,9 @@ def choose(op: str, x: Tensor, backend: str | None) -> str:
     """
     backend = backend or os.environ.get("VTP_BACKEND") or None
     if backend is None:
-        return "native" if _why_not_native(op, x.device, x.dtype) is None else "reference"
+        # Interpreted Triton is for tests, and never the fastest.
+        backends = ("native", "reference") if x.device.type == "cpu" else BACKENDS
+        return next(b for b in backends if why_not(op, b, x.device, x.dtype) is None)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
     reason = why_not(op, backend, x.device, x.dtype)
@@ -65,10 +83,17 @@ def choose(op: str, x: Tensor, backend: str | None) -> str:
     return backend
 
 
+def kernel(op: str, backend: str) -> Callable:
+    """The registered op of a backend other than the reference."""
+    return getattr(_NAMESPACES[backend], op)
+
+
 def register_fake(op: str) -> Callable[[Callable], Callable]:
-    """Registers the shape function of a native op, if the loaded library defines the op."""
+    """Registers the shape function of an op with the loaded library, if that defines the op, and
+    keeps it for the Triton kernels."""
 
     def register(function: Callable) -> Callable:
+        fakes[op] = function
         if _native.defines(op):
             torch.library.register_fake(f"vtp_kernels::{op}")(function)
         return function

@@ -1,11 +1,10 @@
 """attention_scores: the attention each candidate key receives, without the attention matrix."""
 
-import torch
 from torch import Tensor
 
 from vtp_kernels import reference
 from vtp_kernels.ops import _checks
-from vtp_kernels.ops._dispatch import choose, register_fake, rowwise, score_dtype
+from vtp_kernels.ops._dispatch import choose, kernel, register_fake, rowwise, score_dtype
 
 SUPPORTS = ("all", "candidates")
 HEAD_REDUCTIONS = ("mean", "max", "sum")
@@ -67,8 +66,9 @@ def attention_scores(
         head_reduce,
     )
     scale = _checks.scale(scale, query.shape[-1])
-    if choose("attention_scores", query, backend) == "native":
-        return torch.ops.vtp_kernels.attention_scores(
+    backend = choose("attention_scores", query, backend)
+    if backend != "reference":
+        return kernel("attention_scores", backend)(
             rowwise(query),
             rowwise(key),
             rowwise(candidates),

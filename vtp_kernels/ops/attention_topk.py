@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vtp_kernels import reference
 from vtp_kernels.ops import _checks
-from vtp_kernels.ops._dispatch import choose, register_fake, rowwise, score_dtype
+from vtp_kernels.ops._dispatch import choose, kernel, register_fake, rowwise, score_dtype
 from vtp_kernels.ops.attention_scores import check_attention
 from vtp_kernels.ops.select_topk import check_topk
 from vtp_kernels.selection import Selection
@@ -56,8 +56,9 @@ def attention_topk(
         k, keep, threshold, capacity, key.shape[0], key.shape[2], query.device
     )
     scale = _checks.scale(scale, query.shape[-1])
-    if choose("attention_topk", query, backend) == "native":
-        indices, counts, scores = torch.ops.vtp_kernels.attention_topk(
+    backend = choose("attention_topk", query, backend)
+    if backend != "reference":
+        indices, counts, scores = kernel("attention_topk", backend)(
             rowwise(query),
             rowwise(key),
             rowwise(k_per_row),

@@ -1,11 +1,10 @@
 """cls_inflection: keep the tokens whose similarity to CLS stands out."""
 
-import torch
 from torch import Tensor
 
 from vtp_kernels import reference
 from vtp_kernels.ops import _checks
-from vtp_kernels.ops._dispatch import choose, register_fake, rowwise, score_dtype
+from vtp_kernels.ops._dispatch import choose, kernel, register_fake, rowwise, score_dtype
 from vtp_kernels.ops.inflection import check_rule, fake_selection
 from vtp_kernels.selection import Selection
 
@@ -49,8 +48,9 @@ def cls_inflection(
     _checks.same_dtype("cls", cls, "features", features)
     check_rule(rule, min_keep, max_keep, clip_quantile, sensitivity, mass)
     _checks.inference_only("cls_inflection", features, cls)
-    if choose("cls_inflection", features, backend) == "native":
-        indices, counts, similarity = torch.ops.vtp_kernels.cls_inflection(
+    backend = choose("cls_inflection", features, backend)
+    if backend != "reference":
+        indices, counts, similarity = kernel("cls_inflection", backend)(
             rowwise(features),
             rowwise(cls),
             rule,

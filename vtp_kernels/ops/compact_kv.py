@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vtp_kernels import reference
 from vtp_kernels.ops import _checks
-from vtp_kernels.ops._dispatch import choose, register_fake, rowwise
+from vtp_kernels.ops._dispatch import choose, kernel, register_fake, rowwise
 
 Layers = tuple[Tensor, ...]
 
@@ -52,25 +52,19 @@ def compact_kv(
     backend = choose(op, indices, backend)
     if _checks.must_read(indices, backend):
         _check_rows(keys, indices, counts)
-    if backend != "native":
+    if backend == "reference":
         return reference.compact_kv(keys, values, indices, counts, in_place=in_place)
+    move = kernel(op, backend)
+    indices, counts = rowwise(indices), rowwise(counts)
     try:
-        return _native(keys, values, rowwise(indices), rowwise(counts), in_place)
+        if in_place:
+            move(keys, values, indices, counts)
+            return keys, values
+        rows = move([rowwise(x) for x in keys], [rowwise(x) for x in values], indices, counts)
     except RuntimeError:
         if _checks.may_read(indices):
             _check_rows(keys, indices, counts)
         raise
-
-
-def _native(
-    keys: Layers, values: Layers, indices: Tensor, counts: Tensor | None, in_place: bool
-) -> tuple[Layers, Layers]:
-    if in_place:
-        torch.ops.vtp_kernels.compact_kv_(keys, values, indices, counts)
-        return keys, values
-    rows = torch.ops.vtp_kernels.compact_kv(
-        [rowwise(x) for x in keys], [rowwise(x) for x in values], indices, counts
-    )
     return tuple(rows[: len(keys)]), tuple(rows[len(keys) :])
 
 

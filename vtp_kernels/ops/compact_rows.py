@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from vtp_kernels import reference
 from vtp_kernels.ops import _checks
-from vtp_kernels.ops._dispatch import choose, register_fake, rowwise
+from vtp_kernels.ops._dispatch import choose, kernel, register_fake, rowwise
 
 ALIGNMENTS = ("left", "right")
 
@@ -58,13 +57,12 @@ def compact_rows(
     backend = choose("compact_rows", indices, backend)
     if _checks.must_read(indices, backend):
         _checks.row_indices(indices, counts, length)
-    if backend != "native":
+    if backend == "reference":
         return reference.compact_rows(tensors, indices, counts, align=align)
     rows = [rowwise(x) for x in tensors]
     try:
-        return tuple(
-            torch.ops.vtp_kernels.compact_rows(rows, rowwise(indices), rowwise(counts), align)
-        )
+        move = kernel("compact_rows", backend)
+        return tuple(move(rows, rowwise(indices), rowwise(counts), align))
     except RuntimeError:
         if _checks.may_read(indices):
             _checks.row_indices(indices, counts, length)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vtp_kernels import reference
 from vtp_kernels.ops import _checks
-from vtp_kernels.ops._dispatch import choose, register_fake, rowwise
+from vtp_kernels.ops._dispatch import choose, kernel, register_fake, rowwise
 from vtp_kernels.selection import Selection
 
 RULES = ("chord", "kneedle", "iqr", "mass")
@@ -55,9 +55,10 @@ def inflection(
     _checks.tensor("curve", curve, "B, N", (_checks.ANY, _checks.ANY))
     check_rule(rule, min_keep, max_keep, clip_quantile, sensitivity, mass)
     _checks.inference_only("inflection", curve)
-    if choose("inflection", curve, backend) == "native":
+    backend = choose("inflection", curve, backend)
+    if backend != "reference":
         return Selection(
-            *torch.ops.vtp_kernels.inflection(
+            *kernel("inflection", backend)(
                 rowwise(curve), rule, min_keep, max_keep, clip_quantile, sensitivity, mass
             )
         )

@@ -1,11 +1,10 @@
 """passive_attention: causal attention in which text gives no weight to visual keys."""
 
-import torch
 from torch import Tensor
 
 from vtp_kernels import reference
 from vtp_kernels.ops import _checks
-from vtp_kernels.ops._dispatch import choose, register_fake, rowwise
+from vtp_kernels.ops._dispatch import choose, kernel, register_fake, rowwise
 
 SINKS = ("merge", "drop")
 VISUAL_ROWS = ("prefix", "causal", "skip")
@@ -68,8 +67,9 @@ def passive_attention(
     _checks.one_of("visual_rows", visual_rows, VISUAL_ROWS)
     _checks.inference_only("passive_attention", query, key, value)
     scale = _checks.scale(scale, dim)
-    if choose("passive_attention", query, backend) == "native":
-        return torch.ops.vtp_kernels.passive_attention(
+    backend = choose("passive_attention", query, backend)
+    if backend != "reference":
+        return kernel("passive_attention", backend)(
             rowwise(query),
             rowwise(key),
             rowwise(value),

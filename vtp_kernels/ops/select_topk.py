@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vtp_kernels import reference
 from vtp_kernels.ops import _checks
-from vtp_kernels.ops._dispatch import choose, register_fake, rowwise
+from vtp_kernels.ops._dispatch import choose, kernel, register_fake, rowwise
 from vtp_kernels.selection import Selection
 
 
@@ -53,9 +53,10 @@ def select_topk(
         )
     k_per_row, k, capacity = check_topk(k, keep, threshold, capacity, batch, length, scores.device)
     _checks.inference_only("select_topk", scores)
-    if choose("select_topk", scores, backend) == "native":
+    backend = choose("select_topk", scores, backend)
+    if backend != "reference":
         return Selection(
-            *torch.ops.vtp_kernels.select_topk(
+            *kernel("select_topk", backend)(
                 rowwise(scores),
                 rowwise(k_per_row),
                 k,

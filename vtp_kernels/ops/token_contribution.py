@@ -1,11 +1,10 @@
 """token_contribution: what each token adds to the attention output of one row."""
 
-import torch
 from torch import Tensor
 
 from vtp_kernels import reference
 from vtp_kernels.ops import _checks
-from vtp_kernels.ops._dispatch import choose, register_fake, rowwise, score_dtype
+from vtp_kernels.ops._dispatch import choose, kernel, register_fake, rowwise, score_dtype
 
 
 def token_contribution(
@@ -59,8 +58,9 @@ def token_contribution(
         _checks.tensor("valid", valid, "B, S", (batch, length), _checks.BOOL, device)
     _checks.inference_only("token_contribution", query, key, value)
     scale = _checks.scale(scale, dim)
-    if choose("token_contribution", query, backend) == "native":
-        return torch.ops.vtp_kernels.token_contribution(
+    backend = choose("token_contribution", query, backend)
+    if backend != "reference":
+        return kernel("token_contribution", backend)(
             rowwise(query),
             rowwise(key),
             rowwise(value),
