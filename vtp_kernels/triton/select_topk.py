@@ -25,12 +25,13 @@ def _keys(scores, candidates, keep, threshold, token, size, kept_compete):
     if threshold is not None:
         competes &= score > threshold
     key = sortable(score)
-    if keep is None:
-        return tl.where(competes, key, ABSENT)
-    kept = inside & (tl.load(keep + token, mask=inside, other=0) != 0)
-    if kept_compete:
-        return tl.where(kept, key, ABSENT)
-    return tl.where(kept, KEPT, tl.where(competes, key, ABSENT))
+    if keep is not None:
+        kept = inside & (tl.load(keep + token, mask=inside, other=0) != 0)
+        competes = tl.where(kept_compete, kept, competes)
+        key = tl.where(kept & (not kept_compete), KEPT, tl.where(competes, key, ABSENT))
+    else:
+        key = tl.where(competes, key, ABSENT)
+    return key
 
 
 @triton.jit
@@ -104,12 +105,12 @@ def _emit(
         triton.Config({"BLOCK": 1024}, num_warps=4),
         triton.Config({"BLOCK": 512}, num_warps=4),
     ],
-    key=["SIZE_CLASS"],
+    key=["size_class"],
 )
-@triton.jit(do_not_specialize=["size", "k", "capacity"])
+@triton.jit(do_not_specialize=["size", "k", "capacity", "size_class"])
 def _select(
     scores, scores_stride, candidates, candidates_stride, keep, keep_stride, k_per_row, threshold,
-    size, k, capacity, indices, counts, SIZE_CLASS: tl.constexpr, BLOCK: tl.constexpr,
+    size, k, capacity, indices, counts, size_class, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     scores += row * scores_stride
@@ -167,6 +168,6 @@ def select_topk(
             capacity,
             indices,
             counts,
-            SIZE_CLASS=size_class(size),
+            size_class=size_class(size),
         )
     return indices, counts

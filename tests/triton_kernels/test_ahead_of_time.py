@@ -1,0 +1,82 @@
+"""The Triton kernels compile for GPUs that are not there, and not anew for every shape."""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+
+from triton_kernels import ahead_of_time, calls
+from triton_kernels.ahead_of_time import ARCHS, SHARED_MEMORY
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled with TRITON_INTERPRET=1"
+)
+OTHER_DTYPES_ON = 80
+
+
+def compile_op(op, arch):
+    """bfloat16 with all settings for all architectures, other types with one for one."""
+    found = ahead_of_time.compile_calls(calls.of(op, (torch.bfloat16,)), arch)
+    others = []
+    if arch == OTHER_DTYPES_ON:
+        others = [
+            (dtype, ahead_of_time.compile_calls(calls.of(op, (dtype,)), arch, all_settings=False))
+            for dtype in (torch.float16, torch.float32)
+        ]
+    return [(torch.bfloat16, found), *others]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """{(op, arch): [(dtype, kernels)]}, by as many processes as there are processors."""
+    tasks = [(op, arch) for op in calls.OPS for arch in ARCHS]
+    workers = min(len(tasks), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return dict(zip(tasks, pool.map(compile_op, *zip(*tasks, strict=True)), strict=True))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("op", calls.OPS)
+def test_compiles_and_fits(compiled, op, arch):
+    for dtype, kernels in compiled[op, arch]:
+        assert kernels, dtype
+        for kernel in kernels:
+            assert kernel.shared <= SHARED_MEMORY[arch], kernel
+            assert kernel.registers > 0
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("op", ("attention_scores", "attention_topk", "passive_attention"))
+def test_matrices_are_multiplied_by_tensor_cores_but_for_float32(compiled, op, arch):
+    """float32 is multiplied as it is: its products are no instructions for matrices."""
+    for dtype, kernels in compiled[op, arch]:
+        instructions = set().union(*(kernel.instructions for kernel in kernels))
+        suffix = {torch.bfloat16: ".bf16", torch.float16: ".f16"}.get(dtype)
+        products = {name for name in instructions if "mma" in name}
+        assert any(name.endswith(suffix) for name in products) if suffix else not products
+
+
+@pytest.mark.parametrize("op", calls.OPS)
+def test_new_shapes_do_not_compile_anew(draw, op):
+    """50 of them: all that may differ is whether rows are aligned."""
+    compiled = {}
+
+    def note(name, kernel, settings, seconds):
+        compiled.setdefault(name, {})[id(kernel)] = kernel
+
+    with ahead_of_time.gpu(80, note, all_settings=False), torch.no_grad():
+        for _ in range(50):
+            batch, length = draw.integer(1, 9), draw.integer(17, 3000)
+            next(calls.of(op, (torch.bfloat16,), batch, length))()
+    assert compiled
+    for name, kernels in compiled.items():
+        assert len(kernels) <= 3, name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("op", calls.OPS)
+def test_loads_are_wide(compiled, op, arch):
+    (_, kernels), *_ = compiled[op, arch]
+    assert any({"v4.b32", "v2.b64"} & kernel.instructions for kernel in kernels), kernels
