@@ -6,6 +6,8 @@ READY  := $(VENV)/.ready
 BUILT  := $(VENV)/.built
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/* csrc/*/*)
 TEST_ARGS ?=
+# Triton's kernels on a CPU: the interpreter has to be chosen before Triton is imported.
+INTERPRETED_TESTS = TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops -k cpu-triton
 METHODS ?= none fastv:2:0.5 fastv:2:0.22 pyramiddrop:2=0.5,4=0.25,6=0.125 schedule:4=0.22 \
 	random:0.5 random:0.22
 
@@ -29,6 +31,7 @@ demo: $(BUILT) ## a trained small LLaVA answers about a picture, dense and prune
 
 test: lint $(BUILT) ## lint, then every test this machine can run
 	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(if $(TEST_ARGS),,$(INTERPRETED_TESTS))
 
 lint: $(READY) ## style and common mistakes
 	$(BIN)/ruff check .

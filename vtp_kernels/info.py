@@ -1,12 +1,13 @@
 """info(): what is installed, and which backend each op would use, and why."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import torch
 
 from vtp_kernels import _native
 from vtp_kernels.machine import cpu_name, versions
-from vtp_kernels.ops._dispatch import BACKENDS, why_not
+from vtp_kernels.ops._dispatch import BACKENDS, default_backends, why_not
 
 _OPS = tuple(op for op in _native.OPS if not op.endswith("_"))  # in-place variants follow their op
 
@@ -17,11 +18,11 @@ class Info:
 
     Attributes:
         versions: of vtp_kernels, Python and packages; None: not installed.
-        devices: device types in use here, "cpu" first, each with a description.
+        devices: "cpu" and GPUs as "cuda:0", each with a description.
         native: None if the native library is loaded, else why not.
         build: what the native library says of itself: version, compiler, cpu_isa, cuda_archs, and
             cuda, the compiler of the CUDA kernels (None: built without).
-        backends: {device type: {op: {backend: None if it can serve, else why not}}}.
+        backends: {device: {op: {backend: None if it can serve, else why not}}}.
     """
 
     versions: dict[str, str | None]
@@ -33,10 +34,10 @@ class Info:
     def to_dict(self) -> dict:
         return asdict(self)
 
-    def chosen(self, op: str, device_type: str) -> str:
+    def chosen(self, op: str, device: str) -> str:
         """The backend `backend=None` takes, VTP_BACKEND aside."""
-        reasons = self.backends[device_type][op]
-        return next(backend for backend in BACKENDS if reasons[backend] is None)
+        reasons = self.backends[device][op]
+        return next(b for b in default_backends(torch.device(device)) if reasons[b] is None)
 
     def _build(self) -> str:
         parts = {**self.build, "cuda_archs": " ".join(self.build["cuda_archs"])}
@@ -49,11 +50,26 @@ class Info:
         lines = [" · ".join(versions)]
         lines += [f"{device}: {description}" for device, description in self.devices.items()]
         lines.append("native library: " + (self.native or self._build()))
-        for device, ops in self.backends.items():
-            lines += ["", f"on {device}:"]
-            lines += [f"  {op:<20}{self.chosen(op, device)}" for op in ops]
-            lines += [f"  {line}" for line in _reasons(ops)]
+        tables: dict[str, list[str]] = {}
+        for device in self.backends:
+            tables.setdefault(self._table(device), []).append(device)
+        for table, devices in tables.items():
+            lines += ["", f"on {', '.join(devices)}:", table]
         return "\n".join(lines)
+
+    def _table(self, device: str) -> str:
+        """Op by backend: the one that runs, those that can, and why others cannot."""
+        ops = self.backends[device]
+        lines = [_row("", BACKENDS)]
+        for op, reasons in ops.items():
+            chosen = self.chosen(op, device)
+            words = ("no" if reasons[b] else "runs" if b == chosen else "can" for b in BACKENDS)
+            lines.append(_row(op, words))
+        return "\n".join([*lines, *(f"  {line}" for line in _reasons(ops))])
+
+
+def _row(head: str, cells: Iterable[str]) -> str:
+    return f"  {head:<20}" + "".join(f"{cell:<11}" for cell in cells).rstrip()
 
 
 def _reasons(ops: dict[str, dict[str, str | None]]) -> list[str]:
@@ -72,12 +88,14 @@ def _reasons(ops: dict[str, dict[str, str | None]]) -> list[str]:
 def info() -> Info:
     """Versions, devices, and which backend each op would use and why.
 
-    Starts no kernel; on a machine with a GPU it does initialise CUDA.
+    On a machine with GPUs this initialises CUDA, and runs a Triton kernel on each, to know whether
+    Triton works there.
     """
     devices = {"cpu": cpu_name()}
     if torch.cuda.is_available():
-        names = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
-        devices["cuda"] = ", ".join(f"{gpu.name} (sm_{gpu.major}{gpu.minor})" for gpu in names)
+        for i in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(i)
+            devices[f"cuda:{i}"] = f"{gpu.name} (sm_{gpu.major}{gpu.minor})"
     return Info(
         versions=versions(),
         devices=devices,

@@ -33,7 +33,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 def test_this_device_has_an_image_of_every_kernel():
     info = vtp.info()
     assert info.build["cuda_archs"]
-    assert {op: info.chosen(op, "cuda") for op in OPS} == dict.fromkeys(OPS, "native")
+    assert {op: info.chosen(op, "cuda:0") for op in OPS} == dict.fromkeys(OPS, "native")
     assert torch.cuda.get_device_name() in str(info)
 
 
@@ -131,7 +131,7 @@ except NotImplementedError as error:
     got = None
     print(error)
 want = [x.tolist() for x in vtp.select_topk(scores, 64)]
-print(json.dumps({"chosen": vtp.info().chosen("select_topk", "cuda"), "equal": got == want}))
+print(json.dumps({"chosen": vtp.info().chosen("select_topk", "cuda:0"), "equal": got == want}))
 """
 
 

@@ -1,16 +1,14 @@
 """What holds for all ops: registration, torch.compile, autograd, choice of backend, info()."""
 
-import json
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import vtp_kernels as vtp
 from vtp_kernels import _native
-from vtp_kernels.ops._dispatch import BACKENDS, choose, why_not
+from vtp_kernels.ops._dispatch import BACKENDS, why_not
 
 
 def attention(draw):
@@ -194,52 +192,6 @@ def test_environment_chooses_the_backend(draw, monkeypatch, op):
     call(**arguments)
 
 
-def test_an_explicit_backend_that_cannot_serve_raises(draw, monkeypatch):
-    scores = draw.normal(2, 5)
-    monkeypatch.setattr(_native, "kernels", frozenset())
-    monkeypatch.setattr(_native, "missing", "it rains")
-    for backend in ("native", "triton"):
-        with pytest.raises(NotImplementedError, match=f"select_topk: backend '{backend}' cannot"):
-            vtp.select_topk(scores, 2, backend=backend)
-    with pytest.raises(NotImplementedError, match="it rains"):
-        vtp.select_topk(scores, 2, backend="native")
-    assert choose("select_topk", scores, None) == "reference"
-    vtp.select_topk(scores, 2)
-
-
-def test_cuda_tensors_go_to_the_library_if_it_has_an_image_for_the_device(monkeypatch):
-    """Asked of the driver, device by device; tensors themselves are not needed to choose."""
-    build = {"cuda_archs": ["8.0", "9.0"]}
-    monkeypatch.setattr(_native, "missing", None)
-    monkeypatch.setattr(_native, "kernels", frozenset({("select_topk", "cuda")}))
-    monkeypatch.setattr(_native, "build", build)
-    monkeypatch.setattr(_native, "_images", {0: None, 1: "no kernel image is available"})
-    assert why_not("select_topk", "native", "cuda:0", torch.float32) is None
-    assert "float64" in why_not("select_topk", "native", "cuda:0", torch.float64)
-    assert why_not("select_topk", "native", "cuda:1", torch.float32) == (
-        "none of the library's architectures (8.0 9.0) runs on cuda:1: no kernel image is available"
-    )
-    assert "no CUDA code for it" in why_not("inflection", "native", "cuda:0", torch.float32)
-    for device, dtype, chosen in (
-        ("cuda:0", torch.float16, "native"),
-        ("cuda:0", torch.float64, "reference"),
-        ("cuda:1", torch.float16, "reference"),
-    ):
-        tensor = SimpleNamespace(device=torch.device(device), dtype=dtype)
-        assert choose("select_topk", tensor, None) == chosen
-        if chosen == "reference":
-            with pytest.raises(NotImplementedError, match="'native' cannot serve cuda tensors"):
-                choose("select_topk", tensor, "native")
-
-
-@pytest.mark.skipif(_native.missing is not None, reason=str(_native.missing))
-def test_the_driver_is_asked_for_an_image(monkeypatch):
-    monkeypatch.setattr(_native, "_images", {})
-    index = torch.cuda.device_count()  # one that is not there
-    reason = _native.why_no_image(index)
-    assert reason and _native._images == {index: reason}
-
-
 def test_debug_switches_reading_checks(monkeypatch):
     from vtp_kernels.ops import _checks
 
@@ -250,22 +202,6 @@ def test_debug_switches_reading_checks(monkeypatch):
     assert _checks.may_read(on_gpu)
     vtp.debug(False)
     assert not _checks.may_read(on_gpu)
-
-
-def test_info_names_every_op_and_reason():
-    info = vtp.info()
-    page, data = str(info), json.loads(json.dumps(info.to_dict()))
-    assert data["versions"]["vtp_kernels"] == vtp.__version__
-    assert data["versions"]["torch"] == torch.__version__
-    assert set(data["backends"]["cpu"]) == set(INPUTS)
-    for op, reasons in data["backends"]["cpu"].items():
-        assert set(reasons) == set(BACKENDS)
-        assert f"{op:<20}{info.chosen(op, 'cpu')}" in page
-        for reason in filter(None, reasons.values()):
-            assert reason in page
-    assert (_native.missing or "native library: loaded") in page
-    if _native.missing is None:
-        assert data["build"]["version"] == vtp.__version__  # else the library is of another tree
 
 
 WITHOUT = """

@@ -61,6 +61,11 @@ def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
+def default_backends(device: torch.device) -> tuple[str, ...]:
+    """What is taken if it can serve, the fastest first. Interpreted Triton has to be asked for."""
+    return ("native", "reference") if device.type == "cpu" else BACKENDS
+
+
 def choose(op: str, x: Tensor, backend: str | None) -> str:
     """The backend that runs `op` on tensors like `x`.
 
@@ -70,8 +75,7 @@ def choose(op: str, x: Tensor, backend: str | None) -> str:
     """
     backend = backend or os.environ.get("VTP_BACKEND") or None
     if backend is None:
-        # Interpreted Triton is for tests, and never the fastest.
-        backends = ("native", "reference") if x.device.type == "cpu" else BACKENDS
+        backends = default_backends(x.device)
         return next(b for b in backends if why_not(op, b, x.device, x.dtype) is None)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
