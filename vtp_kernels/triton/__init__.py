@@ -5,10 +5,25 @@ arguments of the native op; `library` makes the launchers `torch.ops.vtp_kernels
 Importing this package imports Triton.
 """
 
+from vtp_kernels.triton.attention_scores import attention_scores
+from vtp_kernels.triton.attention_topk import attention_topk
+from vtp_kernels.triton.cls_inflection import cls_inflection
+from vtp_kernels.triton.compact_kv import compact_kv, compact_kv_
+from vtp_kernels.triton.compact_rows import compact_rows
+from vtp_kernels.triton.inflection import inflection
 from vtp_kernels.triton.library import probe, register
 from vtp_kernels.triton.select_topk import select_topk
 
 __all__ = ["probe"]
 
-for _launcher in (select_topk,):
+for _launcher in (
+    attention_scores,
+    attention_topk,
+    cls_inflection,
+    compact_kv,
+    compact_rows,
+    inflection,
+    select_topk,
+):
     register(_launcher)
+register(compact_kv_, mutates=("keys", "values"))
