@@ -24,16 +24,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtp_kernels.triton.tuning import tuned
+from vtp_kernels.triton.tuning import INTERPRETED, tuned
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 FEW_ROWS, MANY_ROWS = 16, 32  # query rows that a tile of keys is multiplied with at a time
 KEY_BYTES = 32 * 1024  # of a tile of keys
-FLOAT32_CHUNK = 32  # elements of a head multiplied at a time where there are no tensor cores for it
+FLOAT32_KEYS = 64  # of a tile
+FLOAT32_CHUNK = 32  # elements multiplied at a time: without tensor cores they are in registers
 MERGED_AT_ONCE = 16  # tiles of keys
-FEW_TILES = 2 * MERGED_AT_ONCE  # are merged by whoever needs the softmax of a row
+FEW_TILES = 32  # are merged by whoever needs the softmax of a row
 MERGE_ROWS = 64
-FINISH_KEYS = 64
+FINISH_ROWS, FINISH_KEYS = 128, 32
+if INTERPRETED:  # where an operation costs the same whatever its size
+    MANY_ROWS, KEY_BYTES, FLOAT32_KEYS, FLOAT32_CHUNK = 64, 256 * 1024, 512, 64
+    FEW_TILES, FINISH_KEYS = 16, 256
 
 # --- rows and keys ----------------------------------------------------------------------------
 
@@ -132,7 +136,7 @@ def _finite(maximum):
 def _share(total):
     """A sum of 0 is a row that attends to nothing, whose share nobody asks for, or one whose logits
     are all -inf, of which softmax makes NaN."""
-    return tl.where(total == 0.0, float("nan"), 1.0 / total)
+    return 1.0 / tl.where(total == 0.0, float("nan"), total)
 
 
 @triton.jit
@@ -347,22 +351,14 @@ def _columns(
 
 
 @triton.jit
-def _reduce_heads(x, IS_MAX: tl.constexpr):
-    """[keys] of [heads, keys] that are not below 0. NaN wins, as in torch."""
+def _add_heads(total, heads, IS_MAX: tl.constexpr):
+    """[keys] of the heads so far and of [heads, keys] more, none below 0. NaN wins, as in torch."""
     if IS_MAX:
-        is_nan = tl.max((x != x).to(tl.int32), 0) != 0
-        reduced = tl.where(is_nan, float("nan"), tl.max(x, 0))
+        is_nan = tl.max((heads != heads).to(tl.int32), 0) != 0
+        largest = tl.where(is_nan, float("nan"), tl.max(heads, 0))
+        total = tl.maximum(total, largest, propagate_nan=tl.PropagateNan.ALL)
     else:
-        reduced = tl.sum(x, 0)
-    return reduced
-
-
-@triton.jit
-def _add_head(total, heads, IS_MAX: tl.constexpr):
-    if IS_MAX:
-        total = tl.maximum(total, heads, propagate_nan=tl.PropagateNan.ALL)
-    else:
-        total += heads
+        total += tl.sum(heads, 0)
     return total
 
 
@@ -391,9 +387,9 @@ def _finish_rows(
     logits, logits_stride, maxima, sums, candidates, candidates_stride, valid, valid_stride,
     query_positions, positions_stride, query_valid, query_valid_stride, scores,
     heads, group, rows, length, tiles, factor, IS_MAX: tl.constexpr, TILE_KEYS: tl.constexpr,
-    TILES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+    TILES: tl.constexpr, HEADS: tl.constexpr, HEAD_ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a block of keys by the logits and statistics of all rows."""
+    """Scores of a block of keys by the logits and statistics of all rows, HEAD_ROWS a head."""
     blocks = tl.cdiv(length, KEYS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     keys = tl.program_id(0) % blocks * KEYS + tl.arange(0, KEYS)
@@ -409,20 +405,22 @@ def _finish_rows(
     scored = _are_attended(candidates + batch * candidates_stride, valid, keys, length)
     total = tl.zeros([KEYS], tl.float32)
     for first_head in range(0, heads, HEADS):
-        head = first_head + tl.arange(0, HEADS)
-        weights = tl.zeros([HEADS, KEYS], tl.float32)
-        for m in range(rows):
-            row = (head // group * rows + m) * group + head % group
-            last = _last_key(query_positions, query_valid, None, m + head * 0, head < heads, length)
-            maximum, row_sum = _merged(
-                maxima, sums, row, last, tiles, heads * rows, TILE_KEYS, TILES, HEADS
-            )
-            counts = scored[None, :] & (keys[None, :] <= last[:, None])
-            at = row.to(tl.int64)[:, None] * logits_stride + keys[None, :]
-            logit = tl.load(logits + at, mask=counts, other=float("-inf"))
-            weight = tl.exp2(logit - _finite(maximum)[:, None]) * _share(row_sum)[:, None]
-            weights += tl.where(counts, weight, 0.0)
-        total = _add_head(total, _reduce_heads(weights, IS_MAX), IS_MAX)
+        head = first_head + tl.arange(0, HEADS * HEAD_ROWS) // HEAD_ROWS
+        m = tl.arange(0, HEADS * HEAD_ROWS) % HEAD_ROWS
+        exists = (head < heads) & (m < rows)
+        last = _last_key(query_positions, query_valid, None, m, exists, length)
+        row = (head // group * rows + m) * group + head % group
+        maximum, row_sum = _merged(
+            maxima, sums, row, last, tiles, heads * rows, TILE_KEYS, TILES, HEADS * HEAD_ROWS
+        )
+        counts = scored[None, :] & (keys[None, :] <= last[:, None])
+        at = row.to(tl.int64)[:, None] * logits_stride + keys[None, :]
+        logit = tl.load(logits + at, mask=counts, other=float("-inf"))
+        weight = tl.exp2(logit - _finite(maximum)[:, None]) * _share(row_sum)[:, None]
+        weight = tl.where(counts, weight, 0.0)
+        if IS_MAX and HEAD_ROWS > 1:
+            weight = tl.sum(tl.reshape(weight, [HEADS, HEAD_ROWS, KEYS]), 1)
+        total = _add_heads(total, weight, IS_MAX)
     total *= factor / _count_rows(query_valid, rows, 128)
     tl.store(scores + batch * length + keys, tl.where(scored, total, 0.0), mask=keys < length)
 
@@ -452,7 +450,7 @@ def _finish_columns(
         head = first_head + tl.arange(0, HEADS)[:, None]
         at = head.to(tl.int64) * length + keys[None, :]
         column = tl.load(columns + at, mask=(head < kv_heads) & scored[None, :], other=0.0)
-        total = _add_head(total, _reduce_heads(column, IS_MAX), IS_MAX)
+        total = _add_heads(total, column, IS_MAX)
     total *= factor / _count_rows(query_valid, rows, 128)
     tl.store(scores + batch * length + keys, tl.where(scored, total, 0.0), mask=keys < length)
 
@@ -494,7 +492,7 @@ class _Call:
         # Block sizes: float32 is multiplied without tensor cores, whose operands are registers.
         padded = max(16, triton.next_power_of_2(dim))
         is_float32 = query.dtype == torch.float32
-        self.keys = 64 if is_float32 else min(128, KEY_BYTES // (2 * padded))
+        self.keys = FLOAT32_KEYS if is_float32 else KEY_BYTES // (2 * max(padded, 128))
         self.tiles = triton.cdiv(self.length, self.keys)
         self.shape = (self.kv_heads, self.group, self.rows, self.length, dim, self.tiles)
         self.blocks = {
@@ -551,6 +549,8 @@ class _Call:
 
     def finish_rows(self, logits: Tensor, maxima: Tensor, sums: Tensor, scores: Tensor) -> None:
         tiles = maxima.shape[1]
+        head_rows = triton.next_power_of_2(self.rows)
+        heads = min(FINISH_ROWS // head_rows, triton.next_power_of_2(self.heads))
         _finish_rows[(self.batch * triton.cdiv(self.length, FINISH_KEYS),)](
             logits,
             self.tiles * self.keys,
@@ -570,7 +570,8 @@ class _Call:
             IS_MAX=self.is_max,
             TILE_KEYS=self.keys,
             TILES=MERGED_AT_ONCE if tiles > 1 else 1,
-            HEADS=min(32, triton.next_power_of_2(self.heads)),
+            HEADS=heads,
+            HEAD_ROWS=head_rows,
             KEYS=FINISH_KEYS,
         )
 
