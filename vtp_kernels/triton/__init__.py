@@ -12,7 +12,9 @@ from vtp_kernels.triton.compact_kv import compact_kv, compact_kv_
 from vtp_kernels.triton.compact_rows import compact_rows
 from vtp_kernels.triton.inflection import inflection
 from vtp_kernels.triton.library import probe, register
+from vtp_kernels.triton.passive_attention import passive_attention
 from vtp_kernels.triton.select_topk import select_topk
+from vtp_kernels.triton.token_contribution import token_contribution
 
 __all__ = ["probe"]
 
@@ -23,7 +25,9 @@ for _launcher in (
     compact_kv,
     compact_rows,
     inflection,
+    passive_attention,
     select_topk,
+    token_contribution,
 ):
     register(_launcher)
 register(compact_kv_, mutates=("keys", "values"))
