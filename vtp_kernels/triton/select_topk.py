@@ -1,7 +1,8 @@
-"""select_topk: one program a row, which sweeps over it six times, a block of tokens at a time.
+"""select_topk: one program a row, which holds the keys (order.py) of its tokens in registers.
 
-The first sweep counts. Four sweeps narrow down the key of the last token taken, eight bits each by
-a histogram. The last one writes the tokens above it in order, and of those equal to it the first.
+The key of the last token taken is found bit by bit, from the highest one down: a bit is set if as
+many keys as are taken are no smaller with it. Tokens above that key are written in order, and of
+those equal to it the first. Longer rows are read anew for every bit.
 """
 
 import torch
@@ -10,13 +11,16 @@ import triton.language as tl
 from torch import Tensor
 
 from vtp_kernels.triton.order import ABSENT, KEPT, sortable
-from vtp_kernels.triton.tuning import size_class, tuned
+from vtp_kernels.triton.tuning import INTERPRETED, size_class
+
+# 32 keys of a thread, and ranks within a block fit into 16 bits. In tests some rows are longer.
+LARGEST_BLOCK = 4096 if INTERPRETED else 16384
 
 
 @triton.jit
 def _keys(scores, candidates, keep, threshold, token, size, kept_compete):
-    """Keys (order.py) of a row's tokens, ABSENT past its end. The three pointers, all but the first
-    of which may be None, are to the row. Either the candidates compete or the kept tokens do."""
+    """Keys of a row's tokens, ABSENT past its end. The three pointers, all but the first of which
+    may be None, are to the row. Either the candidates compete or the kept tokens do."""
     inside = token < size
     score = tl.load(scores + token, mask=inside, other=0.0).to(tl.float32)
     competes = inside
@@ -48,69 +52,64 @@ def _census(scores, candidates, keep, threshold, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _find_cut(scores, candidates, keep, threshold, size, kept_compete, need, BLOCK: tl.constexpr):
-    """The need-th largest key, need > 0, of those that compete."""
-    bins = tl.arange(0, 256)
-    prefix = tl.full([], 0, tl.uint32)  # the bits that are known
-    known = tl.full([], 0, tl.uint32)  # which ones these are
-    for digit in range(4):
-        shift = 24 - 8 * digit
-        histogram = tl.zeros([256], tl.int32)
+def _count_from(
+    bound, held, scores, candidates, keep, threshold, size, kept_compete, BLOCK: tl.constexpr
+):  # fmt: skip
+    """How many keys are not below `bound`: of those held, or of the row."""
+    if held is not None:
+        count = tl.sum((held >= bound).to(tl.int32))
+    else:
+        count = 0
         for start in range(0, size, BLOCK):
             token = start + tl.arange(0, BLOCK)
             key = _keys(scores, candidates, keep, threshold, token, size, kept_compete)
-            counts = (key != ABSENT) & (key != KEPT) & ((key & known) == prefix)
-            bin = ((key >> shift) & 255).to(tl.int32)
-            histogram += tl.histogram(bin, 256, mask=counts)
-        at_least = tl.cumsum(histogram, reverse=True)
-        bin = tl.sum((at_least >= need).to(tl.int32)) - 1
-        need -= tl.sum(tl.where(bins > bin, histogram, 0))
-        prefix |= bin.to(tl.uint32) << shift
-        known |= tl.full([], 255, tl.uint32) << shift
-    return prefix
+            count += tl.sum((key >= bound).to(tl.int32))
+    return count
 
 
 @triton.jit
-def _emit(
-    scores, candidates, keep, threshold, size, kept_compete, cut, count, indices,
-    BLOCK: tl.constexpr,
+def _find_cut(
+    count, held, scores, candidates, keep, threshold, size, kept_compete, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Writes `count` tokens, ascending: those with keys above the cut, and of those equal to it the
-    first ones."""
+    """The count-th largest key, count > 0, and how many are above it."""
+    cut = tl.full([], 0, tl.uint32)
     above = 0
-    for start in range(0, size, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        key = _keys(scores, candidates, keep, threshold, token, size, kept_compete)
-        above += tl.sum((key > cut).to(tl.int32))
-    ties = count - above
-    above = 0
-    equal = 0
-    for start in range(0, size, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        key = _keys(scores, candidates, keep, threshold, token, size, kept_compete)
-        is_above = (key > cut).to(tl.int32)
-        is_equal = (key == cut).to(tl.int32)
-        rank = equal + tl.cumsum(is_equal) - is_equal  # among those equal to the cut
-        place = above + tl.cumsum(is_above) - is_above + tl.minimum(rank, ties)
-        taken = (is_above != 0) | ((is_equal != 0) & (rank < ties))
-        tl.store(indices + place, token.to(tl.int64), mask=taken)
-        above += tl.sum(is_above)
-        equal += tl.sum(is_equal)
+    for i in range(32):
+        bound = cut | (tl.full([], 0x80000000, tl.uint32) >> i)
+        not_below = _count_from(
+            bound, held, scores, candidates, keep, threshold, size, kept_compete, BLOCK
+        )
+        if not_below >= count:
+            cut = bound
+        else:
+            above = not_below  # in the end of cut + 1
+    return cut, above
 
 
-@tuned(
-    [
-        triton.Config({"BLOCK": 4096}, num_warps=16),
-        triton.Config({"BLOCK": 2048}, num_warps=8),
-        triton.Config({"BLOCK": 1024}, num_warps=4),
-        triton.Config({"BLOCK": 512}, num_warps=4),
-    ],
-    key=["size_class"],
+@triton.jit
+def _emit_block(key, first, cut, above, equal, ties, indices, BLOCK: tl.constexpr):
+    """Writes what is taken of a block; `above` and `equal` tokens of the row came before it."""
+    is_above = (key > cut).to(tl.int32)
+    is_equal = (key == cut).to(tl.int32)
+    both = (is_above << 16) + is_equal  # counted at once
+    before = tl.cumsum(both) - both
+    rank = equal + (before & 0xFFFF)  # among those equal to the cut
+    place = above + (before >> 16) + tl.minimum(rank, ties)
+    taken = (is_above != 0) | ((is_equal != 0) & (rank < ties))
+    token = first + tl.arange(0, BLOCK)
+    tl.store(indices + place, token.to(tl.int64), mask=taken)
+    total = tl.sum(both)
+    return above + (total >> 16), equal + (total & 0xFFFF)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("scores_stride", "candidates_stride", "keep_stride", "size", "k", "capacity"),
+    ]
 )
-@triton.jit(do_not_specialize=["size", "k", "capacity", "size_class"])
 def _select(
     scores, scores_stride, candidates, candidates_stride, keep, keep_stride, k_per_row, threshold,
-    size, k, capacity, indices, counts, size_class, BLOCK: tl.constexpr,
+    size, k, capacity, indices, counts, HELD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     scores += row * scores_stride
@@ -123,22 +122,30 @@ def _select(
         k = tl.load(k_per_row + row)
     competing, kept = _census(scores, candidates, keep, threshold, size, BLOCK)
     kept_compete = kept > capacity  # then the others have no chance
-    need = tl.minimum(tl.maximum(k, 0), tl.minimum(competing, capacity - kept)).to(tl.int32)
-    need = tl.where(kept_compete, capacity, need)
-    count = tl.where(kept_compete, 0, kept) + need
+    others = tl.minimum(tl.maximum(k, 0), tl.minimum(competing, capacity - kept))
+    count = tl.where(kept_compete, capacity, kept + others).to(tl.int32)
     tl.store(counts + row, count)
-    for start in range(0, capacity, BLOCK):
+    for start in range(count, capacity, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        tl.store(
-            indices + place,
-            tl.full([BLOCK], -1, tl.int64),
-            mask=(place >= count) & (place < capacity),
-        )
-    cut = KEPT - 1
-    if need > 0:
-        cut = _find_cut(scores, candidates, keep, threshold, size, kept_compete, need, BLOCK)
+        tl.store(indices + place, tl.full([BLOCK], -1, tl.int64), mask=place < capacity)
     if count > 0:
-        _emit(scores, candidates, keep, threshold, size, kept_compete, cut, count, indices, BLOCK)
+        held = None
+        if HELD:
+            token = tl.arange(0, BLOCK)
+            held = _keys(scores, candidates, keep, threshold, token, size, kept_compete)
+        cut, above = _find_cut(
+            count, held, scores, candidates, keep, threshold, size, kept_compete, BLOCK
+        )
+        ties = count - above
+        above = 0
+        equal = 0
+        for start in range(0, size, BLOCK):
+            if HELD:
+                key = held
+            else:
+                token = start + tl.arange(0, BLOCK)
+                key = _keys(scores, candidates, keep, threshold, token, size, kept_compete)
+            above, equal = _emit_block(key, start, cut, above, equal, ties, indices, BLOCK)
 
 
 def select_topk(
@@ -154,6 +161,7 @@ def select_topk(
     indices = scores.new_empty(batch, capacity, dtype=torch.int64)
     counts = scores.new_empty(batch, dtype=torch.int32)
     if batch > 0:
+        block = min(max(size_class(size), 256), LARGEST_BLOCK)
         _select[(batch,)](
             scores,
             scores.stride(0),
@@ -168,6 +176,8 @@ def select_topk(
             capacity,
             indices,
             counts,
-            size_class=size_class(size),
+            HELD=size <= block,
+            BLOCK=block,
+            num_warps=min(max(block // 256, 2), 16),
         )
     return indices, counts
