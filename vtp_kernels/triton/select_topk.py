@@ -1,8 +1,9 @@
-"""select_topk: one program a row, which holds the keys (order.py) of its tokens in registers.
+"""select_topk: one program a row.
 
-The key of the last token taken is found bit by bit, from the highest one down: a bit is set if as
-many keys as are taken are no smaller with it. Tokens above that key are written in order, and of
-those equal to it the first. Longer rows are read anew for every bit.
+The key (order.py) of the last token taken is found bit by bit, from the highest one down: a bit is
+set if as many keys as are taken are no smaller with it. These are counted in registers; very long
+rows are read anew for every bit. Then tokens above that key are written in order, and of those
+equal to it the first.
 """
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 from vtp_kernels.triton.order import ABSENT, KEPT, sortable
 from vtp_kernels.triton.tuning import INTERPRETED, size_class
 
-# 32 keys of a thread, and ranks within a block fit into 16 bits. In tests some rows are longer.
-LARGEST_BLOCK = 4096 if INTERPRETED else 16384
+LARGEST_BLOCK = 4096  # ranks within a block are to fit into 16 bits
+MOST_HELD = 4096 if INTERPRETED else 16384  # 32 keys of a thread; tests have longer rows
 
 
 @triton.jit
@@ -87,19 +88,26 @@ def _find_cut(
 
 
 @triton.jit
-def _emit_block(key, first, cut, above, equal, ties, indices, BLOCK: tl.constexpr):
-    """Writes what is taken of a block; `above` and `equal` tokens of the row came before it."""
-    is_above = (key > cut).to(tl.int32)
-    is_equal = (key == cut).to(tl.int32)
-    both = (is_above << 16) + is_equal  # counted at once
-    before = tl.cumsum(both) - both
-    rank = equal + (before & 0xFFFF)  # among those equal to the cut
-    place = above + (before >> 16) + tl.minimum(rank, ties)
-    taken = (is_above != 0) | ((is_equal != 0) & (rank < ties))
-    token = first + tl.arange(0, BLOCK)
-    tl.store(indices + place, token.to(tl.int64), mask=taken)
-    total = tl.sum(both)
-    return above + (total >> 16), equal + (total & 0xFFFF)
+def _emit(
+    cut, ties, scores, candidates, keep, threshold, size, kept_compete, indices, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Writes the tokens above the cut and the first `ties` of those equal to it, ascending."""
+    above = 0
+    equal = 0
+    for start in range(0, size, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        key = _keys(scores, candidates, keep, threshold, token, size, kept_compete)
+        is_above = (key > cut).to(tl.int32)
+        is_equal = (key == cut).to(tl.int32)
+        both = (is_above << 16) + is_equal  # counted at once
+        before = tl.cumsum(both) - both
+        rank = equal + (before & 0xFFFF)  # among those equal to the cut
+        place = above + (before >> 16) + tl.minimum(rank, ties)
+        taken = (is_above != 0) | ((is_equal != 0) & (rank < ties))
+        tl.store(indices + place, token.to(tl.int64), mask=taken)
+        total = tl.sum(both)
+        above += total >> 16
+        equal += total & 0xFFFF
 
 
 @triton.jit(
@@ -130,22 +138,16 @@ def _select(
         tl.store(indices + place, tl.full([BLOCK], -1, tl.int64), mask=place < capacity)
     if count > 0:
         held = None
-        if HELD:
-            token = tl.arange(0, BLOCK)
+        if HELD > 0:
+            token = tl.arange(0, HELD)
             held = _keys(scores, candidates, keep, threshold, token, size, kept_compete)
         cut, above = _find_cut(
             count, held, scores, candidates, keep, threshold, size, kept_compete, BLOCK
         )
-        ties = count - above
-        above = 0
-        equal = 0
-        for start in range(0, size, BLOCK):
-            if HELD:
-                key = held
-            else:
-                token = start + tl.arange(0, BLOCK)
-                key = _keys(scores, candidates, keep, threshold, token, size, kept_compete)
-            above, equal = _emit_block(key, start, cut, above, equal, ties, indices, BLOCK)
+        _emit(
+            cut, count - above,
+            scores, candidates, keep, threshold, size, kept_compete, indices, BLOCK,
+        )  # fmt: skip
 
 
 def select_topk(
@@ -161,7 +163,8 @@ def select_topk(
     indices = scores.new_empty(batch, capacity, dtype=torch.int64)
     counts = scores.new_empty(batch, dtype=torch.int32)
     if batch > 0:
-        block = min(max(size_class(size), 256), LARGEST_BLOCK)
+        held = max(size_class(size), 256)
+        block = min(held, LARGEST_BLOCK)
         _select[(batch,)](
             scores,
             scores.stride(0),
@@ -176,8 +179,8 @@ def select_topk(
             capacity,
             indices,
             counts,
-            HELD=size <= block,
+            HELD=held if held <= MOST_HELD else 0,
             BLOCK=block,
-            num_warps=min(max(block // 256, 2), 16),
+            num_warps=max(block // 256, 2),
         )
     return indices, counts
