@@ -36,8 +36,8 @@ FEW_TILES = 32  # are merged by whoever needs the softmax of a row
 MERGE_ROWS = 64
 FINISH_ROWS, FINISH_KEYS = 128, 32
 if INTERPRETED:  # where an operation costs the same whatever its size
-    MANY_ROWS, KEY_BYTES, FLOAT32_KEYS, FLOAT32_CHUNK = 64, 256 * 1024, 512, 64
-    FEW_TILES, FINISH_KEYS = 16, 256
+    MANY_ROWS, KEY_BYTES, FLOAT32_KEYS, FLOAT32_CHUNK = 64, 256 * 1024, 1024, 64
+    MERGED_AT_ONCE, FEW_TILES, FINISH_KEYS = 2, 4, 1024
 
 # --- rows and keys ----------------------------------------------------------------------------
 
