@@ -7,10 +7,10 @@ not subtracted); norms, activations, softmax and rotary embeddings stay below 1 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["flops"]
+__all__ = ["flops", "passive_pairs"]
 
 
 def flops(
@@ -18,6 +18,7 @@ def flops(
     tokens: int | Sequence[int],
     *,
     keys: Sequence[int] | None = None,
+    pairs: Mapping[int, int] | None = None,
     images: int = 0,
     logits: int = 0,
 ) -> int:
@@ -31,6 +32,9 @@ def flops(
         Rows entering each layer: text and visual tokens together.
     keys : one int per decoder layer, optional
         Keys each layer attends to, where that is more than its rows (a cache came along).
+    pairs : {layer: int}, optional
+        Products of a row with a key (for logits) or a value that a layer's attention computes per
+        head, where these are not all 2 x rows x keys; see `passive_pairs`.
     images : int
         Images to count the CLIP vision tower and the projector for; 0 leaves them out.
     logits : int
@@ -55,20 +59,49 @@ def flops(
     for name, given in (("tokens", rows), ("keys", keys)):
         if len(given) != depth:
             raise ValueError(f"{name}: got {len(given)} numbers for {depth} decoder layers")
-    macs = sum(_decoder_layer(text, n, m) for n, m in zip(rows, keys, strict=True))
+    macs = 0
+    for layer, (n, m) in enumerate(zip(rows, keys, strict=True)):
+        macs += _decoder_layer(text, n, (pairs or {}).get(layer, 2 * n * m))
     if images:
         macs += images * _vision(config)
     macs += logits * text.hidden_size * text.vocab_size
     return 2 * macs
 
 
-def _decoder_layer(text: Any, rows: int, keys: int) -> int:
+def passive_pairs(
+    *,
+    text: int,
+    visual: int,
+    before_visual: int,
+    sink: str,
+    visual_rows: str,
+    renormalize: bool = False,
+) -> int:
+    """What `vtp_kernels.passive_attention` computes for one prompt, as `pairs` of `flops` counts.
+
+    Parameters
+    ----------
+    text, visual : int
+        Rows that are not visual, past keys included, and rows that are.
+    before_visual : int
+        Rows of text before the last visual token: what visual_rows="prefix" attends to.
+    sink, visual_rows, renormalize
+        As of `passive_attention`.
+    """
+    merged = 1 if sink == "merge" and visual else 0
+    logits = text * (text + merged if renormalize else text + visual)
+    values = text * (text + merged)
+    visual_keys = {"prefix": before_visual, "causal": text + visual, "skip": 0}[visual_rows]
+    return logits + values + 2 * visual * visual_keys
+
+
+def _decoder_layer(text: Any, rows: int, pairs: int) -> int:
     width = text.hidden_size
     head_dim = getattr(text, "head_dim", None) or width // text.num_attention_heads
     query_width = text.num_attention_heads * head_dim
     key_width = text.num_key_value_heads * head_dim
     projections = rows * width * (2 * query_width + 2 * key_width)
-    attention = 2 * rows * keys * query_width
+    attention = pairs * query_width
     mlp = 3 * rows * width * text.intermediate_size
     return projections + attention + mlp
 

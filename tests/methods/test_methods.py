@@ -150,8 +150,7 @@ def test_a_method_of_one_s_own():
     class Everything(Method, name="everything"):
         layer: int = 1
 
-        @property
-        def decision_layers(self):
+        def decision_layers(self, depth):
             return (self.layer,)
 
         def decide(self, layer, rows):

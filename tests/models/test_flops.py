@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from tiny_llava import one, tiny_llava
+from tiny_llava import batch, one, prompt, tiny_llava
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 import vtp_kernels as vtp
+from vtp_kernels import _native
 
 
 def counted(run):
@@ -87,3 +88,35 @@ def test_errors(model):
         vtp.flops(model, 4, keys=[4])
     with pytest.raises(NotImplementedError, match="CLIP vision tower, got None"):
         vtp.flops(model.config.text_config, 4, images=1)
+
+
+@pytest.mark.skipif(_native.missing is not None, reason=str(_native.missing))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"shallow_attention": "skip"},
+        {"shallow_visual_rows": "none"},
+        {"shallow_first_layer": "keep_second_half"},
+        {"stages": ("shallow",)},
+        {"stages": ("middle",)},
+    ],
+    ids=str,
+)
+def test_work_in_passive_layers_is_skipped(options):
+    """What torch counts is what the report says, and less than a dense layer's work."""
+    model = tiny_llava("eager", num_hidden_layers=14)  # torch does not count SDPA on a CPU
+    method = vtp.VisiPruner(shallow_layers=6, fusion_threshold=0.99, token_threshold=0.3, **options)
+    inputs = batch(prompt(3, 40, seed=0))
+    with vtp.prune(model, method) as run, torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            model(**inputs)
+    report = run.report()
+    counts = counter.get_flop_counts()["LlavaForConditionalGeneration.model.language_model"]
+    assert report.prefill_flops == pytest.approx(sum(counts.values()), rel=0.01)
+    passive = counts.get(torch.ops.vtp_kernels.passive_attention, 0)
+    if "shallow" in method.stages:
+        dense = 6 * 4 * inputs["input_ids"].shape[1] ** 2 * 4 * 16
+        assert 0 < passive < dense
+    else:
+        assert passive == 0

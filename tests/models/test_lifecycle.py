@@ -187,8 +187,11 @@ def test_a_method_of_one_s_own_sees_the_rows(model):
     seen = {}
 
     class Watch(Method):
-        decision_layers = (0, 3)
-        observed_layers = (2,)
+        def decision_layers(self, depth):
+            return (0, 3)
+
+        def observed_layers(self, depth):
+            return (2,)
 
         def to_dict(self):
             return {"method": "watch"}

@@ -6,6 +6,7 @@ from .pyramiddrop import PyramidDrop
 from .random import RandomPruning
 from .schedule import Schedule
 from .spec import load_method, method_from_spec
+from .visipruner import VisiPruner
 
 __all__ = [
     "METHODS",
@@ -14,6 +15,7 @@ __all__ = [
     "PyramidDrop",
     "RandomPruning",
     "Schedule",
+    "VisiPruner",
     "load_method",
     "method_from_spec",
 ]

@@ -11,8 +11,7 @@ A new method is a subclass in a file of its own:
         layer: int = 4
         keep: int = 64
 
-        @property
-        def decision_layers(self):
+        def decision_layers(self, depth):
             return (self.layer,)
 
         def decide(self, layer, rows):
@@ -24,9 +23,12 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from .passive import PassiveVisual
 
 if TYPE_CHECKING:
     from vtp_kernels.models.rows import Kept, PromptRows
@@ -48,23 +50,34 @@ class Method(ABC):
 
     # ---- what the engine asks ----------------------------------------------------------------
 
-    @property
     @abstractmethod
-    def decision_layers(self) -> tuple[int, ...]:
-        """Layers (0-based) before which rows may leave."""
+    def decision_layers(self, depth: int) -> Sequence[int]:
+        """Layers (0-based), in a model of `depth` of them, before which rows may leave."""
 
-    @property
-    def observed_layers(self) -> tuple[int, ...]:
+    def observed_layers(self, depth: int) -> Sequence[int]:
         """Layers whose attention `decide` looks at. To decide at layer K, observe layer K - 1."""
+        return ()
+
+    def passive_layers(self, depth: int) -> Mapping[int, PassiveVisual]:
+        """Layers in which visual tokens are passive, and how."""
+        return {}
+
+    def forgetful_layers(self, depth: int) -> Sequence[int]:
+        """Layers whose KV cache loses all visual rows once the prompt has been read."""
         return ()
 
     @abstractmethod
     def decide(self, layer: int, rows: PromptRows) -> Kept | None:
         """Which rows stay from `layer` on; None leaves them all."""
 
+    def events(self, memory: dict[str, Any]) -> list[dict[str, Any]]:
+        """What report() is to tell of a prefill besides the rows that left, given what `decide`
+        noted in `rows.memory`: dicts with at least "layer" and "event"."""
+        return []
+
     def check_model(self, depth: int) -> None:
         """Raise ValueError if the method does not fit a model of `depth` decoder layers."""
-        for layer in self.decision_layers:
+        for layer in self.decision_layers(depth):
             check_depth(layer, depth, type(self).__name__)
 
     # ---- storage -----------------------------------------------------------------------------
@@ -122,6 +135,8 @@ def check_depth(layer: int, depth: int, where: str) -> None:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Method):
+        return value.to_dict()
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, tuple):

@@ -63,15 +63,13 @@ class ScheduledMethod(Method):
                 _check_order(before, stage)
             before = stage
 
-    @property
-    def decision_layers(self) -> tuple[int, ...]:
+    def decision_layers(self, depth: int) -> tuple[int, ...]:
         return tuple(stage.layer for stage in self.stages)
 
-    @property
-    def observed_layers(self) -> tuple[int, ...]:
+    def observed_layers(self, depth: int) -> tuple[int, ...]:
         if not SCORERS[self.score].needs_attention:
             return ()
-        return tuple(layer - 1 for layer in self.decision_layers)
+        return tuple(stage.layer - 1 for stage in self.stages)
 
     def check_model(self, depth: int) -> None:
         for stage in self.stages:
@@ -97,9 +95,10 @@ class Schedule(ScheduledMethod, name="schedule"):
         Before that layer runs, all but so many visual tokens leave: an int counts tokens, a float
         is a share of the visual tokens of the prompt (all its images together; rounded to the
         nearest count). 0 leaves none. Keys may be strings, as they are in JSON.
-    score : "last_token" | "text" | "random"
+    score : "last_token" | "text" | "contribution" | "random"
         What ranks them: the attention of the layer before, from the last prompt token or from all
-        text behind the first image (mean over heads), or chance.
+        text behind the first image (mean over heads); what they add to its output for the last
+        prompt token; or chance.
     seed : int
         For score="random".
     """

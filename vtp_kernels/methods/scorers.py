@@ -14,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from vtp_kernels.models.rows import PromptRows
 
-__all__ = ["SCORERS", "Scorer", "last_token", "random", "text"]
+__all__ = ["SCORERS", "Scorer", "contribution", "last_token", "random", "text"]
 
 
 def last_token(rows: PromptRows, seed: int) -> Tensor:
@@ -30,6 +30,12 @@ def text(rows: PromptRows, seed: int) -> Tensor:
     is_text = rows.text & (rows.visual.cumsum(1) > 0)
     end = rows.prompt_end + 1
     return rows.attention_scores(slice(0, end), query_valid=is_text[:, :end])
+
+
+def contribution(rows: PromptRows, seed: int) -> Tensor:
+    """Length of what a token adds to the last prompt token's attention output (VisiPruner, arXiv
+    2510.17205)."""
+    return rows.token_contribution()[1]
 
 
 def random(rows: PromptRows, seed: int) -> Tensor:
@@ -54,6 +60,7 @@ class Scorer(NamedTuple):
 
 SCORERS = {
     "last_token": Scorer(last_token, needs_attention=True),
+    "contribution": Scorer(contribution, needs_attention=True),
     "text": Scorer(text, needs_attention=True),
     "random": Scorer(random, needs_attention=False),
 }

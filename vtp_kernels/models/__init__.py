@@ -1,6 +1,9 @@
 """The engine: where a model's visual tokens are, and how rows leave it. No method here."""
 
+import vtp_kernels.ops.flop_formulas  # noqa: F401  for FlopCounterMode
+
+from .calibrate import calibrate
 from .handle import Handle, apply, prune, supported_models
 from .report import Report
 
-__all__ = ["Handle", "Report", "apply", "prune", "supported_models"]
+__all__ = ["Handle", "Report", "apply", "calibrate", "prune", "supported_models"]

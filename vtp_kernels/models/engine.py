@@ -1,9 +1,10 @@
 """The hooks. They attach to a model, find out what kind of call runs, and hand it its rows.
 
-Only removable hooks are used: no forward is replaced, no parameter or module is added. A call
-with images is a `Prefill`, one that goes on from a pruned cache a `Continuation`; both travel
-through the model in its keyword arguments under CALL and are taken out before a layer sees them.
-Every other call passes untouched.
+Rows leave by removable hooks alone: no forward is replaced, no parameter is added. Only where
+visual tokens are to be passive does a module stand in for a layer's attention, with the very same
+children. A call with images is a `Prefill`, one that goes on from a pruned cache a `Continuation`;
+both travel through the model in its keyword arguments under CALL and are taken out before a layer
+sees them. Every other call passes untouched.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import nn
 
 from vtp_kernels.methods.base import Method
 
+from .attention import PassiveVisualAttention
 from .cache import PrunedCache
 from .continuation import Continuation
 from .families import ModelParts
@@ -27,8 +29,15 @@ __all__ = ["ENGINE_OPS", "Engine"]
 
 CALL = "vtp_call"
 
-# What a prefill calls, in prefill.py and rows.py; all of them take the handle's backend.
-ENGINE_OPS = ("attention_scores", "select_topk", "compact_rows")
+# What a prefill calls, in prefill.py, rows.py and attention.py; all take the handle's backend.
+ENGINE_OPS = (
+    "attention_scores",
+    "select_topk",
+    "compact_rows",
+    "compact_kv",
+    "token_contribution",
+    "passive_attention",
+)
 
 
 class Engine:
@@ -38,7 +47,9 @@ class Engine:
         self, parts: ModelParts, method: Method, positions: str, backend: str | None
     ) -> None:
         self.parts, self.method, self.positions, self.backend = parts, method, positions, backend
-        self.observed_layers = frozenset(method.observed_layers)
+        depth = len(parts.layers)
+        self.observed_layers = frozenset(method.observed_layers(depth))
+        self.passive_layers = dict(method.passive_layers(depth))
         self.last_prefill: PrefillRecord | None = None
         self._hooks: list[Any] = []
 
@@ -56,18 +67,23 @@ class Engine:
         for index, layer in enumerate(parts.layers):
             before = functools.partial(self._before_layer, index)
             hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            if index in self.observed_layers:
-                hooks.append(
-                    layer.self_attn.register_forward_pre_hook(
-                        self._before_attention, with_kwargs=True
-                    )
-                )
+            if index in self.passive_layers:
+                passive = self.passive_layers[index]
+                layer.self_attn = PassiveVisualAttention(layer.self_attn, passive, self.backend)
+            if index in self.observed_layers or index in self.passive_layers:
+                before = functools.partial(self._before_attention, index)
+                hooks.append(layer.self_attn.register_forward_pre_hook(before, with_kwargs=True))
         _forget_compiled_code()
 
     def detach(self) -> None:
+        if not self._hooks:
+            return
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        for index in self.passive_layers:
+            layer = self.parts.layers[index]
+            layer.self_attn = layer.self_attn.replaced
         _forget_compiled_code()
 
     # ---- hooks, from the outside in -----------------------------------------------------------
@@ -103,19 +119,22 @@ class Engine:
         call = kwargs.get(CALL)
         if call is None:
             return None
-        observed = index in self.observed_layers and isinstance(call, Prefill)
-        if not observed:  # else the layer passes it on to its attention
+        looks = index in self.observed_layers or index in self.passive_layers
+        if not (looks and isinstance(call, Prefill)):  # else the layer hands it to its attention
             del kwargs[CALL]
         if args:
             return (call.enter(index, args[0], kwargs), *args[1:]), kwargs
         kwargs["hidden_states"] = call.enter(index, kwargs["hidden_states"], kwargs)
         return args, kwargs
 
-    def _before_attention(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _before_attention(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         call = kwargs.pop(CALL, None)
         if call is None:
             return None
-        call.observe(module, kwargs)
+        if index in self.observed_layers:
+            call.observe(module, kwargs)
+        if index in self.passive_layers:
+            kwargs.update(call.passive_inputs(index))
         return args, kwargs
 
     def _after_text(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

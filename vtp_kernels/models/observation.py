@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from torch import Tensor, nn
+
+from .attention import project, rotate
 
 __all__ = ["Observation"]
 
@@ -18,7 +19,7 @@ class Observation:
     """
 
     def __init__(self, attention: nn.Module, arguments: dict[str, Any]) -> None:
-        self.attention = attention
+        self.attention = getattr(attention, "replaced", attention)
         self.hidden: Tensor = arguments["hidden_states"]
         self.cos, self.sin = arguments["position_embeddings"]
         self.cache = arguments.get("past_key_values")
@@ -29,21 +30,25 @@ class Observation:
 
     def queries(self, rows: slice) -> Tensor:
         """[B, Hq, M, D] of the given rows, with their rotary position embedding."""
-        states = self._heads(self.attention.q_proj, self.hidden[:, rows])
-        return self._rotate(states, self.cos[:, rows], self.sin[:, rows])
+        states = project(self.attention, "q_proj", self.hidden[:, rows])
+        return self._rotated(states, self.cos[:, rows], self.sin[:, rows])
 
     def keys(self, past: int) -> Tensor:
         """[B, Hkv, past + S, D] of all rows, as the cache holds them."""
-        length = past + self.hidden.shape[1]
         if self.cache is not None:
-            return self.cache.layers[self.attention.layer_idx].keys[:, :, :length]
-        return self._rotate(self._heads(self.attention.k_proj, self.hidden), self.cos, self.sin)
+            return self._cached("keys", past)
+        keys = project(self.attention, "k_proj", self.hidden)
+        return self._rotated(keys, self.cos, self.sin)
 
-    def _heads(self, projection: nn.Module, hidden: Tensor) -> Tensor:
-        states = projection(hidden)
-        return states.view(*states.shape[:2], -1, self.attention.head_dim).transpose(1, 2)
+    def values(self, past: int) -> Tensor:
+        """[B, Hkv, past + S, D] of all rows, as the cache holds them."""
+        if self.cache is not None:
+            return self._cached("values", past)
+        return project(self.attention, "v_proj", self.hidden)
 
-    def _rotate(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        # The function that the layer itself uses stands beside it in its module.
-        rotary = sys.modules[type(self.attention).__module__].apply_rotary_pos_emb
-        return rotary(states, states[:, :1, :, :], cos, sin)[0]
+    def _cached(self, name: str, past: int) -> Tensor:
+        held = getattr(self.cache.layers[self.attention.layer_idx], name)
+        return held[:, :, : past + self.hidden.shape[1]]
+
+    def _rotated(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(self.attention, states, states[:, :1], cos, sin)[0]

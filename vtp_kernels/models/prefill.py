@@ -6,13 +6,14 @@ in different threads do not meet.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vtp_kernels.methods.base import Method
-from vtp_kernels.ops import compact_rows
+from vtp_kernels.ops import compact_kv, compact_rows, select_topk
 
 from .cache import (
     CacheState,
@@ -29,9 +30,16 @@ from .masks import causal_mask, padding_of
 from .observation import Observation
 from .positions import close_up
 from .report import PrefillRecord, StageRecord
-from .rows import Kept, PromptRows
+from .rows import Kept, PromptRows, on_device
 
 __all__ = ["Prefill"]
+
+
+class Text(NamedTuple):
+    """The rows of a batch that are text: bool [B, S], and how many of each prompt."""
+
+    rows: Tensor
+    counts: list[int]
 
 
 class Prefill:
@@ -72,7 +80,9 @@ class Prefill:
         self.prompt_valid = self.valid
         self.origin = torch.arange(rows, device=visual.device).expand(batch, rows)
         self.ordinal = visual.cumsum(1) - 1
-        self.decision_layers = frozenset(method.decision_layers)
+        self.decision_layers = frozenset(method.decision_layers(len(parts.layers)))
+        self.forgetful_layers = frozenset(method.forgetful_layers(len(parts.layers)))
+        self.memory: dict[str, Any] = {}  # the method's own
 
         self.observation: Observation | None = None
         self.embeddings: tuple[Tensor, Tensor] | None = None  # the model's own, until rows leave
@@ -84,6 +94,7 @@ class Prefill:
         self.inputs: dict[int, dict[str, Any]] = {}  # by id of the KeyRows
         self.layer_keys: list[KeyRows | None] = []
         self.past_rows: list[tuple[int, Tensor | None]] = []
+        self.forgotten: dict[int, Text] = {}  # by layer
         self.stages: list[StageRecord] = []
 
     def _read_counts(self, visual: Tensor, valid: Tensor | None, past_valid: Tensor | None) -> None:
@@ -103,6 +114,7 @@ class Prefill:
         pairs = zip(self.real_at_start, self.visual_at_start, strict=True)
         self.text_now = [total - images for total, images in pairs]
         self.visual_now = list(self.visual_at_start)
+        self.text: Text | None = None
 
     # ---- called by the hooks, layer by layer --------------------------------------------------
 
@@ -129,12 +141,26 @@ class Prefill:
         self.layer_keys.append(keys)
         if self.past:
             self.past_rows.append((past, self._past_valid(layer, past)))
+        if layer in self.forgetful_layers:
+            self.forgotten[layer] = self._rows_of_text()
         if keys is not None:
             arguments.update(self._inputs_of(keys, layer, past, hidden, arguments))
         return hidden
 
+    def passive_inputs(self, layer: int) -> dict[str, Any]:
+        """What a stand-in with passive visual tokens needs to know besides the layer's inputs."""
+        past, past_valid = self.past_rows[layer] if self.past else (0, None)
+        valid = self.valid
+        if past and not (valid is None and past_valid is None):
+            now = torch.ones_like(self.visual) if valid is None else valid
+            before = now.new_ones(now.shape[0], past) if past_valid is None else past_valid
+            valid = torch.cat((before, now), dim=1)
+        return {"visual": self.visual, "past": past, "valid": valid}
+
     def finish(self) -> PrefillRecord:
-        """What report() needs, after the last layer."""
+        """Forgets what is to be forgotten, after the last layer. What report() needs."""
+        if self.cache is not None:
+            self._forget()
         return PrefillRecord(
             config=self.parts.text.config,
             method=self.method,
@@ -145,6 +171,9 @@ class Prefill:
             visual=self.visual_at_start,
             stages=self.stages,
             past_rows=self.past_rows,
+            passive=self.method.passive_layers(len(self.parts.layers)),
+            forgotten={layer: text.counts for layer, text in self.forgotten.items()},
+            memory=self.memory,
         )
 
     # ---- one layer ----------------------------------------------------------------------------
@@ -155,6 +184,11 @@ class Prefill:
         if cache is None:
             return
         check_cache(cache)
+        if self.forgetful_layers and is_static(cache):
+            raise NotImplementedError(
+                "past_key_values: a StaticCache keeps room for all rows, so no layer of it can "
+                "forget visual tokens; use a DynamicCache, or a method that keeps them"
+            )
         state = CacheState(
             layers=self.layer_keys,  # fills as layers are entered
             removed=0,
@@ -168,6 +202,57 @@ class Prefill:
             state.padded |= cache.vtp.padded
         prune_cache(cache, state)
 
+    def _rows_of_text(self) -> Text:
+        """The same object for all layers between two decisions."""
+        if self.text is None:
+            rows = ~self.visual if self.valid is None else self.valid & ~self.visual
+            self.text = Text(rows, self.text_now)
+        return self.text
+
+    def _forget(self) -> None:
+        """Take visual rows out of the cache of the layers that forget them."""
+        groups: dict[Any, list[int]] = {}
+        for layer, text in self.forgotten.items():
+            past, _ = self.past_rows[layer] if self.past else (0, None)
+            before = self.past_state.layers[layer] if self.past_state else None
+            groups.setdefault((past, id(text), id(before)), []).append(layer)
+        for layers in groups.values():
+            self._forget_in(layers)
+
+    def _forget_in(self, layers: list[int]) -> None:
+        past, past_valid = self.past_rows[layers[0]] if self.past else (0, None)
+        text = self.forgotten[layers[0]]
+        valid = text.rows
+        if past:
+            before = valid.new_ones(len(valid), past) if past_valid is None else past_valid
+            valid = torch.cat((before, valid), dim=1)
+        stays = pad(text.rows, (past, 0), value=True)
+        width = past + max(text.counts)
+        # Prompts with less text keep something else in its place, so that all end together.
+        fill = [width - past - count for count in text.counts]
+        indices, _ = select_topk(
+            torch.zeros(stays.shape, device=stays.device),
+            on_device(fill, stays.device),
+            candidates=~stays,
+            keep=stays,
+            capacity=width,
+            backend=self.backend,
+        )
+        held = [self.cache.layers[layer] for layer in layers]
+        keys, values = compact_kv(
+            [x.keys for x in held], [x.values for x in held], indices, backend=self.backend
+        )
+        for x, key, value in zip(held, keys, values, strict=True):
+            x.keys, x.values = key, value
+        padded = past_valid is not None or any(fill)
+        shift = self.layer_keys[layers[0]].shift if self.layer_keys[layers[0]] else None
+        rows = KeyRows(valid.gather(1, indices) if padded else None, shift)
+        for layer in layers:
+            self.layer_keys[layer] = rows
+        if layers[0] == 0:
+            self.cache.vtp.removed += stays.shape[1] - width
+            self.cache.vtp.prompt -= stays.shape[1] - width
+
     def _rows(self, layer: int, hidden: Tensor) -> PromptRows:
         past, past_valid = self.past_rows[layer - 1] if self.past and layer else (0, None)
         return PromptRows(
@@ -180,6 +265,8 @@ class Prefill:
             visual_now=self.visual_now,
             text_now=self.text_now,
             drafts=self.drafts,
+            columns=self.prompt_visual.shape[1],
+            memory=self.memory,
             observation=self.observation,
             past=past,
             past_valid=past_valid,
@@ -212,6 +299,7 @@ class Prefill:
             slots = torch.arange(width, device=hidden.device)
             self.valid = slots >= width - counts[:, None]
         self.embeddings = (cos, sin)
+        self.text = None
         self.text_now, self.visual_now = kept.text, kept.visual
         if self.positions == "contiguous":
             self._close_up(hidden, arguments)
@@ -235,7 +323,8 @@ class Prefill:
     def _keys_of(self, layer: int, past: int, hidden: Tensor) -> KeyRows | None:
         """The key rows of a layer; None while the model's own mask and positions are right."""
         before = self.past_state.layers[layer] if self.past_state else None
-        if before is None and not self.stages:
+        # The model makes its mask for as many keys as layer 0 has, which may come to forget some.
+        if before is None and not self.stages and not self.forgetful_layers:
             return None
         key = (id(before), len(self.stages))
         if key not in self.key_rows:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vtp_kernels.flops import flops
+from vtp_kernels.flops import flops, passive_pairs
 from vtp_kernels.methods.base import Method
+from vtp_kernels.methods.passive import PassiveVisual
 
 __all__ = ["PrefillRecord", "Report", "StageRecord"]
 
@@ -46,8 +48,8 @@ class Report:
     flops_reduction : float
         1 - prefill_flops / dense_prefill_flops.
     visual_attention_reduction : float
-        Share of the attention scores (causal pairs of this call's rows) with a visual token as
-        query or key that is no longer computed.
+        Share of the attention weights (causal pairs of this call's rows) with a visual token as
+        query or key that are gone: not computed, or without weight in passive layers.
     kv_bytes, dense_kv_bytes : int
         Keys and values of all layers after the call.
     events : list of dict
@@ -96,8 +98,9 @@ class Report:
 
     def _prompt(self, b: int) -> str:
         runs, visual = [], self.visual_tokens_per_layer[0][b]
-        if self.events:
-            visual = self.events[0]["visual_before"][b]
+        pruned = [event for event in self.events if event["event"] == "pruned"]
+        if pruned:
+            visual = pruned[0]["visual_before"][b]
         before = visual
         for layer, counts in enumerate(self.visual_tokens_per_layer):
             if counts[b] != before:
@@ -117,6 +120,15 @@ class StageRecord(NamedTuple):
     valid: Tensor | None
 
 
+class Spans(NamedTuple):
+    """Of one prompt: text before the last visual token, the sum over visual tokens of the text
+    before each, and the text after the first."""
+
+    before_last: int
+    text_before: int
+    text_after_first: int
+
+
 @dataclass(frozen=True)
 class PrefillRecord:
     """What the engine notes in passing. Tensors stay on their device until someone asks."""
@@ -130,6 +142,11 @@ class PrefillRecord:
     visual: list[int]
     stages: list[StageRecord]
     past_rows: list[tuple[int, Tensor | None]]
+    passive: Mapping[int, PassiveVisual]
+    forgotten: dict[int, list[int]]
+    """Layers whose cache lost all visual rows, with the rows of text of each prompt."""
+    memory: dict[str, Any]
+    """What the method noted."""
 
     def report(self) -> Report:
         batch = len(self.text)
@@ -138,13 +155,19 @@ class PrefillRecord:
         dense = _add([self.text] * self.depth, [self.visual] * self.depth)
         past = self._past(batch)
         keys, dense_keys = _add(tokens, past), _add(dense, past)
-        spent, dense_spent = self._flops(tokens, keys), self._flops(dense, dense_keys)
+        pairs = self._passive_pairs(visual, past)
+        spent = self._flops(tokens, keys, pairs)
+        dense_spent = self._flops(dense, dense_keys, [{}] * batch)
+        held = [
+            _add([self.forgotten[layer]], [past[layer]])[0] if layer in self.forgotten else counts
+            for layer, counts in enumerate(keys)
+        ]
         return Report(
             method=self.method.to_dict(),
             dense_tokens=dense[0],
             tokens_per_layer=tokens,
             visual_tokens_per_layer=visual,
-            kv_tokens_per_layer=keys,
+            kv_tokens_per_layer=held,
             kept=KeptColumns(
                 {stage.layer: self._kept(stage) for stage in self.stages}, self.prompt_visual.cpu()
             ),
@@ -152,8 +175,9 @@ class PrefillRecord:
             dense_prefill_flops=dense_spent,
             flops_reduction=1 - spent / dense_spent,
             visual_attention_reduction=1
-            - _visual_pairs(tokens, text) / _visual_pairs(dense, [self.text] * self.depth),
-            kv_bytes=self._kv_bytes(keys),
+            - self._visual_pairs(tokens, text)
+            / replace(self, passive={})._visual_pairs(dense, [self.text] * self.depth),
+            kv_bytes=self._kv_bytes(held),
             dense_kv_bytes=self._kv_bytes(dense_keys),
             events=self._events(),
         )
@@ -181,9 +205,69 @@ class PrefillRecord:
         # Padding names column 0 as its origin: added up, it does not overwrite a row that stayed.
         return kept.to(torch.int8).scatter_add(1, stage.origin, real.to(torch.int8)).bool().cpu()
 
-    def _flops(self, tokens: list[list[int]], keys: list[list[int]]) -> int:
-        prompts = zip(zip(*tokens, strict=True), zip(*keys, strict=True), strict=True)
-        return sum(flops(self.config, n, keys=m) for n, m in prompts)
+    def _flops(
+        self, tokens: list[list[int]], keys: list[list[int]], pairs: list[dict[int, int]]
+    ) -> int:
+        prompts = zip(zip(*tokens, strict=True), zip(*keys, strict=True), pairs, strict=True)
+        return sum(flops(self.config, n, keys=m, pairs=p) for n, m, p in prompts)
+
+    def _passive_pairs(
+        self, visual: list[list[int]], past: list[list[int]]
+    ) -> list[dict[int, int]]:
+        """What passive layers compute in their attention, by prompt and layer."""
+        result = []
+        for b, spans in enumerate(self._spans()):
+            pairs = {}
+            for layer, passive in self.passive.items():
+                text, images = self.text[b] + past[layer][b], visual[layer][b]
+                before = spans.before_last + past[layer][b]
+                options = {"sink": passive.sink, "renormalize": passive.renormalize}
+                pairs[layer] = passive_pairs(
+                    text=text,
+                    visual=images,
+                    before_visual=before,
+                    visual_rows=passive.visual_rows,
+                    **options,
+                )
+                if passive.spare_second_half:
+                    pairs[layer] += passive_pairs(
+                        text=text + (images + 1) // 2,
+                        visual=images // 2,
+                        before_visual=before,
+                        visual_rows="skip",
+                        **options,
+                    )
+            result.append(pairs)
+        return result
+
+    def _visual_pairs(self, tokens: list[list[int]], text: list[list[int]]) -> int:
+        """Causal (query, key) pairs that have weight, with a visual token among them."""
+        spans = self._spans() if self.passive else []
+        pairs = 0
+        for layer, counts in enumerate(zip(tokens, text, strict=True)):
+            for b, (n, t) in enumerate(zip(*counts, strict=True)):
+                passive = self.passive.get(layer)
+                if passive is None:
+                    pairs += n * (n + 1) // 2 - t * (t + 1) // 2
+                else:
+                    pairs += _pairs_of(passive, n - t, spans[b])
+        return pairs
+
+    def _spans(self) -> list[Spans]:
+        """How text and visual tokens follow upon each other in each prompt."""
+        spans = []
+        for row, text, images in zip(
+            self.prompt_visual.tolist(), self.text, self.visual, strict=True
+        ):
+            before, seen, sum_before, after_first = 0, 0, 0, 0
+            for is_visual in row[len(row) - text - images :]:
+                if is_visual:
+                    seen, sum_before, last = seen + 1, sum_before + before, before
+                else:
+                    before += 1
+                    after_first += seen > 0
+            spans.append(Spans(last if seen else 0, sum_before, after_first))
+        return spans
 
     def _kv_bytes(self, keys: list[list[int]]) -> int:
         config = self.config
@@ -204,20 +288,23 @@ class PrefillRecord:
                 }
             )
             before = stage.visual
-        return events
+        noted = self.method.events(self.memory)
+        return sorted(events + noted, key=lambda event: event["layer"])
 
 
 def _add(a: list[list[int]], b: list[list[int]]) -> list[list[int]]:
     return [[x + y for x, y in zip(*pair, strict=True)] for pair in zip(a, b, strict=True)]
 
 
-def _visual_pairs(tokens: list[list[int]], text: list[list[int]]) -> int:
-    """Causal (query, key) pairs with a visual token among them: all pairs less those of text."""
-    return sum(
-        n * (n + 1) // 2 - t * (t + 1) // 2
-        for layer in zip(tokens, text, strict=True)
-        for n, t in zip(*layer, strict=True)
-    )
+def _pairs_of(passive: PassiveVisual, images: int, spans: Spans) -> int:
+    """Of one prompt in a passive layer: pairs that have weight."""
+    visual_rows = {
+        "prefix": spans.text_before,
+        "causal": spans.text_before + images * (images + 1) // 2,
+        "skip": 0,
+    }[passive.visual_rows]
+    keys = (images + 1) // 2 if passive.spare_second_half else int(passive.sink == "merge")
+    return visual_rows + spans.text_after_first * keys
 
 
 def _si(number: int) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from vtp_kernels.ops import attention_scores, select_topk
+from vtp_kernels.ops import attention_scores, select_topk, token_contribution
 from vtp_kernels.selection import Selection
 
 from .observation import Observation
 
-__all__ = ["Kept", "PromptRows"]
+__all__ = ["Kept", "PromptRows", "on_device"]
 
 
 class Kept(NamedTuple):
@@ -44,6 +45,10 @@ class PromptRows:
         For visual rows: the how-many-th visual token of the prompt it was, from 0.
     prompt_end : int
         Row of the last prompt token; rows after it are drafts of assisted decoding.
+    columns : int
+        Columns of the input, which `origin` counts.
+    memory : dict
+        For the method to note things from one decision of this call to the next.
     past : int
         Keys that came before these rows, in the layer that was observed.
     """
@@ -60,6 +65,8 @@ class PromptRows:
         visual_now: list[int],
         text_now: list[int],
         drafts: int,
+        columns: int,
+        memory: dict[str, Any],
         observation: Observation | None,
         past: int,
         past_valid: Tensor | None,
@@ -75,6 +82,8 @@ class PromptRows:
         self.visual_now = visual_now
         self.text_now = text_now
         self.prompt_end = hidden.shape[1] - 1 - drafts
+        self.columns = columns
+        self.memory = memory
         self.past = past
         self._past_valid = past_valid
         self._observation = observation
@@ -86,24 +95,70 @@ class PromptRows:
         Softmax over everything a row sees; mean over rows (those `query_valid` bool [B, M] allows)
         and over heads.
         """
-        if self._observation is None:
-            raise RuntimeError("no layer was observed: name it in the method's observed_layers")
+        observation = self._observed()
         first, last, _ = rows.indices(self.hidden.shape[1])
         positions = None
         if last - first > 1 or last < self.hidden.shape[1]:
             positions = torch.arange(first, last, device=self.hidden.device) + self.past
             positions = positions.expand(self.hidden.shape[0], -1)
         scores = attention_scores(
-            self._observation.queries(rows),
-            self._observation.keys(self.past),
+            observation.queries(rows),
+            observation.keys(self.past),
             candidates=self._behind_past(self.visual, False),
             valid=self._key_valid(),
             query_positions=positions,
             query_valid=query_valid,
-            scale=self._observation.scale,
+            scale=observation.scale,
             backend=self._backend,
         )
         return scores[:, self.past :]
+
+    def token_contribution(self) -> tuple[Tensor, Tensor]:
+        """What the visual rows added to the observed layer's output for the last prompt token.
+
+        (cosine, norm), float32 [B, S] each, as of the op of that name; 1 and 0 off visual tokens.
+        """
+        observation, end = self._observed(), self.prompt_end + 1
+        keys = self.past + end  # drafts of assisted decoding come later
+        valid = self._key_valid()
+        parts = token_contribution(
+            observation.queries(slice(end - 1, end))[:, :, 0],
+            observation.keys(self.past)[:, :, :keys],
+            observation.values(self.past)[:, :, :keys],
+            candidates=self._behind_past(self.visual, False)[:, :keys],
+            valid=None if valid is None else valid[:, :keys],
+            scale=observation.scale,
+            backend=self._backend,
+        )
+        after = self.hidden.shape[1] - end
+        cosine, norm = (part[:, self.past :] for part in parts)
+        return pad(cosine, (0, after), value=1.0), pad(norm, (0, after))
+
+    def _observed(self) -> Observation:
+        if self._observation is None:
+            raise RuntimeError("no layer was observed: name it in the method's observed_layers")
+        return self._observation
+
+    def in_columns(self, x: Tensor, fill: float) -> Tensor:
+        """Values of rows [B, S] at the input columns they came from, [B, columns]; `fill` where no
+        row is left. Padding must hold `fill` too."""
+        out = x.new_full((x.shape[0], self.columns), fill)
+        # Padding names column 0 as its origin: whatever stands there must win over it.
+        real = x != fill
+        columns = torch.where(real, self.origin, self.columns)
+        return pad(out, (0, 1)).scatter(1, columns, x)[:, :-1]
+
+    def keep_where(self, kept: Tensor, counts: list[int]) -> Kept:
+        """Keep all text, and the visual tokens where `kept` bool [B, S]: `counts[b]` per prompt."""
+        width = max(map(sum, zip(self.text_now, counts, strict=True)))
+        selection = select_topk(
+            torch.zeros(self.visual.shape, device=self.visual.device),
+            0,
+            keep=self.text | (self.visual & kept),
+            capacity=width,
+            backend=self._backend,
+        )
+        return Kept(selection, self.text_now, counts)
 
     def keep_visual(self, counts: list[int], scores: Tensor | None) -> Kept:
         """Keep all text, and of each prompt's visual tokens the `counts[b]` with highest scores.
@@ -116,20 +171,13 @@ class PromptRows:
         capacity = max(map(sum, zip(self.text_now, counts, strict=True)))
         selection = select_topk(
             scores,
-            self._on_device(counts),
+            on_device(counts, self.visual.device),
             candidates=self.visual,
             keep=self.text,
             capacity=capacity,
             backend=self._backend,
         )
         return Kept(selection, self.text_now, counts)
-
-    def _on_device(self, counts: list[int]) -> int | Tensor:
-        if len(set(counts)) == 1:
-            return counts[0]
-        pinned = self.visual.device.type == "cuda"  # copied without waiting for the GPU
-        tensor = torch.tensor(counts, dtype=torch.int32, pin_memory=pinned)
-        return tensor.to(self.visual.device, non_blocking=True)
 
     def _key_valid(self) -> Tensor | None:
         if self._past_valid is None:
@@ -141,3 +189,12 @@ class PromptRows:
         if self.past == 0:
             return rows
         return torch.cat((rows.new_full((rows.shape[0], self.past), before), rows), dim=1)
+
+
+def on_device(counts: list[int], device: torch.device) -> int | Tensor:
+    """One number per prompt: as an int if they agree, else as int32 [B] on the device."""
+    if len(set(counts)) == 1:
+        return counts[0]
+    pinned = device.type == "cuda"  # copied without waiting for the GPU
+    tensor = torch.tensor(counts, dtype=torch.int32, pin_memory=pinned)
+    return tensor.to(device, non_blocking=True)

@@ -1,0 +1,273 @@
+"""VisiPruner (arXiv 2510.17205): passive visual tokens, then the few that matter, then none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .base import Method, check_depth
+from .budget import check_layer
+from .passive import PassiveVisual
+from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from vtp_kernels.models.rows import Kept, PromptRows
+
+__all__ = ["VisiPruner"]
+
+STAGES = ("shallow", "middle", "deep")
+SHALLOW_ATTENTION = ("exact", "skip")
+FIRST_LAYER = ("merge_first", "keep_second_half")
+VISUAL_ATTENTION = ("causal", "none")
+DECISIONS = ("exact", "pipelined", "fixed")
+
+
+@dataclass(frozen=True)
+class VisiPruner(Method, name="visipruner"):
+    """Three stages, each of which may be left out. The defaults are those of the published code.
+
+    Shallow (section 3.6), layers 0 to `shallow_layers` - 1: text takes nothing from visual tokens.
+    Middle, from layer `shallow_layers` + 1 on: in each layer the last prompt token tells what every
+    visual token contributes to its attention output (`vtp_kernels.token_contribution`). In the
+    first layer where leaving out some token turns that output (cosine below `fusion_threshold`),
+    fusion has happened: the tokens whose contribution is longer than `token_threshold` stay, and
+    all others leave before the next layer. Deep, after that: a layer in which every token that
+    stayed could be left out (cosine at least `exit_threshold`) votes for the exit; with
+    `exit_votes` votes all visual tokens leave before the next layer.
+
+    Every prompt of a batch decides for itself.
+
+    Parameters
+    ----------
+    stages : any of "shallow", "middle", "deep"
+        Without "middle" the votes begin where it would have, with all visual tokens.
+    shallow_layers : int
+    fusion_threshold, token_threshold, exit_threshold : float
+    exit_votes : int
+    consecutive_votes : bool
+        False: votes add up, as in the published code. True: they must follow upon each other, as in
+        the paper.
+    shallow_attention : "exact" | "skip"
+        "exact": the published arithmetic, in which weights on visual tokens are set to zero after
+        the softmax, so that they stay in its denominator. "skip": visual tokens pay no attention,
+        and text attends to text and the first visual token alone, by a softmax over these.
+    shallow_first_layer : "merge_first" | "keep_second_half"
+        In layer 0, for shallow_attention="exact": all weight that text gives to visual tokens goes
+        to the first of them (code for 7B), or only the weight on the first half is removed (13B).
+    shallow_visual_rows : "causal" | "none"
+        Shallow layers after layer 0, for shallow_attention="exact": visual tokens attend to each
+        other as usual (published code), or only to the text before them (paper).
+    drop_shallow_kv : bool
+        Visual tokens also leave the KV cache of the shallow layers once the prompt has been read
+        (paper); the published code keeps them there.
+    decision : "exact" | "pipelined" | "fixed"
+        "exact": the host reads one small tensor at every layer that is undecided. "pipelined": it
+        reads what it asked for a layer earlier, so nothing waits, and tokens leave one layer later.
+        "fixed": `schedule` says when how many leave, ranked by their contribution: nothing is read.
+    schedule : Schedule
+        For decision="fixed": what `vtp_kernels.calibrate` makes of this method and some prompts.
+    """
+
+    stages: tuple[str, ...] = STAGES
+    shallow_layers: int = 6
+    fusion_threshold: float = 0.995
+    token_threshold: float = 0.2
+    exit_threshold: float = 0.999
+    exit_votes: int = 2
+    consecutive_votes: bool = False
+    shallow_attention: str = "exact"
+    shallow_first_layer: str = "merge_first"
+    shallow_visual_rows: str = "causal"
+    drop_shallow_kv: bool = False
+    decision: str = "exact"
+    schedule: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        stages = (self.stages,) if isinstance(self.stages, str) else tuple(self.stages)
+        if not set(stages) <= set(STAGES) or len(set(stages)) < len(stages):
+            raise ValueError(f"VisiPruner.stages: expected some of {STAGES}, got {self.stages!r}")
+        object.__setattr__(self, "stages", tuple(x for x in STAGES if x in stages))
+        check_layer(self.shallow_layers, "VisiPruner.shallow_layers")
+        for name in ("fusion_threshold", "token_threshold", "exit_threshold"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"VisiPruner.{name}: expected a number, got {value!r}")
+            if not math.isfinite(value):
+                raise ValueError(f"VisiPruner.{name}: expected a finite number, got {value}")
+        if isinstance(self.exit_votes, bool) or not isinstance(self.exit_votes, int):
+            raise TypeError(f"VisiPruner.exit_votes: expected an int, got {self.exit_votes!r}")
+        if self.exit_votes < 1:
+            raise ValueError(f"VisiPruner.exit_votes: expected at least 1, got {self.exit_votes}")
+        for name, choices in (
+            ("shallow_attention", SHALLOW_ATTENTION),
+            ("shallow_first_layer", FIRST_LAYER),
+            ("shallow_visual_rows", VISUAL_ATTENTION),
+            ("decision", DECISIONS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"VisiPruner.{name}: got {getattr(self, name)!r}, expected one of {choices}"
+                )
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        if isinstance(self.schedule, Mapping):
+            object.__setattr__(self, "schedule", Schedule.from_dict(dict(self.schedule)))
+        if (self.decision == "fixed") != (self.schedule is not None):
+            raise ValueError(
+                'VisiPruner.schedule: decision="fixed" needs a Schedule and no other decision '
+                f"takes one, got decision={self.decision!r} and schedule={self.schedule!r}"
+            )
+        if self.schedule is not None and not isinstance(self.schedule, Schedule):
+            raise TypeError(f"VisiPruner.schedule: expected a Schedule, got {self.schedule!r}")
+
+    # ---- where it acts ------------------------------------------------------------------------
+
+    @property
+    def first_judged_layer(self) -> int:
+        """The first layer whose contributions count; the one before it is left alone."""
+        return self.shallow_layers + 1
+
+    @property
+    def _judges(self) -> bool:
+        return self.decision != "fixed" and bool({"middle", "deep"} & set(self.stages))
+
+    def decision_layers(self, depth: int) -> tuple[int, ...]:
+        if self.schedule is not None:
+            return self.schedule.decision_layers(depth)
+        return tuple(range(self.first_judged_layer + 1, depth)) if self._judges else ()
+
+    def observed_layers(self, depth: int) -> tuple[int, ...]:
+        if self.schedule is not None:
+            return self.schedule.observed_layers(depth)
+        return tuple(range(self.first_judged_layer, depth - 1)) if self._judges else ()
+
+    def passive_layers(self, depth: int) -> dict[int, PassiveVisual]:
+        if "shallow" not in self.stages:
+            return {}
+        if self.shallow_attention == "skip":
+            skip = PassiveVisual("merge", "skip", renormalize=True)
+            return dict.fromkeys(range(self.shallow_layers), skip)
+        rows = "causal" if self.shallow_visual_rows == "causal" else "prefix"
+        passive = dict.fromkeys(range(self.shallow_layers), PassiveVisual("drop", rows))
+        if self.shallow_first_layer == "merge_first":
+            first = PassiveVisual("merge", "prefix")
+        else:
+            first = PassiveVisual("drop", "prefix", spare_second_half=True)
+        return passive | ({0: first} if passive else {})
+
+    def forgetful_layers(self, depth: int) -> tuple[int, ...]:
+        return tuple(range(self.shallow_layers)) if self.drop_shallow_kv else ()
+
+    def check_model(self, depth: int) -> None:
+        if "shallow" in self.stages or self.drop_shallow_kv:
+            check_depth(self.shallow_layers - 1, depth, "VisiPruner.shallow_layers")
+        if self.schedule is not None:
+            self.schedule.check_model(depth)
+
+    # ---- what it decides ----------------------------------------------------------------------
+
+    def decide(self, layer: int, rows: PromptRows) -> Kept | None:
+        if self.schedule is not None:
+            return self.schedule.decide(layer, rows)
+        judge = rows.memory.get("judge")
+        if judge is None:
+            judge = rows.memory["judge"] = Judge(self, rows)
+        return judge.decide(layer, rows)
+
+    def events(self, memory: dict[str, Any]) -> list[dict[str, Any]]:
+        return memory["judge"].events() if "judge" in memory else []
+
+    @classmethod
+    def from_spec(cls, arguments: str) -> VisiPruner:
+        """`FIELD=VALUE,...`, as in `visipruner:fusion_threshold=0.99,shallow_layers=2`"""
+        settings: dict[str, Any] = {}
+        for pair in arguments.split(","):
+            name, equals, value = pair.partition("=")
+            if not equals or name not in _NUMBERS:
+                raise ValueError(f"expected FIELD=NUMBER of {sorted(_NUMBERS)}, got {pair!r}")
+            settings[name] = _NUMBERS[name](value)
+        return cls(**settings)
+
+
+_NUMBERS = {
+    "shallow_layers": int,
+    "fusion_threshold": float,
+    "token_threshold": float,
+    "exit_threshold": float,
+    "exit_votes": int,
+}
+
+
+class Judge:
+    """The state of a batch of prompts from layer to layer. It lives on their device: the host only
+    reads how many tokens each prompt is left with."""
+
+    def __init__(self, method: VisiPruner, rows: PromptRows) -> None:
+        self.method = method
+        self.alive = rows.in_columns(rows.visual.float(), 0.0) > 0  # [B, columns]
+        has_tokens = self.alive.any(1)
+        self.fused = ~has_tokens if "middle" in method.stages else torch.ones_like(has_tokens)
+        self.votes = torch.zeros_like(self.fused, dtype=torch.int64)
+        self.pending: tuple[Tensor, Tensor, Any] | None = None
+        self.noted: list[tuple[int, dict[str, Tensor]]] = []  # events, as bool [B] each
+        self.open = True  # whether any prompt can still lose visual tokens
+
+    def decide(self, layer: int, rows: PromptRows) -> Kept | None:
+        if not self.open or not any(rows.visual_now):
+            return None
+        self._look(layer - 1, *rows.token_contribution(), rows)
+        verdict = self._ask()
+        if self.method.decision == "pipelined":
+            self.pending, verdict = verdict, self.pending
+        if verdict is None:
+            return None
+        alive, answer, done = verdict
+        if done is not None:
+            done.synchronize()
+        counts, fused = answer.tolist()
+        self.open = "deep" in self.method.stages or not all(fused)
+        if counts == rows.visual_now:
+            return None
+        return rows.keep_where(alive.gather(1, rows.origin), counts)
+
+    def _look(self, layer: int, cosine: Tensor, norm: Tensor, rows: PromptRows) -> None:
+        """Move on by one layer's contributions, [B, S] each."""
+        method, fused = self.method, self.fused
+        cosine, norm = rows.in_columns(cosine, 1.0), rows.in_columns(norm, 0.0)
+        turns = (self.alive & (cosine < method.fusion_threshold)).any(1) & ~fused
+        leaves = torch.zeros_like(turns)
+        if "deep" in method.stages:
+            spare = ((cosine >= method.exit_threshold) | ~self.alive).all(1) & fused
+            votes = self.votes + spare
+            self.votes = torch.where(spare, votes, 0) if method.consecutive_votes else votes
+            leaves = (self.votes >= method.exit_votes) & self.alive.any(1)
+        stays = ~turns[:, None] | (norm > method.token_threshold)
+        self.alive = self.alive & stays & ~leaves[:, None]
+        self.fused = fused | turns
+        self.noted.append((layer, {"fusion": turns, "exit": leaves}))
+
+    def _ask(self) -> tuple[Tensor, Tensor, Any]:
+        """What is alive, and on its way to the host: tokens left, and whether fusion happened."""
+        answer = torch.stack((self.alive.sum(1), self.fused.long()))
+        if not answer.is_cuda:
+            return self.alive, answer, None
+        host = torch.empty(answer.shape, dtype=answer.dtype, pin_memory=True)
+        host.copy_(answer, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return self.alive, host, done
+
+    def events(self) -> list[dict[str, Any]]:
+        """Which prompts fused and left in which layer; waits for the GPU."""
+        return [
+            {"layer": layer, "event": event, "prompts": happened.nonzero()[:, 0].tolist()}
+            for layer, noted in self.noted
+            for event, happened in noted.items()
+            if happened.any()
+        ]

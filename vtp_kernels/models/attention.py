@@ -1,0 +1,122 @@
+"""Attention modules that stand in for a layer's own, share its weights and keep its names.
+
+A stand-in has the very children of the module it replaces, so a model's state_dict keeps its keys,
+and gradients, devices and dtypes are those of the one set of weights. It may be used alone:
+
+    layer.self_attn = PassiveVisualAttention(layer.self_attn, PassiveVisual("drop", "causal"))
+    layer.self_attn(hidden, position_embeddings=..., attention_mask=None, visual=is_visual)
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from vtp_kernels.methods.passive import PassiveVisual
+from vtp_kernels.ops import passive_attention
+
+__all__ = ["PassiveVisualAttention", "project", "rotate"]
+
+
+def project(attention: nn.Module, name: str, hidden: Tensor) -> Tensor:
+    """[B, H, S, D]: the queries ("q_proj"), keys or values of rows hidden [B, S, C]."""
+    states = getattr(attention, name)(hidden)
+    return states.view(*states.shape[:2], -1, attention.head_dim).transpose(1, 2)
+
+
+def rotate(attention: nn.Module, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    """Queries and keys with their rotary position embedding."""
+    # The function that the layer itself uses stands beside it in its module.
+    rotary = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    return rotary(query, key, cos, sin)
+
+
+class PassiveVisualAttention(nn.Module):
+    """Causal attention in which visual tokens are passive, or the replaced module's own.
+
+    Parameters
+    ----------
+    attention : a Llama-like attention module, which is not changed
+    passive : how visual tokens are passive
+    backend : of `vtp_kernels.passive_attention`
+
+    forward() takes the arguments of `attention`, and besides
+
+    visual : bool [B, S] or None
+        Which rows are visual tokens. None (decoding, say): `attention` itself runs.
+    past : int
+        Keys in the cache before these rows; they count as text.
+    valid : bool [B, past + S] or None
+        False for padding. The attention mask is not looked at.
+    """
+
+    def __init__(
+        self, attention: nn.Module, passive: PassiveVisual, backend: str | None = None
+    ) -> None:
+        super().__init__()
+        self.train(attention.training)
+        for name, child in attention.named_children():
+            self.add_module(name, child)
+        self.__dict__["replaced"] = attention  # not as a child: its children are here already
+        self.passive, self.backend = passive, backend
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        *,
+        visual: Tensor | None = None,
+        past: int = 0,
+        valid: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        attention = self.replaced
+        if visual is None:
+            return attention(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        query, key, value = (
+            project(attention, name, hidden_states) for name in ("q_proj", "k_proj", "v_proj")
+        )
+        query, key = rotate(attention, query, key, *position_embeddings)
+        keys = past + key.shape[2]
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, attention.layer_idx)
+            key, value = key[:, :, :keys], value[:, :, :keys]  # a static cache has more room
+        # Every key needs its query: those that came before are computed along.
+        query, visual = pad(query, (0, 0, past, 0)), pad(visual, (past, 0))
+        output = self._attend(query, key, value, visual, valid)[:, :, past:]
+        output = output.transpose(1, 2).reshape(*hidden_states.shape[:2], -1)
+        return attention.o_proj(output), None
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, visual: Tensor, valid: Tensor | None
+    ) -> Tensor:
+        passive = self.passive
+        options = {
+            "valid": valid,
+            "sink": passive.sink,
+            "renormalize": passive.renormalize,
+            "scale": self.replaced.scaling,
+            "backend": self.backend,
+        }
+        output = passive_attention(
+            query, key, value, visual=visual, visual_rows=passive.visual_rows, **options
+        )
+        if passive.spare_second_half:
+            first_half = visual & (2 * visual.cumsum(1) <= visual.sum(1, keepdim=True))
+            text = passive_attention(
+                query, key, value, visual=first_half, visual_rows="skip", **options
+            )
+            output = torch.where(visual[:, None, :, None], output, text)
+        return output
