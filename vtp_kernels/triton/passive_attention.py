@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtp_kernels.triton.tuning import size_class, tuned
+from vtp_kernels.triton.tuning import INTERPRETED, size_class, tuned
 
 # Lists of positions, each ascending. All but the last are of valid tokens.
 TEXT = tl.constexpr(0)
@@ -221,7 +221,8 @@ def _attend(
     COLUMNS: tl.constexpr, ALIGNMENT: tl.constexpr, SHRINK: tl.constexpr,
     LENGTH_CLASS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    TILE: tl.constexpr = ROWS // SHRINK
+    TILE: tl.constexpr = max(ROWS // SHRINK, 16)
+    KEY_TILE: tl.constexpr = max(KEYS // SHRINK, 16)
     batch = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
     lists += batch * LISTS * length
@@ -245,7 +246,7 @@ def _attend(
             is_text, (tl.where(is_text, text_tiles, tiles) - 1 - tile) * TILE,
             tl.where(is_text, texts, visuals),
             TEXT_WEIGHTED, TEXT_SILENT, VISUAL_WEIGHTED, VISUAL_SILENT, MERGE,
-            DIM, COLUMNS, ALIGNMENT, TILE, KEYS // SHRINK,
+            DIM, COLUMNS, ALIGNMENT, TILE, KEY_TILE,
         )  # fmt: skip
     else:
         row = (tile - tiles) * TILE + tl.arange(0, TILE)
@@ -277,8 +278,8 @@ def passive_attention(
     merge = sink == "merge"
     lists = _lists(visual, valid, visual_rows == "skip")
     columns = max(triton.next_power_of_2(dim), 16)
-    shrink = max(columns * query.element_size() // 256, 1)  # so that a tile of keys has 16 KB
-    _attend[lambda meta: (batch * heads, length // (meta["ROWS"] // shrink) + 3)](
+    shrink = _shrink(columns, query.element_size())
+    _attend[lambda meta: (batch * heads, length // max(meta["ROWS"] // shrink, 16) + 3)](
         *(query, *query.stride()[:3], key, *key.stride()[:3], value, *value.stride()[:3]),
         *(out, lists, heads, heads // key.shape[1], length, scale * math.log2(math.e)),
         **_keys_of_text(merge, renormalize),
@@ -291,6 +292,14 @@ def passive_attention(
         LENGTH_CLASS=size_class(length),
     )
     return out
+
+
+def _shrink(columns: int, element_size: int) -> int:
+    """How many times smaller than ROWS and KEYS tiles are, for a thread has 255 registers at most.
+    Products of float32 run on no tensor cores and take more."""
+    if INTERPRETED:
+        return 1
+    return min(max(columns // (32 if element_size == 4 else 128), 1), 4)
 
 
 def _lists(visual: Tensor, valid: Tensor | None, skip_visual: bool) -> Tensor:
