@@ -205,21 +205,22 @@ def _attend_tile(
         triton.Config({"ROWS": 64, "KEYS": 64}, num_warps=4, num_stages=2),
         triton.Config({"ROWS": 64, "KEYS": 32}, num_warps=4, num_stages=3),
     ],
-    key=["DIM", "LENGTH_CLASS"],
+    key=["DIM", "length_class"],
 )
 @triton.jit(
     do_not_specialize=[
         *("query_batch", "query_head", "query_row", "key_batch", "key_head", "key_row"),
-        *("value_batch", "value_head", "value_row", "heads", "group", "length"),
+        *("value_batch", "value_head", "value_row", "heads", "group", "length", "length_class"),
     ]
 )
 def _attend(
     query, query_batch, query_head, query_row, key, key_batch, key_head, key_row,
-    value, value_batch, value_head, value_row, out, lists, heads, group, length, factor,
+    value, value_batch, value_head, value_row, out, lists,
+    heads, group, length, length_class, factor,
     TEXT_WEIGHTED: tl.constexpr, TEXT_SILENT: tl.constexpr, VISUAL_WEIGHTED: tl.constexpr,
     VISUAL_SILENT: tl.constexpr, SKIP_VISUAL: tl.constexpr, MERGE: tl.constexpr, DIM: tl.constexpr,
-    COLUMNS: tl.constexpr, ALIGNMENT: tl.constexpr, SHRINK: tl.constexpr,
-    LENGTH_CLASS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    COLUMNS: tl.constexpr, ALIGNMENT: tl.constexpr, SHRINK: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
 ):  # fmt: skip
     TILE: tl.constexpr = max(ROWS // SHRINK, 16)
     KEY_TILE: tl.constexpr = max(KEYS // SHRINK, 16)
@@ -281,7 +282,8 @@ def passive_attention(
     shrink = _shrink(columns, query.element_size())
     _attend[lambda meta: (batch * heads, length // max(meta["ROWS"] // shrink, 16) + 3)](
         *(query, *query.stride()[:3], key, *key.stride()[:3], value, *value.stride()[:3]),
-        *(out, lists, heads, heads // key.shape[1], length, scale * math.log2(math.e)),
+        *(out, lists, heads, heads // key.shape[1], length, size_class(length)),
+        scale * math.log2(math.e),
         **_keys_of_text(merge, renormalize),
         **_keys_of_visual(visual_rows, renormalize),
         SKIP_VISUAL=visual_rows == "skip",
@@ -289,7 +291,6 @@ def passive_attention(
         COLUMNS=columns,
         ALIGNMENT=_alignment(query, key, value),
         SHRINK=shrink,
-        LENGTH_CLASS=size_class(length),
     )
     return out
 
