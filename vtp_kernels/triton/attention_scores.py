@@ -91,34 +91,28 @@ def _are_attended(candidates, valid, keys, length):
 
 
 @triton.jit
-def _load(x, stride, rows, wanted, first, dim, CHUNK: tl.constexpr):
+def _load(rows, wanted, first, dim, CHUNK: tl.constexpr):
     """[rows, CHUNK] elements from `first` on, 0 in rows that are not wanted and past the end."""
     d = first + tl.arange(0, CHUNK)
-    return tl.load(
-        x + rows.to(tl.int64)[:, None] * stride + d[None, :],
-        mask=wanted[:, None] & (d < dim)[None, :],
-        other=0.0,
-    )
+    mask = wanted[:, None] & (d < dim)[None, :]
+    return tl.load(rows[:, None] + d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def _multiply(
-    held, key, key_stride, keys, read, query, exists, dim,
-    KEYS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
+    held, keys, read, queries, exists, dim,
+    KEYS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """[KEYS, ROWS] products of keys, which are held where a chunk is all of them, and of the rows
-    that `query` points to."""
-    d = tl.arange(0, CHUNK)
+    """[KEYS, ROWS] products of the rows that two vectors of pointers point to. The keys may be held
+    already, then a chunk is all of a row."""
     products = tl.zeros([KEYS, ROWS], tl.float32)
-    if CHUNK == DIM:
-        wanted = exists[:, None] & (d < dim)[None, :]
-        rows = tl.load(query[:, None] + d[None, :], mask=wanted, other=0.0)
+    if held is not None:
+        rows = _load(queries, exists, 0, dim, CHUNK)
         products = tl.dot(held, tl.trans(rows), products, input_precision="ieee")
     else:
         for first in range(0, dim, CHUNK):
-            wanted = exists[:, None] & (first + d < dim)[None, :]
-            rows = tl.load(query[:, None] + (first + d)[None, :], mask=wanted, other=0.0)
-            some = _load(key, key_stride, keys, read, first, dim, CHUNK)
+            rows = _load(queries, exists, first, dim, CHUNK)
+            some = _load(keys, read, first, dim, CHUNK)
             products = tl.dot(some, tl.trans(rows), products, input_precision="ieee")
     return products
 
@@ -170,7 +164,7 @@ def _merged(
         triton.Config({}, num_warps=8, num_stages=2),
         triton.Config({}, num_warps=8, num_stages=3),
     ],
-    key=["DIM", "ROWS"],
+    key=["ROWS", "CHUNK", "HOLD"],
 )
 @triton.jit(
     do_not_specialize=[
@@ -183,7 +177,7 @@ def _statistics(
     candidates, candidates_stride, valid, valid_stride,
     query_positions, positions_stride, query_valid, query_valid_stride,
     logits, logits_stride, maxima, sums, kv_heads, group, rows, length, dim, tiles, factor,
-    KEYS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
+    KEYS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
     """Row statistics of a tile of keys, and if wanted the logits. Rows that attend to no key of the
     tile, by their position, may be left out."""
@@ -213,18 +207,17 @@ def _statistics(
         query_positions, query_valid, rows, length, tile * KEYS, 128
     )
     read = attended & (keys <= farthest)
+    keys_at = key + keys.to(tl.int64) * key_row
     held = None
-    if CHUNK == DIM:
-        held = _load(key, key_row, keys, read, 0, dim, CHUNK)
+    if HOLD:
+        held = _load(keys_at, read, 0, dim, CHUNK)
     for start in range(begin * group, end * group, ROWS):
         row = start + tl.arange(0, ROWS)
         exists = row < end * group
         m = row // group
         last = _last_key(query_positions, query_valid, None, m, exists, length)
         rows_at = query + (row % group).to(tl.int64) * query_head + m.to(tl.int64) * query_row
-        logit = factor * _multiply(
-            held, key, key_row, keys, read, rows_at, exists, dim, KEYS, ROWS, DIM, CHUNK
-        )
+        logit = factor * _multiply(held, keys_at, read, rows_at, exists, dim, KEYS, ROWS, CHUNK)
         if logits is not None:
             at = row.to(tl.int64)[None, :] * logits_stride + keys[:, None]
             tl.store(logits + at, logit, mask=exists[None, :] & (keys < length)[:, None])
@@ -265,7 +258,7 @@ def _merge(
         triton.Config({}, num_warps=8, num_stages=2),
         triton.Config({}, num_warps=8, num_stages=3),
     ],
-    key=["DIM", "ROWS", "BY_HEAD"],
+    key=["ROWS", "CHUNK", "HOLD", "BY_HEAD"],
 )
 @triton.jit(
     do_not_specialize=[
@@ -278,7 +271,7 @@ def _columns(
     candidates, candidates_stride, valid, valid_stride,
     query_positions, positions_stride, query_valid, query_valid_stride, lse, lse_batch, lse_head,
     maxima, sums, columns, kv_heads, group, rows, length, dim, tiles, segments, factor,
-    KEYS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
+    KEYS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, HOLD: tl.constexpr,
     BY_HEAD: tl.constexpr,
 ):  # fmt: skip
     """Weights of a tile of keys, added up over all rows, or over those of the head that gives
@@ -309,9 +302,10 @@ def _columns(
     )
     read = attended & (keys <= farthest)
     end = tl.where(tl.max(read.to(tl.int32)) != 0, end, begin)
+    keys_at = key + keys.to(tl.int64) * key_row
     held = None
-    if CHUNK == DIM:
-        held = _load(key, key_row, keys, read, 0, dim, CHUNK)
+    if HOLD:
+        held = _load(keys_at, read, 0, dim, CHUNK)
     heads = 1 if BY_HEAD else group  # of a segment
     column = tl.zeros([KEYS], tl.float32)
     for segment in range(segments):
@@ -334,9 +328,7 @@ def _columns(
                 share = _share(tl.load(sums + at, mask=exists, other=1.0))
                 last = _last_key(query_positions, query_valid, None, m, exists, length)
             rows_at = query + head.to(tl.int64) * query_head + m.to(tl.int64) * query_row
-            products = _multiply(
-                held, key, key_row, keys, read, rows_at, exists, dim, KEYS, ROWS, DIM, CHUNK
-            )
+            products = _multiply(held, keys_at, read, rows_at, exists, dim, KEYS, ROWS, CHUNK)
             weight = tl.exp2(products * factor - base[None, :]) * share[None, :]
             counts = attended[:, None] & (keys[:, None] <= last[None, :])
             weights += tl.where(counts, weight, 0.0)
@@ -489,17 +481,18 @@ class _Call:
         self.is_max = head_reduce == "max"
         self.head_factor = 1.0 / self.heads if head_reduce == "mean" else 1.0
 
-        # Block sizes: float32 is multiplied without tensor cores, whose operands are registers.
+        # Operands of tensor cores are in shared memory, those of float32 products in registers.
         padded = max(16, triton.next_power_of_2(dim))
         is_float32 = query.dtype == torch.float32
+        chunk = min(padded, FLOAT32_CHUNK) if is_float32 else padded
         self.keys = FLOAT32_KEYS if is_float32 else KEY_BYTES // (2 * max(padded, 128))
         self.tiles = triton.cdiv(self.length, self.keys)
         self.shape = (self.kv_heads, self.group, self.rows, self.length, dim, self.tiles)
         self.blocks = {
             "KEYS": self.keys,
             "ROWS": FEW_ROWS if self.has_few_rows() else MANY_ROWS,
-            "DIM": padded,
-            "CHUNK": min(padded, FLOAT32_CHUNK) if is_float32 else padded,
+            "CHUNK": chunk,
+            "HOLD": chunk == padded,
         }
 
     def has_few_rows(self) -> bool:
