@@ -184,12 +184,14 @@ def _total_weight(run, n, BLOCK: tl.constexpr):
     exact = 0
     positive = 0
     total = tl.full([], 0.0, tl.float64)
+    rounded = tl.full([], 0.0, tl.float64)  # a sum of all, in any order
     for start in range(0, n, BLOCK):
         weight, bound = _weights(run, n, start + tl.arange(0, BLOCK))
-        is_exact = (weight > 0.0) & (total + tl.cumsum(weight) <= bound)
+        is_exact = (weight > 0.0) & (rounded + tl.cumsum(weight) <= bound)
         exact += tl.sum(is_exact.to(tl.int32))
         positive += tl.sum((weight > 0.0).to(tl.int32))
         total += tl.sum(tl.where(is_exact, weight, 0.0))
+        rounded += tl.sum(weight)
     for rank in range(exact, positive):
         total += _weights(run, n, rank)[0]
     return total, positive, exact

@@ -63,9 +63,9 @@ def _attend(
     group = heads // kv_heads
     for i in range(group):
         head = kv_head * group + i
-        own = query + b * query_batch + head * query_head + column
-        own = tl.load(own, mask=column < dim, other=0.0).to(tl.float32) * factor
-        logit = tl.where(attended, tl.sum(keys * own[None, :], axis=1), float("-inf"))
+        at = query + b * query_batch + head * query_head + column
+        scaled = tl.load(at, mask=column < dim, other=0.0).to(tl.float32) * factor
+        logit = tl.where(attended, tl.sum(keys * scaled[None, :], axis=1), float("-inf"))
         maximum = tl.max(logit)
         weight = tl.exp2(logit - _base_of(maximum))
         head += b * heads
@@ -87,9 +87,9 @@ def _factors(maxima, base, split, splits):
 
 @triton.jit
 def _sum_outputs(factor, outputs, split, splits, DIM: tl.constexpr):
-    """The output that the splits make with these factors; those of factor 0 are not read."""
+    """What splits add to the output of a head, with these factors."""
     at = outputs + split.to(tl.int64)[:, None] * DIM + tl.arange(0, DIM)[None, :]
-    part = tl.load(at, mask=((split < splits) & (factor != 0.0))[:, None], other=0.0)
+    part = tl.load(at, mask=(split < splits)[:, None], other=0.0)
     return tl.sum(factor[:, None] * part, axis=0)
 
 
@@ -186,7 +186,7 @@ def _add_rest(
         weight = tl.load(weights + head * length + key, mask=is_other, other=0.0)
         weight *= tl.load(factors + head * splits + own_split)
         mask = (weight != 0.0)[:, None] & (column < dim)[None, :]  # no padding, of any content
-        kv_head = (head - b * heads) // (heads // kv_heads)
+        kv_head = head // (heads // kv_heads) - b * kv_heads
         values = tl.load(rows + kv_head * value_head, mask=mask, other=0.0).to(tl.float32)
         rest += tl.sum(weight[:, None] * values, axis=0)
         wide = rest.to(tl.float64)
@@ -215,9 +215,7 @@ def _sum_heads(squared, heads):
 )
 @triton.heuristics({"HEADS": lambda a: min(max(TILE // a["DIM"] // a["TOKENS"], 1), a["KV_HEADS"])})
 @triton.jit(
-    do_not_specialize=[
-        *("valid_batch", "candidates_batch", "length", "heads", "kv_heads", "splits"),
-    ]
+    do_not_specialize=["valid_batch", "candidates_batch", "length", "heads", "kv_heads", "splits"]
 )
 def _compare(
     value, value_batch, value_head, value_token, valid, valid_batch, candidates, candidates_batch,
