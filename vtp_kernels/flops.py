@@ -8,9 +8,20 @@ not subtracted); norms, activations, softmax and rotary embeddings stay below 1 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-__all__ = ["flops", "passive_pairs"]
+if TYPE_CHECKING:
+    from vtp_kernels.methods.passive import PassiveVisual
+
+__all__ = ["Attention", "flops", "passive_attention"]
+
+
+class Attention(NamedTuple):
+    """`rows` go through the projections; per head, `pairs` of a row with a key are multiplied for
+    logits, or with a value for their weighted sum."""
+
+    rows: int
+    pairs: int
 
 
 def flops(
@@ -18,7 +29,7 @@ def flops(
     tokens: int | Sequence[int],
     *,
     keys: Sequence[int] | None = None,
-    pairs: Mapping[int, int] | None = None,
+    attention: Mapping[int, Attention] | None = None,
     images: int = 0,
     logits: int = 0,
 ) -> int:
@@ -32,9 +43,9 @@ def flops(
         Rows entering each layer: text and visual tokens together.
     keys : one int per decoder layer, optional
         Keys each layer attends to, where that is more than its rows (a cache came along).
-    pairs : {layer: int}, optional
-        Products of a row with a key (for logits) or a value that a layer's attention computes per
-        head, where these are not all 2 x rows x keys; see `passive_pairs`.
+    attention : {layer: Attention}, optional
+        What a layer's attention computes where that is not all rows with all keys; see
+        `passive_attention`.
     images : int
         Images to count the CLIP vision tower and the projector for; 0 leaves them out.
     logits : int
@@ -61,49 +72,60 @@ def flops(
             raise ValueError(f"{name}: got {len(given)} numbers for {depth} decoder layers")
     macs = 0
     for layer, (n, m) in enumerate(zip(rows, keys, strict=True)):
-        macs += _decoder_layer(text, n, (pairs or {}).get(layer, 2 * n * m))
+        macs += _decoder_layer(text, n, (attention or {}).get(layer, Attention(n, 2 * n * m)))
     if images:
         macs += images * _vision(config)
     macs += logits * text.hidden_size * text.vocab_size
     return 2 * macs
 
 
-def passive_pairs(
+def passive_attention(
     *,
     text: int,
     visual: int,
     before_visual: int,
-    sink: str,
-    visual_rows: str,
-    renormalize: bool = False,
-) -> int:
-    """What `vtp_kernels.passive_attention` computes for one prompt, as `pairs` of `flops` counts.
+    past: int = 0,
+    passive: PassiveVisual,
+) -> Attention:
+    """What a layer with passive visual tokens computes for one prompt.
 
     Parameters
     ----------
     text, visual : int
-        Rows that are not visual, past keys included, and rows that are.
+        Rows of the prompt.
     before_visual : int
         Rows of text before the last visual token: what visual_rows="prefix" attends to.
-    sink, visual_rows, renormalize
-        As of `passive_attention`.
+    past : int
+        Keys from before the prompt, which count as text.
+    passive : how visual tokens are passive
     """
-    merged = 1 if sink == "merge" and visual else 0
-    logits = text * (text + merged if renormalize else text + visual)
-    values = text * (text + merged)
-    visual_keys = {"prefix": before_visual, "causal": text + visual, "skip": 0}[visual_rows]
-    return logits + values + 2 * visual * visual_keys
+    if passive.leaves_one:
+        rows = text + min(visual, 1)
+        return Attention(rows, 2 * rows * (past + rows))
+    keys = past + text
+    merged = 1 if passive.sink == "merge" and visual else 0
+    logits = text * (keys + merged if passive.renormalize else keys + visual)
+    values = text * (keys + merged)
+    if passive.spare_second_half:  # the second half's rows go along with the text
+        spared = visual - visual // 2
+        logits, values = (
+            logits * 2 + spared * (keys + visual),
+            values * 2 + spared * (keys + spared),
+        )
+    visual_keys = {"prefix": past + before_visual, "causal": keys + visual, "skip": 0}
+    pairs = logits + values + 2 * visual * visual_keys[passive.visual_rows]
+    return Attention(text + visual, pairs)
 
 
-def _decoder_layer(text: Any, rows: int, pairs: int) -> int:
+def _decoder_layer(text: Any, rows: int, attention: Attention) -> int:
     width = text.hidden_size
     head_dim = getattr(text, "head_dim", None) or width // text.num_attention_heads
     query_width = text.num_attention_heads * head_dim
     key_width = text.num_key_value_heads * head_dim
-    projections = rows * width * (2 * query_width + 2 * key_width)
-    attention = pairs * query_width
+    projections = attention.rows * width * (2 * query_width + 2 * key_width)
+    products = attention.pairs * query_width
     mlp = 3 * rows * width * text.intermediate_size
-    return projections + attention + mlp
+    return projections + products + mlp
 
 
 def _vision(config: Any) -> int:

@@ -240,9 +240,39 @@ def test_shallow_layers_are_passive_in_the_prompt_alone(model):
 
 
 @torch.no_grad()
-def test_a_further_turn_with_an_image(model):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("inputs", [one, three])
+def test_generated_text_sees_text_and_one_sink(attention, inputs):
+    """Where shallow layers skip, a generated token is text like any other: generating with a cache
+    is the same as reading the whole text anew for every token."""
+    model = tiny_llava(attention, num_hidden_layers=DEPTH)
+    method = vtp.VisiPruner(("shallow",), shallow_layers=SHALLOW, shallow_attention="skip")
+    details = {"return_dict_in_generate": True, "output_logits": True, "suppress_tokens": [IMAGE]}
+    with vtp.prune(model, method) as run:
+        cached = model.generate(**inputs(), **GREEDY, **details)
+        report = run.report()
+        anew = model.generate(**inputs(), **GREEDY, **details, use_cache=False)
+    assert torch.equal(cached.sequences, anew.sequences)
+    for a, b in zip(cached.logits, anew.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+    mask, ids = inputs()["attention_mask"], inputs()["input_ids"]
+    text, visual = (mask.bool() & (ids != IMAGE)).sum(1), (ids == IMAGE).sum(1)
+    assert report.kv_tokens_per_layer[0] == (text + visual.clamp(max=1)).tolist()
+    assert report.kv_tokens_per_layer[SHALLOW] == (text + visual).tolist()
+    held = [layer.keys.shape[2] for layer in cached.past_key_values.layers]
+    assert held == [max(layer) + 7 for layer in report.kv_tokens_per_layer]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shallow_attention", ["exact", "skip"])
+def test_a_further_turn_with_an_image(model, shallow_attention):
     """Passive attention over a cache: its keys count as text, and nothing breaks."""
-    method = vtp.VisiPruner(shallow_layers=SHALLOW, **SETTINGS, drop_shallow_kv=True)
+    method = vtp.VisiPruner(
+        shallow_layers=SHALLOW,
+        **SETTINGS,
+        drop_shallow_kv=True,
+        shallow_attention=shallow_attention,
+    )
     with vtp.prune(model, method) as run:
         first = model(**one(), use_cache=True)
         length = first.past_key_values.get_seq_length()

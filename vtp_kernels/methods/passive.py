@@ -19,3 +19,9 @@ class PassiveVisual:
     visual_rows: str
     renormalize: bool = False
     spare_second_half: bool = False
+
+    @property
+    def leaves_one(self) -> bool:
+        """Whether all that takes part is text and the first visual token: it is as if the others
+        were not there, so their queries, keys and values need not be made."""
+        return self.sink == "merge" and self.visual_rows == "skip" and self.renormalize

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from vtp_kernels.methods.passive import PassiveVisual
-from vtp_kernels.ops import passive_attention
+from vtp_kernels.ops import compact_rows, passive_attention
+from vtp_kernels.selection import Selection
 
-__all__ = ["PassiveVisualAttention", "project", "rotate"]
+__all__ = ["PassiveVisualAttention", "SomeRowsAttention", "project", "rotate"]
 
 
 def project(attention: nn.Module, name: str, hidden: Tensor) -> Tensor:
@@ -35,7 +36,18 @@ def rotate(attention: nn.Module, query: Tensor, key: Tensor, cos: Tensor, sin: T
     return rotary(query, key, cos, sin)
 
 
-class PassiveVisualAttention(nn.Module):
+class StandIn(nn.Module):
+    """Has the children of the module it stands in for, `replaced`."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.train(attention.training)
+        for name, child in attention.named_children():
+            self.add_module(name, child)
+        self.__dict__["replaced"] = attention  # not as a child: its children are here already
+
+
+class PassiveVisualAttention(StandIn):
     """Causal attention in which visual tokens are passive, or the replaced module's own.
 
     Parameters
@@ -57,11 +69,7 @@ class PassiveVisualAttention(nn.Module):
     def __init__(
         self, attention: nn.Module, passive: PassiveVisual, backend: str | None = None
     ) -> None:
-        super().__init__()
-        self.train(attention.training)
-        for name, child in attention.named_children():
-            self.add_module(name, child)
-        self.__dict__["replaced"] = attention  # not as a child: its children are here already
+        super().__init__(attention)
         self.passive, self.backend = passive, backend
 
     def forward(
@@ -120,3 +128,46 @@ class PassiveVisualAttention(nn.Module):
             )
             output = torch.where(visual[:, None, :, None], output, text)
         return output
+
+
+class SomeRowsAttention(StandIn):
+    """The replaced module's own attention among some of the rows; the others get 0 from it.
+
+    forward() takes the arguments of `attention`, and besides
+
+    rows : Selection or None
+        The rows that take part. None (decoding, say): all of them, `attention` itself runs.
+    silent : bool [B, S]
+        Rows that get 0 although they take part.
+
+    Position embeddings are those of all rows; the attention mask is that of the rows in `rows`,
+    which are handed to `attention` with any padding in front. The cache gets their keys alone.
+    """
+
+    def __init__(self, attention: nn.Module, backend: str | None = None) -> None:
+        super().__init__(attention)
+        self.backend = backend
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        *args: Any,
+        rows: Selection | None = None,
+        silent: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if rows is None:
+            return self.replaced(hidden_states, position_embeddings, *args, **kwargs)
+        batch, length, width = hidden_states.shape
+        cos, sin = (x.expand(batch, *x.shape[1:]) for x in position_embeddings)
+        # Row 0 is one more, which takes what nobody is to get.
+        places = torch.arange(1, length + 1, device=hidden_states.device).expand(batch, -1)
+        places = places.masked_fill(silent, 0)
+        some, cos, sin, places = compact_rows(
+            (hidden_states, cos, sin, places), *rows, align="right", backend=self.backend
+        )
+        output, _ = self.replaced(some, (cos, sin), *args, **kwargs)
+        everything = output.new_zeros(batch, length + 1, width)
+        everything.scatter_(1, places[..., None].expand(-1, -1, width), output)
+        return everything[:, 1:], None

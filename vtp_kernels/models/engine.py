@@ -17,8 +17,9 @@ from typing import Any
 from torch import nn
 
 from vtp_kernels.methods.base import Method
+from vtp_kernels.methods.passive import PassiveVisual
 
-from .attention import PassiveVisualAttention
+from .attention import PassiveVisualAttention, SomeRowsAttention
 from .cache import PrunedCache
 from .continuation import Continuation
 from .families import ModelParts
@@ -68,8 +69,7 @@ class Engine:
             before = functools.partial(self._before_layer, index)
             hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
             if index in self.passive_layers:
-                passive = self.passive_layers[index]
-                layer.self_attn = PassiveVisualAttention(layer.self_attn, passive, self.backend)
+                layer.self_attn = self._stand_in(layer.self_attn, self.passive_layers[index])
             if index in self.observed_layers or index in self.passive_layers:
                 before = functools.partial(self._before_attention, index)
                 hooks.append(layer.self_attn.register_forward_pre_hook(before, with_kwargs=True))
@@ -85,6 +85,11 @@ class Engine:
             layer = self.parts.layers[index]
             layer.self_attn = layer.self_attn.replaced
         _forget_compiled_code()
+
+    def _stand_in(self, attention: nn.Module, passive: PassiveVisual) -> nn.Module:
+        if passive.leaves_one:
+            return SomeRowsAttention(attention, self.backend)
+        return PassiveVisualAttention(attention, passive, self.backend)
 
     # ---- hooks, from the outside in -----------------------------------------------------------
 

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from vtp_kernels.methods.base import Method
 from vtp_kernels.ops import compact_kv, compact_rows, select_topk
+from vtp_kernels.selection import Selection
 
 from .cache import (
     CacheState,
@@ -40,6 +41,15 @@ class Text(NamedTuple):
 
     rows: Tensor
     counts: list[int]
+
+
+class OneVisual(NamedTuple):
+    """Text and one visual token of each prompt: the rows; among these, right-aligned, which are no
+    padding (bool [B, W], or None) and which are text."""
+
+    selection: Selection
+    valid: Tensor | None
+    text: Text
 
 
 class Prefill:
@@ -82,6 +92,11 @@ class Prefill:
         self.ordinal = visual.cumsum(1) - 1
         self.decision_layers = frozenset(method.decision_layers(len(parts.layers)))
         self.forgetful_layers = frozenset(method.forgetful_layers(len(parts.layers)))
+        self.passive_layers = method.passive_layers(len(parts.layers))
+        # Whether layer 0, for whose keys the model makes its mask, has fewer than others.
+        self.uneven = bool(self.forgetful_layers) or any(
+            passive.leaves_one for passive in self.passive_layers.values()
+        )
         self.memory: dict[str, Any] = {}  # the method's own
 
         self.observation: Observation | None = None
@@ -115,6 +130,7 @@ class Prefill:
         self.text_now = [total - images for total, images in pairs]
         self.visual_now = list(self.visual_at_start)
         self.text: Text | None = None
+        self.one: OneVisual | None = None
 
     # ---- called by the hooks, layer by layer --------------------------------------------------
 
@@ -137,18 +153,25 @@ class Prefill:
             self.observation = None
             if kept is not None:
                 hidden = self._compact(layer, hidden, arguments, kept)
-        keys = self._keys_of(layer, past, hidden)
-        self.layer_keys.append(keys)
         if self.past:
             self.past_rows.append((past, self._past_valid(layer, past)))
+        passive = self.passive_layers.get(layer)
+        leaves_one = passive is not None and passive.leaves_one
+        keys = self._keys_of_one(layer, past) if leaves_one else self._keys_of(layer, past)
+        self.layer_keys.append(keys)
         if layer in self.forgetful_layers:
-            self.forgotten[layer] = self._rows_of_text()
+            self.forgotten[layer] = self._rows_of_one().text if leaves_one else self._rows_of_text()
         if keys is not None:
-            arguments.update(self._inputs_of(keys, layer, past, hidden, arguments))
+            attending = (
+                hidden[:, : self._rows_of_one().text.rows.shape[1]] if leaves_one else hidden
+            )
+            arguments.update(self._inputs_of(keys, layer, past, attending, arguments))
         return hidden
 
     def passive_inputs(self, layer: int) -> dict[str, Any]:
         """What a stand-in with passive visual tokens needs to know besides the layer's inputs."""
+        if self.passive_layers[layer].leaves_one:
+            return {"rows": self._rows_of_one().selection, "silent": self.visual}
         past, past_valid = self.past_rows[layer] if self.past else (0, None)
         valid = self.valid
         if past and not (valid is None and past_valid is None):
@@ -171,8 +194,8 @@ class Prefill:
             visual=self.visual_at_start,
             stages=self.stages,
             past_rows=self.past_rows,
-            passive=self.method.passive_layers(len(self.parts.layers)),
-            forgotten={layer: text.counts for layer, text in self.forgotten.items()},
+            passive=self.passive_layers,
+            forgotten=frozenset(self.forgotten),
             memory=self.memory,
         )
 
@@ -250,8 +273,7 @@ class Prefill:
         for layer in layers:
             self.layer_keys[layer] = rows
         if layers[0] == 0:
-            self.cache.vtp.removed += stays.shape[1] - width
-            self.cache.vtp.prompt -= stays.shape[1] - width
+            self._shorten(stays.shape[1] - width)
 
     def _rows(self, layer: int, hidden: Tensor) -> PromptRows:
         past, past_valid = self.past_rows[layer - 1] if self.past and layer else (0, None)
@@ -299,13 +321,12 @@ class Prefill:
             slots = torch.arange(width, device=hidden.device)
             self.valid = slots >= width - counts[:, None]
         self.embeddings = (cos, sin)
-        self.text = None
+        self.text = self.one = None
         self.text_now, self.visual_now = kept.text, kept.visual
         if self.positions == "contiguous":
             self._close_up(hidden, arguments)
         if layer == 0 and self.cache is not None:
-            self.cache.vtp.removed += rows - width
-            self.cache.vtp.prompt -= rows - width
+            self._shorten(rows - width)
         self.stages.append(StageRecord(layer, kept.text, kept.visual, self.origin, self.valid))
         return hidden
 
@@ -320,11 +341,52 @@ class Prefill:
 
     # ---- what a layer gets instead of the model's own mask and positions ----------------------
 
-    def _keys_of(self, layer: int, past: int, hidden: Tensor) -> KeyRows | None:
+    def _rows_of_one(self) -> OneVisual:
+        """Text and the first visual token of each prompt."""
+        if self.one is None:
+            text = self._rows_of_text()
+            first = self.visual & (self.visual.cumsum(1) == 1)
+            counts = [a + min(b, 1) for a, b in zip(self.text_now, self.visual_now, strict=True)]
+            width = max(counts)
+            selection = select_topk(
+                torch.zeros(first.shape, device=first.device),
+                0,
+                keep=text.rows | first,
+                capacity=width,
+                backend=self.backend,
+            )
+            (is_text,) = compact_rows((text.rows,), *selection, align="right", backend=self.backend)
+            valid = None
+            if min(counts) < width:
+                slots = torch.arange(width, device=first.device)
+                valid = slots >= width - selection.counts[:, None]
+            self.one = OneVisual(selection, valid, Text(is_text, text.counts))
+            if self.cache is not None and not self.layer_keys:  # this is layer 0
+                self._shorten(first.shape[1] - width)
+        return self.one
+
+    def _shorten(self, rows: int) -> None:
+        """Note that layer 0 lacks so many rows more."""
+        self.cache.vtp.removed += rows
+        self.cache.vtp.prompt -= rows
+
+    def _keys_of_one(self, layer: int, past: int) -> KeyRows:
+        before = self.past_state.layers[layer] if self.past_state else None
+        key = (id(before), -1)
+        if key not in self.key_rows:
+            one = self._rows_of_one()
+            valid, past_valid = one.valid, self._past_valid(layer, past)
+            if past and not (valid is None and past_valid is None):
+                now = torch.ones_like(one.text.rows) if valid is None else valid
+                then = now.new_ones(len(now), past) if past_valid is None else past_valid
+                valid = torch.cat((then, now), dim=1)
+            self.key_rows[key] = KeyRows(valid, None if before is None else before.shift)
+        return self.key_rows[key]
+
+    def _keys_of(self, layer: int, past: int) -> KeyRows | None:
         """The key rows of a layer; None while the model's own mask and positions are right."""
         before = self.past_state.layers[layer] if self.past_state else None
-        # The model makes its mask for as many keys as layer 0 has, which may come to forget some.
-        if before is None and not self.stages and not self.forgetful_layers:
+        if before is None and not self.stages and not self.uneven:
             return None
         key = (id(before), len(self.stages))
         if key not in self.key_rows:

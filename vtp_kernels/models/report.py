@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vtp_kernels.flops import flops, passive_pairs
+from vtp_kernels.flops import Attention, flops, passive_attention
 from vtp_kernels.methods.base import Method
 from vtp_kernels.methods.passive import PassiveVisual
 
@@ -143,8 +143,8 @@ class PrefillRecord:
     stages: list[StageRecord]
     past_rows: list[tuple[int, Tensor | None]]
     passive: Mapping[int, PassiveVisual]
-    forgotten: dict[int, list[int]]
-    """Layers whose cache lost all visual rows, with the rows of text of each prompt."""
+    forgotten: frozenset[int]
+    """Layers whose cache lost all visual rows."""
     memory: dict[str, Any]
     """What the method noted."""
 
@@ -155,13 +155,9 @@ class PrefillRecord:
         dense = _add([self.text] * self.depth, [self.visual] * self.depth)
         past = self._past(batch)
         keys, dense_keys = _add(tokens, past), _add(dense, past)
-        pairs = self._passive_pairs(visual, past)
-        spent = self._flops(tokens, keys, pairs)
+        spent = self._flops(tokens, keys, self._attention(visual, past))
         dense_spent = self._flops(dense, dense_keys, [{}] * batch)
-        held = [
-            _add([self.forgotten[layer]], [past[layer]])[0] if layer in self.forgotten else counts
-            for layer, counts in enumerate(keys)
-        ]
+        held = self._held(visual, past)
         return Report(
             method=self.method.to_dict(),
             dense_tokens=dense[0],
@@ -197,6 +193,19 @@ class PrefillRecord:
                 counts[layer] = valid.sum(1).tolist()
         return counts
 
+    def _held(self, visual: list[list[int]], past: list[list[int]]) -> list[list[int]]:
+        """Keys that each layer has after the call, [L][B]."""
+        text, _ = self._per_layer()
+        held = _add(text, past)
+        for layer, counts in enumerate(visual):
+            passive = self.passive.get(layer)
+            if layer in self.forgotten:
+                continue
+            if passive is not None and passive.leaves_one:
+                counts = [min(count, 1) for count in counts]
+            (held[layer],) = _add([held[layer]], [counts])
+        return held
+
     def _kept(self, stage: StageRecord) -> Tensor:
         real = stage.valid
         if real is None:
@@ -206,39 +215,31 @@ class PrefillRecord:
         return kept.to(torch.int8).scatter_add(1, stage.origin, real.to(torch.int8)).bool().cpu()
 
     def _flops(
-        self, tokens: list[list[int]], keys: list[list[int]], pairs: list[dict[int, int]]
+        self,
+        tokens: list[list[int]],
+        keys: list[list[int]],
+        attention: list[dict[int, Attention]],
     ) -> int:
-        prompts = zip(zip(*tokens, strict=True), zip(*keys, strict=True), pairs, strict=True)
-        return sum(flops(self.config, n, keys=m, pairs=p) for n, m, p in prompts)
+        prompts = zip(zip(*tokens, strict=True), zip(*keys, strict=True), attention, strict=True)
+        return sum(flops(self.config, n, keys=m, attention=a) for n, m, a in prompts)
 
-    def _passive_pairs(
+    def _attention(
         self, visual: list[list[int]], past: list[list[int]]
-    ) -> list[dict[int, int]]:
+    ) -> list[dict[int, Attention]]:
         """What passive layers compute in their attention, by prompt and layer."""
-        result = []
-        for b, spans in enumerate(self._spans()):
-            pairs = {}
-            for layer, passive in self.passive.items():
-                text, images = self.text[b] + past[layer][b], visual[layer][b]
-                before = spans.before_last + past[layer][b]
-                options = {"sink": passive.sink, "renormalize": passive.renormalize}
-                pairs[layer] = passive_pairs(
-                    text=text,
-                    visual=images,
-                    before_visual=before,
-                    visual_rows=passive.visual_rows,
-                    **options,
+        return [
+            {
+                layer: passive_attention(
+                    text=self.text[b],
+                    visual=visual[layer][b],
+                    before_visual=spans.before_last,
+                    past=past[layer][b],
+                    passive=passive,
                 )
-                if passive.spare_second_half:
-                    pairs[layer] += passive_pairs(
-                        text=text + (images + 1) // 2,
-                        visual=images // 2,
-                        before_visual=before,
-                        visual_rows="skip",
-                        **options,
-                    )
-            result.append(pairs)
-        return result
+                for layer, passive in self.passive.items()
+            }
+            for b, spans in enumerate(self._spans())
+        ]
 
     def _visual_pairs(self, tokens: list[list[int]], text: list[list[int]]) -> int:
         """Causal (query, key) pairs that have weight, with a visual token among them."""

@@ -9,23 +9,20 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _native
-from vtp_kernels.flops import passive_pairs
 
 
 def passive_attention(query, key, value, visual, valid, sink, visual_rows, renormalize, *_, **__):
     real = torch.ones_like(visual) if valid is None else valid
     pairs = 0
     for is_visual, is_real in zip(visual, real, strict=True):
-        is_visual = is_visual[is_real]
-        positions = is_visual.nonzero()[:, 0].tolist()
-        pairs += passive_pairs(
-            text=len(is_visual) - len(positions),
-            visual=len(positions),
-            before_visual=positions[-1] + 1 - len(positions) if positions else 0,
-            sink=sink,
-            visual_rows=visual_rows,
-            renormalize=renormalize,
-        )
+        positions = is_visual[is_real].nonzero()[:, 0].tolist()
+        images, text = len(positions), int(is_real.sum()) - len(positions)
+        merged = 1 if sink == "merge" and images else 0
+        pairs += text * (text + merged if renormalize else text + images)  # logits
+        pairs += text * (text + merged)  # values
+        before = positions[-1] + 1 - images if positions else 0
+        keys = {"prefix": before, "causal": text + images, "skip": 0}
+        pairs += 2 * images * keys[visual_rows]
     return 2 * pairs * query.shape[1] * query.shape[3]
 
 
