@@ -1,4 +1,4 @@
-"""The command line: `python -m vtp_kernels demo | run | info`."""
+"""The command line: `python -m vtp_kernels demo | run | info | flops`."""
 
 import argparse
 import json
@@ -69,6 +69,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.add_argument("--json", action="store_true")
     info.set_defaults(command=_info)
+
+    flops = commands.add_parser(
+        "flops", help="what methods save in a model's prefill, from its configuration alone"
+    )
+    flops.add_argument(
+        "--model", required=True, help="llava-1.5-7b, llava-1.5-13b, a folder or a hub name"
+    )
+    flops.add_argument("--method", required=True, nargs="+", help="as for run; visipruner, ...")
+    flops.add_argument("--visual", type=_positive, default=576, help="visual tokens")
+    flops.add_argument("--text", type=_positive, default=64, help="other tokens")
+    flops.add_argument(
+        "--before", type=int, default=35, help="how many of these come before the picture"
+    )
+    flops.add_argument(
+        "--fusion-layer", type=int, default=14, help="visipruner: where fusion happens"
+    )
+    flops.add_argument("--kept", type=int, default=0, help="visipruner: tokens left then")
+    flops.add_argument("--exit-layer", type=int, help="visipruner: where these leave too")
+    flops.add_argument("--json", action="store_true")
+    flops.set_defaults(command=_flops)
     return parser
 
 
@@ -111,6 +131,33 @@ def _run(args: argparse.Namespace) -> None:
 def _info(args: argparse.Namespace) -> None:
     info = vtp.info()
     print(json.dumps(info.to_dict(), indent=2) if args.json else info)
+
+
+def _flops(args: argparse.Namespace) -> None:
+    from vtp_kernels import accounting
+    from vtp_kernels.methods import method_from_spec
+
+    config = accounting.text_config(args.model)
+    course = accounting.Course(args.fusion_layer, args.kept, args.exit_layer)
+    accounts = {
+        spec: accounting.account(
+            config,
+            method_from_spec(spec),
+            text=args.text,
+            before=min(args.before, args.text),
+            visual=args.visual,
+            course=course,
+        )
+        for spec in ("none", *args.method)
+    }
+    if args.json:
+        print(json.dumps({spec: x.to_dict() for spec, x in accounts.items()}, indent=2))
+        return
+    print(
+        f"{args.model}: {args.visual} visual and {args.text} other tokens, prefill of the language "
+        "model\n"
+    )
+    print(accounting.table(accounts))
 
 
 def _print(comparison, as_json: bool) -> None:

@@ -353,11 +353,15 @@ def test_settings_travel_through_files(tmp_path):
 
 
 def test_settings_on_the_command_line():
-    method = method_from_spec("visipruner:fusion_threshold=0.9,shallow_layers=2")
-    assert method == vtp.VisiPruner(fusion_threshold=0.9, shallow_layers=2)
+    method = method_from_spec(
+        "visipruner:fusion_threshold=0.9,stages=middle+deep,drop_shallow_kv=true"
+    )
+    stages = ("middle", "deep")
+    assert method == vtp.VisiPruner(stages, fusion_threshold=0.9, drop_shallow_kv=True)
     assert method_from_spec("visipruner") == vtp.VisiPruner()
-    with pytest.raises(ValueError, match="FIELD=NUMBER"):
-        method_from_spec("visipruner:stages=deep")
+    for wrong in ("visipruner:votes=3", "visipruner:exit_votes", "visipruner:drop_shallow_kv=1"):
+        with pytest.raises(ValueError, match=r"expected (FIELD=VALUE|true or false)"):
+            method_from_spec(wrong)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ FORMS = """\
   pyramiddrop[:LAYER=KEEP,...]        pyramiddrop:8=0.5,16=0.25,24=0.125
   random[:KEEP[:LAYER[:SEED]]]        random:0.22
   schedule:LAYER=KEEP,...[:SCORE]     schedule:2=0.5,4=0.1
-  visipruner[:FIELD=NUMBER,...]       visipruner:fusion_threshold=0.99,shallow_layers=2
+  visipruner[:FIELD=VALUE,...]        visipruner:fusion_threshold=0.99,stages=middle+deep
   PATH.json                           a file written by method.save(path)
 KEEP is a count (64) or a share of the visual tokens (0.5)."""
 

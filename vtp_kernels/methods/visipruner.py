@@ -185,22 +185,42 @@ class VisiPruner(Method, name="visipruner"):
 
     @classmethod
     def from_spec(cls, arguments: str) -> VisiPruner:
-        """`FIELD=VALUE,...`, as in `visipruner:fusion_threshold=0.99,shallow_layers=2`"""
+        """`FIELD=VALUE,...`, as in `visipruner:fusion_threshold=0.99,shallow_attention=skip`"""
         settings: dict[str, Any] = {}
         for pair in arguments.split(","):
             name, equals, value = pair.partition("=")
-            if not equals or name not in _NUMBERS:
-                raise ValueError(f"expected FIELD=NUMBER of {sorted(_NUMBERS)}, got {pair!r}")
-            settings[name] = _NUMBERS[name](value)
+            if not equals or name not in _FIELDS:
+                raise ValueError(
+                    f"expected FIELD=VALUE with one of {sorted(_FIELDS)}, got {pair!r}"
+                )
+            settings[name] = _FIELDS[name](value)
         return cls(**settings)
 
 
-_NUMBERS = {
+def _stages(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split("+")))
+
+
+def _bool(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError(f"expected true or false, got {text!r}")
+    return text == "true"
+
+
+# How a setting is written on the command line.
+_FIELDS = {
+    "stages": _stages,
     "shallow_layers": int,
     "fusion_threshold": float,
     "token_threshold": float,
     "exit_threshold": float,
     "exit_votes": int,
+    "consecutive_votes": _bool,
+    "shallow_attention": str,
+    "shallow_first_layer": str,
+    "shallow_visual_rows": str,
+    "drop_shallow_kv": _bool,
+    "decision": str,
 }
 
 

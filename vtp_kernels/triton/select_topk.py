@@ -72,7 +72,7 @@ def _count_from(
 def _find_cut(
     count, held, scores, candidates, keep, threshold, size, kept_compete, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The count-th largest key, count > 0, and how many are above it."""
+    """The count-th largest key, and how many are above it. None is above what is returned for 0."""
     cut = tl.full([], 0, tl.uint32)
     above = 0
     for i in range(32):
@@ -136,18 +136,17 @@ def _select(
     for start in range(count, capacity, BLOCK):
         place = start + tl.arange(0, BLOCK)
         tl.store(indices + place, tl.full([BLOCK], -1, tl.int64), mask=place < capacity)
-    if count > 0:
-        held = None
-        if HELD > 0:
-            token = tl.arange(0, HELD)
-            held = _keys(scores, candidates, keep, threshold, token, size, kept_compete)
-        cut, above = _find_cut(
-            count, held, scores, candidates, keep, threshold, size, kept_compete, BLOCK
-        )
-        _emit(
-            cut, count - above,
-            scores, candidates, keep, threshold, size, kept_compete, indices, BLOCK,
-        )  # fmt: skip
+    held = None
+    if HELD > 0:
+        token = tl.arange(0, HELD)
+        held = _keys(scores, candidates, keep, threshold, token, size, kept_compete)
+    cut, above = _find_cut(
+        count, held, scores, candidates, keep, threshold, size, kept_compete, BLOCK
+    )
+    _emit(
+        cut, count - above,
+        scores, candidates, keep, threshold, size, kept_compete, indices, BLOCK,
+    )  # fmt: skip
 
 
 def select_topk(

@@ -1,0 +1,62 @@
+"""`vtp-kernels flops`: published figures from a configuration alone."""
+
+import json
+
+import pytest
+
+from vtp_kernels.accounting import Course, account, text_config
+from vtp_kernels.cli import main
+from vtp_kernels.methods import method_from_spec
+
+LLAVA = {"text": 64, "before": 35, "visual": 576}
+
+
+@pytest.fixture(scope="module")
+def config():
+    return text_config("llava-1.5-7b")
+
+
+def accounted(config, spec, course=Course()):  # noqa: B008
+    return account(config, method_from_spec(spec), **LLAVA, course=course)
+
+
+def test_dense(config):
+    """4.252 TMAC with 64 tokens of text; 3.82 TMAC for the visual ones (VisiPruner's table)."""
+    dense = accounted(config, "none")
+    assert dense.flops / 2e12 == pytest.approx(4.252, abs=5e-4)
+    assert dense.visual_macs / 1e12 == pytest.approx(3.82, abs=5e-3)
+
+
+def test_visipruner_saves_what_it_says(config):
+    """53.9 % of the FLOPs: six passive layers, all tokens up to layer 14, none after."""
+    dense = accounted(config, "none")
+    skip = accounted(config, "visipruner:shallow_attention=skip")
+    assert 1 - skip.flops / dense.flops == pytest.approx(0.539, abs=2e-3)
+    exact = accounted(config, "visipruner")
+    assert skip.flops < exact.flops < dense.flops
+    assert exact.visual_per_layer == [576] * 15 + [0] * 17
+
+
+def test_a_course_of_its_own(config):
+    course = Course(fusion_layer=9, kept=10, exit_layer=23)
+    counts = accounted(config, "visipruner", course).visual_per_layer
+    assert counts == [576] * 10 + [10] * 14 + [0] * 8
+    counts = accounted(config, "visipruner:stages=middle", course).visual_per_layer
+    assert counts == [576] * 10 + [10] * 22
+
+
+def test_scheduled_methods(config):
+    counts = accounted(config, "pyramiddrop:8=0.5,16=0.25,24=0.125").visual_per_layer
+    assert counts == [576] * 8 + [288] * 8 + [144] * 8 + [72] * 8
+
+
+def test_command_line(capsys):
+    command = ["flops", "--model", "llava-1.5-7b", "--method", "visipruner", "fastv:2:0.5"]
+    assert main(command) == 0
+    page = capsys.readouterr().out
+    assert "none         8.50 T" in page and "576 x15, 0 x17 (6 passive)" in page
+    assert main([*command, "--json"]) == 0
+    accounts = json.loads(capsys.readouterr().out)
+    assert list(accounts) == ["none", "visipruner", "fastv:2:0.5"]
+    assert main([*command[:-1], "fastv:40:0.5"]) == 2
+    assert "there is no layer 40" in capsys.readouterr().err

@@ -1,0 +1,151 @@
+"""What a method saves in a model, from the model's configuration alone: `vtp-kernels flops`."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vtp_kernels.flops import Attention, flops, passive_attention
+from vtp_kernels.methods import Method, VisiPruner
+from vtp_kernels.methods.budget import visual_budget
+from vtp_kernels.methods.schedule import ScheduledMethod
+
+__all__ = ["MODELS", "Account", "Course", "account", "table", "text_config"]
+
+#: Language models of well-known checkpoints: what FLOPs depend on.
+MODELS = {
+    "llava-1.5-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+    "llava-1.5-13b": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a picture makes VisiPruner do: fusion in a layer, tokens kept, exit in a layer or None.
+
+    The defaults are one of the courses with the published saving: visual tokens matter up to layer
+    14 and are gone from layer 15 on.
+    """
+
+    fusion_layer: int = 14
+    kept: int = 0
+    exit_layer: int | None = None
+
+
+@dataclass(frozen=True)
+class Account:
+    """One prompt, one prefill of the language model.
+
+    Attributes
+    ----------
+    visual_per_layer : [L]
+        Visual tokens entering each layer.
+    passive_layers : int
+    flops : int
+        All tokens; 2 per multiply-accumulate, as `vtp_kernels.flops`.
+    visual_macs : float
+        Visual tokens alone, as VisiPruner counts (arXiv 2510.17205): 4 n d^2 + 2 n^2 d + 3 n d m
+        multiply-accumulates per layer of n tokens; passive tokens that skip attention have the last
+        term alone, those whose attention is exact only lack what text would read of them, which
+        this count does not have.
+    """
+
+    visual_per_layer: list[int]
+    passive_layers: int
+    flops: int
+    visual_macs: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def text_config(model: str) -> Any:
+    """The language model's configuration: of a name in MODELS, a folder, or a hub name."""
+    from transformers import AutoConfig, LlamaConfig
+
+    if model in MODELS:
+        return LlamaConfig(**MODELS[model])
+    config = AutoConfig.from_pretrained(model)
+    return getattr(config, "text_config", config)
+
+
+def account(
+    config: Any, method: Method | None, *, text: int, before: int, visual: int, course: Course
+) -> Account:
+    """What `method` (None: nothing leaves) costs for `visual` tokens among `text`, `before` of
+    these before the picture."""
+    depth = config.num_hidden_layers
+    if method is not None:
+        method.check_model(depth)
+    counts = _visual_per_layer(method, depth, visual, course)
+    passive = {} if method is None else method.passive_layers(depth)
+    attention: dict[int, Attention] = {
+        layer: passive_attention(text=text, visual=counts[layer], before_visual=before, passive=how)
+        for layer, how in passive.items()
+    }
+    width, inner = config.hidden_size, config.intermediate_size
+    macs = 0
+    for layer, n in enumerate(counts):
+        macs += 3 * n * width * inner
+        if layer not in passive or not passive[layer].leaves_one:
+            macs += 4 * n * width**2 + 2 * n**2 * width
+    return Account(
+        visual_per_layer=counts,
+        passive_layers=len(passive),
+        flops=flops(config, [text + n for n in counts], attention=attention),
+        visual_macs=macs,
+    )
+
+
+def _visual_per_layer(method: Method | None, depth: int, visual: int, course: Course) -> list[int]:
+    counts = [visual] * depth
+    if isinstance(method, VisiPruner) and method.schedule is not None:
+        method = method.schedule
+    if isinstance(method, ScheduledMethod):
+        for stage in method.stages:
+            kept = visual_budget(stage.keep, visual)
+            counts[stage.layer :] = [min(kept, n) for n in counts[stage.layer :]]
+    elif isinstance(method, VisiPruner):
+        if "middle" in method.stages:
+            counts[course.fusion_layer + 1 :] = [course.kept] * (depth - course.fusion_layer - 1)
+        if "deep" in method.stages and course.exit_layer is not None:
+            counts[course.exit_layer + 1 :] = [0] * (depth - course.exit_layer - 1)
+    elif method is not None:
+        raise NotImplementedError(
+            f"what {method.name} keeps depends on the picture: prune a model and ask report()"
+        )
+    return counts
+
+
+def table(accounts: dict[str, Account]) -> str:
+    """A row per method, the first of which is what the others are compared with."""
+    width = max(map(len, accounts)) + 2
+    first = next(iter(accounts.values()))
+    lines = [f"{'method':<{width}}{'FLOPs':<22}{'MACs of visual tokens':<24}visual tokens x layers"]
+    for name, x in accounts.items():
+        saved = 1 - x.flops / first.flops
+        saved_macs = 1 - x.visual_macs / first.visual_macs
+        flops_cell = f"{x.flops / 1e12:.2f} T" + (f"  -{saved:.1%}" if x is not first else "")
+        macs = f"{x.visual_macs / 1e12:.2f} T"
+        macs += f"  -{saved_macs:.1%}" if x is not first else ""
+        lines.append(f"{name:<{width}}{flops_cell:<22}{macs:<24}{_runs(x)}")
+    return "\n".join(lines)
+
+
+def _runs(x: Account) -> str:
+    """As 576 x15, 0 x17 (6 passive)."""
+    runs = ", ".join(f"{n} x{len(list(run))}" for n, run in itertools.groupby(x.visual_per_layer))
+    return runs + (f" ({x.passive_layers} passive)" if x.passive_layers else "")
