@@ -20,12 +20,12 @@ from vtp_kernels.triton.tuning import size_class, tuned
         triton.Config({"TOKENS": 4, "CHANNELS": 512}, num_warps=4),
         triton.Config({"TOKENS": 2, "CHANNELS": 1024}, num_warps=4),
     ],
-    key=["SIZE_CLASS"],
+    key=["size_class"],
 )
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "size_class"])
 def _similarities(
     features, features_batch, features_token, cls, cls_batch, length, channels, similarity, keys,
-    SIZE_CLASS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    size_class, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(length, TOKENS)
     b = (tl.program_id(0) // parts).to(tl.int64)
@@ -77,7 +77,7 @@ def cls_inflection(
             channels,
             similarity,
             keys,
-            SIZE_CLASS=size_class(batch * length),
+            size_class(batch * length),
         )
     options = (rule, min_keep, max_keep, clip_quantile, sensitivity, mass)
     return *inflect(keys, *options), similarity

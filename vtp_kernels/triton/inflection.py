@@ -33,7 +33,7 @@ def _score_of(key):
     return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["curve_stride", "size", "parts"])
+@triton.jit(do_not_specialize=["parts"])
 def _make_keys(curve, curve_stride, size, parts, keys, BLOCK: tl.constexpr):
     row = (tl.program_id(0) // parts).to(tl.int64)
     token = tl.program_id(0) % parts * BLOCK + tl.arange(0, BLOCK)
@@ -298,13 +298,13 @@ def _emit(keys, ranked, size, count, indices, BLOCK: tl.constexpr):
         triton.Config({"BLOCK": 1024}, num_warps=8),
         triton.Config({"BLOCK": 512}, num_warps=4),
     ],
-    key=["SIZE_CLASS", "RULE"],
+    key=["size_class", "RULE"],
 )
-@triton.jit(do_not_specialize=["size", "min_keep", "capacity"])
+@triton.jit(do_not_specialize=["size", "min_keep", "capacity", "size_class"])
 def _inflect(
     keys, ranked, differences, extremes, clip_quantile: tl.float64, sensitivity: tl.float64,
-    mass: tl.float64, size, min_keep, capacity, indices, counts,
-    RULE: tl.constexpr, SIZE_CLASS: tl.constexpr, BLOCK: tl.constexpr,
+    mass: tl.float64, size, min_keep, capacity, indices, counts, size_class,
+    RULE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     keys += row * size
@@ -370,8 +370,8 @@ def inflect(
             capacity,
             indices,
             counts,
+            size_class(size),
             RULE=rule,
-            SIZE_CLASS=size_class(size),
             enable_fp_fusion=False,
         )
     return indices, counts

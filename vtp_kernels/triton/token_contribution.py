@@ -34,14 +34,16 @@ def _base_of(maximum):
 
 @tuned(
     [triton.Config({}, num_warps=8), triton.Config({}, num_warps=4)],
-    key=["SPLIT", "DIM", "SIZE_CLASS"],
+    key=["SPLIT", "DIM", "size_class"],
 )
-@triton.jit(do_not_specialize=["valid_batch", "length", "heads", "kv_heads", "splits"])
+@triton.jit(
+    do_not_specialize=["valid_batch", "length", "heads", "kv_heads", "splits", "size_class"]
+)
 def _attend(
     query, query_batch, query_head, key, key_batch, key_head, key_token,
     value, value_batch, value_head, value_token, valid, valid_batch,
-    factor, length, dim, heads, kv_heads, splits, weights, maxima, sums, outputs,
-    SPLIT: tl.constexpr, DIM: tl.constexpr, SIZE_CLASS: tl.constexpr,
+    factor, length, dim, heads, kv_heads, splits, weights, maxima, sums, outputs, size_class,
+    SPLIT: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """Softmax weights in base 2, relative to the split's maximum, and the output that they make."""
     split = tl.program_id(0) % splits
@@ -211,16 +213,24 @@ def _sum_heads(squared, heads):
         triton.Config({"TOKENS": 16}, num_warps=8),
         triton.Config({"TOKENS": 8}, num_warps=8),
     ],
-    key=["SPLIT", "DIM", "KV_HEADS", "SIZE_CLASS"],
+    key=["SPLIT", "DIM", "KV_HEADS", "size_class"],
 )
 @triton.heuristics({"HEADS": lambda a: min(max(TILE // a["DIM"] // a["TOKENS"], 1), a["KV_HEADS"])})
 @triton.jit(
-    do_not_specialize=["valid_batch", "candidates_batch", "length", "heads", "kv_heads", "splits"]
+    do_not_specialize=[
+        "valid_batch",
+        "candidates_batch",
+        "length",
+        "heads",
+        "kv_heads",
+        "splits",
+        "size_class",
+    ]
 )
 def _compare(
     value, value_batch, value_head, value_token, valid, valid_batch, candidates, candidates_batch,
     weights, factors, outputs, output, squared, length, dim, heads, kv_heads, splits, cosine, norm,
-    SPLIT: tl.constexpr, DIM: tl.constexpr, KV_HEADS: tl.constexpr, SIZE_CLASS: tl.constexpr,
+    size_class, SPLIT: tl.constexpr, DIM: tl.constexpr, KV_HEADS: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(length, TOKENS)
@@ -290,7 +300,7 @@ def token_contribution(
     squared = cosine.new_empty(batch, heads, dtype=torch.float64)
     values = (value, value.stride(0), value.stride(1), value.stride(2))
     mask = (valid, 0 if valid is None else valid.stride(0))
-    sizes = {"SPLIT": split, "DIM": width, "SIZE_CLASS": size_class(length)}
+    sizes = {"size_class": size_class(length), "SPLIT": split, "DIM": width}
     _attend[(batch * kv_heads * splits,)](
         query,
         query.stride(0),
