@@ -49,9 +49,11 @@ class Compiled:
     seconds: float
 
 
-#: Products of matrices, with the type they multiply in, and loads of 16 bytes.
+#: Products of matrices, with the type they multiply in (tcgen05 calls all 16-bit ones f16), and
+#: loads of 16 bytes.
 WANTED = re.compile(
-    r"(mma\.sync|wgmma|tcgen05\.mma)[\w.:]*?(\.(?:f16|bf16|tf32)\b)|ld\.global[\w.:]*\.(v4\.b32|v2\.b64)"
+    r"(?:(mma\.sync|wgmma)[\w.:]*?|(tcgen05\.mma)[\w.:]*kind:)([.:](?:f16|bf16|tf32)\b)"
+    r"|ld\.global[\w.:]*\.(v4\.b32|v2\.b64)"
 )
 
 

@@ -14,6 +14,14 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled with TRITON_INTERPRET=1"
 )
 OTHER_DTYPES_ON = 80
+MEMORY_BOUND = (
+    "attention_scores",
+    "token_contribution",
+    "passive_attention",
+    "compact_kv",
+    "compact_rows",
+    "cls_inflection",
+)
 
 
 def compile_op(op, arch):
@@ -53,14 +61,18 @@ def test_matrices_are_multiplied_by_tensor_cores_but_for_float32(compiled, op, a
     """float32 is multiplied as it is: its products are no instructions for matrices."""
     for dtype, kernels in compiled[op, arch]:
         instructions = set().union(*(kernel.instructions for kernel in kernels))
-        suffix = {torch.bfloat16: ".bf16", torch.float16: ".f16"}.get(dtype)
         products = {name for name in instructions if "mma" in name}
-        assert any(name.endswith(suffix) for name in products) if suffix else not products
+        wanted = {
+            torch.bfloat16: {"mma.sync.bf16", "wgmma.bf16", "tcgen05.mma:f16"},
+            torch.float16: {"mma.sync.f16", "wgmma.f16", "tcgen05.mma:f16"},
+            torch.float32: set(),
+        }[dtype]
+        assert products & wanted if wanted else not products
 
 
 @pytest.mark.parametrize("op", calls.OPS)
 def test_new_shapes_do_not_compile_anew(draw, op):
-    """50 of them: all that may differ is whether rows are aligned."""
+    """50 of them: all that may differ is whether strides are 1, or multiples of 16."""
     compiled = {}
 
     def note(name, kernel, settings, seconds):
@@ -72,11 +84,11 @@ def test_new_shapes_do_not_compile_anew(draw, op):
             next(calls.of(op, (torch.bfloat16,), batch, length))()
     assert compiled
     for name, kernels in compiled.items():
-        assert len(kernels) <= 3, name
+        assert len(kernels) <= 4, name
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("op", calls.OPS)
+@pytest.mark.parametrize("op", MEMORY_BOUND)
 def test_loads_are_wide(compiled, op, arch):
     (_, kernels), *_ = compiled[op, arch]
     assert any({"v4.b32", "v2.b64"} & kernel.instructions for kernel in kernels), kernels
