@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from vtp_kernels.methods.base import Method
-from vtp_kernels.ops import compact_kv, compact_rows, select_topk
+from vtp_kernels.ops import compact_rows, select_topk
 from vtp_kernels.selection import Selection
 
 from .cache import (
@@ -26,21 +25,15 @@ from .cache import (
     prune_cache,
 )
 from .families import ModelParts
+from .forgetting import Text, forget_visual
 from .limits import check_prefill
 from .masks import causal_mask, padding_of
 from .observation import Observation
 from .positions import close_up
 from .report import PrefillRecord, StageRecord
-from .rows import Kept, PromptRows, on_device
+from .rows import Kept, PromptRows
 
 __all__ = ["Prefill"]
-
-
-class Text(NamedTuple):
-    """The rows of a batch that are text: bool [B, S], and how many of each prompt."""
-
-    rows: Tensor
-    counts: list[int]
 
 
 class OneVisual(NamedTuple):
@@ -240,40 +233,18 @@ class Prefill:
             before = self.past_state.layers[layer] if self.past_state else None
             groups.setdefault((past, id(text), id(before)), []).append(layer)
         for layers in groups.values():
-            self._forget_in(layers)
-
-    def _forget_in(self, layers: list[int]) -> None:
-        past, past_valid = self.past_rows[layers[0]] if self.past else (0, None)
-        text = self.forgotten[layers[0]]
-        valid = text.rows
-        if past:
-            before = valid.new_ones(len(valid), past) if past_valid is None else past_valid
-            valid = torch.cat((before, valid), dim=1)
-        stays = pad(text.rows, (past, 0), value=True)
-        width = past + max(text.counts)
-        # Prompts with less text keep something else in its place, so that all end together.
-        fill = [width - past - count for count in text.counts]
-        indices, _ = select_topk(
-            torch.zeros(stays.shape, device=stays.device),
-            on_device(fill, stays.device),
-            candidates=~stays,
-            keep=stays,
-            capacity=width,
-            backend=self.backend,
-        )
-        held = [self.cache.layers[layer] for layer in layers]
-        keys, values = compact_kv(
-            [x.keys for x in held], [x.values for x in held], indices, backend=self.backend
-        )
-        for x, key, value in zip(held, keys, values, strict=True):
-            x.keys, x.values = key, value
-        padded = past_valid is not None or any(fill)
-        shift = self.layer_keys[layers[0]].shift if self.layer_keys[layers[0]] else None
-        rows = KeyRows(valid.gather(1, indices) if padded else None, shift)
-        for layer in layers:
-            self.layer_keys[layer] = rows
-        if layers[0] == 0:
-            self._shorten(stays.shape[1] - width)
+            first = layers[0]
+            past, past_valid = self.past_rows[first] if self.past else (0, None)
+            held = [self.cache.layers[layer] for layer in layers]
+            keys = held[0].keys.shape[2]
+            width, valid = forget_visual(
+                held, self.forgotten[first], past, past_valid, self.backend
+            )
+            rows = KeyRows(valid, self.layer_keys[first].shift)
+            for layer in layers:
+                self.layer_keys[layer] = rows
+            if first == 0:
+                self._shorten(keys - width)
 
     def _rows(self, layer: int, hidden: Tensor) -> PromptRows:
         past, past_valid = self.past_rows[layer - 1] if self.past and layer else (0, None)

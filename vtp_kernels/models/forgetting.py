@@ -1,0 +1,53 @@
+"""Visual rows that leave a layer's KV cache once the prompt has been read."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vtp_kernels.ops import compact_kv, select_topk
+
+from .rows import on_device
+
+__all__ = ["Text", "forget_visual"]
+
+
+class Text(NamedTuple):
+    """The rows of a batch that are text: bool [B, S], and how many of each prompt."""
+
+    rows: Tensor
+    counts: list[int]
+
+
+def forget_visual(
+    held: list[Any], text: Text, past: int, past_valid: Tensor | None, backend: str | None
+) -> tuple[int, Tensor | None]:
+    """Take all but `past` earlier keys and the text out of the layers `held` of a DynamicCache.
+
+    Their keys are those of the past and of the rows of `text`. `past_valid` is bool [B, past], or
+    None where there is no padding. Returns how many keys the layers have now, and which of these
+    are real: bool [B, keys], or None for all.
+    """
+    stays = pad(text.rows, (past, 0), value=True)
+    valid = stays if past_valid is None else torch.cat((past_valid, text.rows), dim=1)
+    width = past + max(text.counts)
+    # Prompts with less text keep something else in its place, so that all end together.
+    fill = [width - past - count for count in text.counts]
+    indices, _ = select_topk(
+        torch.zeros(stays.shape, device=stays.device),
+        on_device(fill, stays.device),
+        candidates=~stays,
+        keep=stays,
+        capacity=width,
+        backend=backend,
+    )
+    keys, values = compact_kv(
+        [layer.keys for layer in held], [layer.values for layer in held], indices, backend=backend
+    )
+    for layer, key, value in zip(held, keys, values, strict=True):
+        layer.keys, layer.values = key, value
+    padded = past_valid is not None or any(fill)
+    return width, valid.gather(1, indices) if padded else None
