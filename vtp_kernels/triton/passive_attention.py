@@ -86,10 +86,12 @@ def _until(LIST: tl.constexpr, text_until, visual_until):
 
 
 @triton.jit
-def _read_rows(base, position, stride, real, DIM: tl.constexpr, COLUMNS: tl.constexpr,
-               ALIGNMENT: tl.constexpr):  # fmt: skip
-    """Rows [positions, COLUMNS]; zeros in those that are not real, and past DIM. `base` and the
-    stride are multiples of ALIGNMENT elements."""
+def _read_rows(
+    base, position, stride, real,
+    DIM: tl.constexpr, COLUMNS: tl.constexpr, ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """Rows [positions, COLUMNS]; zeros in those that are not real, and past DIM. Every row is
+    aligned to ALIGNMENT elements."""
     start = tl.multiple_of(position.to(tl.int64) * stride, ALIGNMENT)
     column = tl.arange(0, COLUMNS)
     pointers = base + start[:, None] + column[None, :]
