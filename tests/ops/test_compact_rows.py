@@ -53,6 +53,11 @@ def sequence(draw, batch, length):
     ]
 
 
+def test_more_tensors_than_a_launch_takes(draw, backend):
+    tensors = [draw.normal(2, 9, 1 + i % 7) for i in range(200)]
+    check(tensors, *draw.rows(2, 9, 5), backend)
+
+
 @pytest.mark.parametrize("length", (0, 1, 31, 576, 577, 2880))
 def test_lengths(draw, backend, length):
     tensors = sequence(draw, 2, length)

@@ -177,6 +177,19 @@ def test_agrees_with_kneed(draw, backend, dtype):
                 assert count == (len(row) if knee is None else knee + 1)
 
 
+def test_mass_is_summed_as_the_reference_sums_it(draw, backend):
+    """In float64, one by one from the best: where a great score comes first, the order of the small
+    ones behind it decides what their sum is rounded to."""
+    for length in (300, 5000):
+        small = 2.0**-29 * (1 + draw.uniform(3, length - 1))
+        curve = torch.cat((torch.full_like(small[:, :1], 1 - 2.0**-24), small), dim=1)
+        for share in (1.0, 1 - 2.0**-30, 0.999):
+            got = vtp.inflection(curve, rule="mass", mass=share, backend=backend)
+            want = vtp.inflection(curve, rule="mass", mass=share, backend="reference")
+            assert torch.equal(got.counts, want.counts)
+            assert torch.equal(got.indices, want.indices)
+
+
 def test_agrees_with_numpy_percentile(draw, backend):
     for _ in range(30):
         curve = curves(draw, draw.integer(3, 150))[:10]

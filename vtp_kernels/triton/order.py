@@ -11,5 +11,5 @@ KEPT = tl.constexpr(0xFFFFFFFF)  # is taken whatever the others
 def sortable(score):
     """uint32 keys of float32 scores, between ABSENT and KEPT: -0.0 as +0.0, NaN below -inf."""
     bits = tl.where(score == 0.0, 0.0, score).to(tl.uint32, bitcast=True)
-    key = tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
+    key = tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return tl.where(score != score, 1, key)
