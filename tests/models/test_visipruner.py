@@ -284,6 +284,40 @@ def test_a_further_turn_with_an_image(model, shallow_attention):
     assert run.report().kv_tokens_per_layer[0] == [2 * one()["input_ids"].shape[1] - 2 * 16 - 2]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("shallow_attention", ["exact", "skip"])
+@pytest.mark.parametrize(
+    "way",
+    [{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}],
+    ids=["static cache", "prompt lookup"],
+)
+def test_ways_to_generate(model, shallow_attention, way):
+    method = vtp.VisiPruner(shallow_layers=SHALLOW, shallow_attention=shallow_attention, **SETTINGS)
+    with vtp.prune(model, method):
+        expected = model.generate(**one(), **GREEDY, suppress_tokens=[IMAGE])
+        got = model.generate(**one(), **GREEDY, suppress_tokens=[IMAGE], **way)
+    assert torch.equal(got, expected)
+
+
+@torch.no_grad()
+def test_beams_see_their_own_prompt(model):
+    """Beams of a batch are those of its prompts alone."""
+    method = vtp.VisiPruner(shallow_layers=SHALLOW, shallow_attention="skip", **SETTINGS)
+    settings = GREEDY | {"num_beams": 3, "suppress_tokens": [IMAGE]}
+    with vtp.prune(model, method):
+        inputs = batch(prompt(1, 9, 0), prompt(1, 4, 1))
+        together = model.generate(**inputs, **settings)[:, -8:]
+        for b, ids in enumerate((prompt(1, 9, 0), prompt(1, 4, 1))):
+            alone = {"input_ids": ids[None], "pixel_values": inputs["pixel_values"][b : b + 1]}
+            assert torch.equal(model.generate(**alone, **settings)[0, -8:], together[b])
+
+
+def test_a_static_cache_forgets_nothing(model):
+    method = vtp.VisiPruner(shallow_layers=SHALLOW, drop_shallow_kv=True)
+    with vtp.prune(model, method), pytest.raises(NotImplementedError, match="StaticCache"):
+        model.generate(**one(), **GREEDY, cache_implementation="static")
+
+
 # --- the model is left as it was -----------------------------------------------------------------
 
 
