@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from vtp_kernels.ops import compact_kv, select_topk
 
+from .masks import valid_keys
 from .rows import on_device
 
 __all__ = ["Text", "forget_visual"]
@@ -32,7 +33,7 @@ def forget_visual(
     are real: bool [B, keys], or None for all.
     """
     stays = pad(text.rows, (past, 0), value=True)
-    valid = stays if past_valid is None else torch.cat((past_valid, text.rows), dim=1)
+    valid = valid_keys(past, past_valid, text.rows, text.rows)
     width = past + max(text.counts)
     # Prompts with less text keep something else in its place, so that all end together.
     fill = [width - past - count for count in text.counts]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
-__all__ = ["causal_mask", "padding_of"]
+__all__ = ["causal_mask", "padding_of", "valid_keys"]
 
 
 def causal_mask(
@@ -79,3 +79,18 @@ def padding_of(attention_mask: Any, rows: int, past: int) -> Tensor | None:
         return attention_mask[:, -rows:].bool()
     own_key = attention_mask[:, 0].diagonal(offset=past, dim1=1, dim2=2)[:, :rows]
     return own_key if own_key.dtype == torch.bool else own_key == 0
+
+
+def valid_keys(
+    past: int, past_valid: Tensor | None, valid: Tensor | None, rows: Tensor
+) -> Tensor | None:
+    """Which keys are real, of `past` earlier ones and of the rows after them: bool [B, past + S].
+
+    `past_valid` bool [B, past] and `valid` bool [B, S] say so of each, None that all are; so does
+    None as the result. `rows` is any bool [B, S].
+    """
+    if past == 0 or (past_valid is None and valid is None):
+        return valid
+    now = torch.ones_like(rows) if valid is None else valid
+    before = now.new_ones(len(now), past) if past_valid is None else past_valid
+    return torch.cat((before, now), dim=1)

@@ -27,7 +27,7 @@ from .cache import (
 from .families import ModelParts
 from .forgetting import Text, forget_visual
 from .limits import check_prefill
-from .masks import causal_mask, padding_of
+from .masks import causal_mask, padding_of, valid_keys
 from .observation import Observation
 from .positions import close_up
 from .report import PrefillRecord, StageRecord
@@ -49,7 +49,8 @@ class Prefill:
     """The state of one pruned forward pass. B prompts, S rows at first, fewer from stage to stage.
 
     Everything that decides a shape is known on the host: one small read when the call begins, at
-    the place where transformers itself waits to look at the padding. After that nothing waits.
+    the place where transformers itself waits to look at the padding. After that nothing waits, but
+    a method whose counts depend on the picture.
     """
 
     def __init__(
@@ -166,11 +167,7 @@ class Prefill:
         if self.passive_layers[layer].leaves_one:
             return {"rows": self._rows_of_one().selection, "silent": self.visual}
         past, past_valid = self.past_rows[layer] if self.past else (0, None)
-        valid = self.valid
-        if past and not (valid is None and past_valid is None):
-            now = torch.ones_like(self.visual) if valid is None else valid
-            before = now.new_ones(now.shape[0], past) if past_valid is None else past_valid
-            valid = torch.cat((before, now), dim=1)
+        valid = valid_keys(past, past_valid, self.valid, self.visual)
         return {"visual": self.visual, "past": past, "valid": valid}
 
     def finish(self) -> PrefillRecord:
@@ -346,11 +343,8 @@ class Prefill:
         key = (id(before), -1)
         if key not in self.key_rows:
             one = self._rows_of_one()
-            valid, past_valid = one.valid, self._past_valid(layer, past)
-            if past and not (valid is None and past_valid is None):
-                now = torch.ones_like(one.text.rows) if valid is None else valid
-                then = now.new_ones(len(now), past) if past_valid is None else past_valid
-                valid = torch.cat((then, now), dim=1)
+            past_valid = self._past_valid(layer, past)
+            valid = valid_keys(past, past_valid, one.valid, one.text.rows)
             self.key_rows[key] = KeyRows(valid, None if before is None else before.shift)
         return self.key_rows[key]
 
@@ -361,14 +355,7 @@ class Prefill:
             return None
         key = (id(before), len(self.stages))
         if key not in self.key_rows:
-            valid = self._past_valid(layer, past)
-            if valid is not None or (self.valid is not None and past):
-                now = torch.ones_like(self.visual) if self.valid is None else self.valid
-                if valid is None:
-                    valid = now.new_ones(now.shape[0], past)
-                valid = torch.cat((valid, now), dim=1)
-            else:
-                valid = self.valid
+            valid = valid_keys(past, self._past_valid(layer, past), self.valid, self.visual)
             shift = self.shift
             if before is not None and before.shift is not None:
                 shift = before.shift if shift is None else before.shift + shift

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from vtp_kernels.ops import attention_scores, select_topk, token_contribution
 from vtp_kernels.selection import Selection
 
+from .masks import valid_keys
 from .observation import Observation
 
 __all__ = ["Kept", "PromptRows", "on_device"]
@@ -180,10 +181,7 @@ class PromptRows:
         return Kept(selection, self.text_now, counts)
 
     def _key_valid(self) -> Tensor | None:
-        if self._past_valid is None:
-            return None if self.valid is None else self._behind_past(self.valid, True)
-        now = torch.ones_like(self.visual) if self.valid is None else self.valid
-        return torch.cat((self._past_valid, now), dim=1)
+        return valid_keys(self.past, self._past_valid, self.valid, self.visual)
 
     def _behind_past(self, rows: Tensor, before: bool) -> Tensor:
         if self.past == 0:
