@@ -15,11 +15,21 @@ from benchmarks.pocket_llava.evaluate import table as accuracy_table
 from vtp_kernels.demo import Comparison, Row
 
 README = Path(__file__).parents[1] / "README.md"
-RESULTS = Path(__file__).parent / "results" / "amd-epyc-2-cores"
+RESULTS = Path(__file__).parent / "results"
+FILES = {
+    "accuracy.json": "amd-epyc-2-cores",
+    "bench.json": "amd-epyc-2-cores",
+    "demo.json": "amd-epyc-2-cores",
+    "visipruner.json": "intel-xeon-2-cores",
+}
 
 
 def accuracy() -> str:
     return accuracy_table(_read("accuracy.json")["rows"])
+
+
+def visipruner() -> str:
+    return accuracy_table(_read("visipruner.json")["rows"])
 
 
 def demo() -> str:
@@ -33,7 +43,7 @@ def ops() -> str:
 
 
 def machine() -> str:
-    described = [_read(name) for name in ("accuracy.json", "bench.json")]
+    described = [_read(name) for name in ("accuracy.json", "bench.json", "visipruner.json")]
     where = {
         f"{d['machine']['cpu']}, {d['machine']['cores']} cores, torch {d['versions']['torch']}, "
         f"transformers {d['versions']['transformers']}"
@@ -42,11 +52,17 @@ def machine() -> str:
     return "\n".join(sorted(where))
 
 
-BLOCKS = {"accuracy": accuracy, "demo": demo, "ops": ops, "machine": machine}
+BLOCKS = {
+    "accuracy": accuracy,
+    "demo": demo,
+    "ops": ops,
+    "machine": machine,
+    "visipruner": visipruner,
+}
 
 
 def _read(name: str) -> dict:
-    return json.loads((RESULTS / name).read_text())
+    return json.loads((RESULTS / FILES[name] / name).read_text())
 
 
 def filled(text: str) -> str:

@@ -46,7 +46,7 @@ def tokens(
     picture = load_image(image).resize((_PANEL, _PANEL))
     visual = visual if visual is not None else getattr(kept, "visual", None)
     masks = {layer: _visual_mask(mask, visual, sample) for layer, mask in sorted(kept.items())}
-    panels = [(title, picture)]
+    row = [(title, picture)]
     for layer, mask in masks.items():
         rows, columns = grid or _square(mask.numel())
         if rows * columns != mask.numel():
@@ -54,11 +54,22 @@ def tokens(
                 f"grid: expected {mask.numel()} cells, one a visual token, got {rows} x {columns}"
             )
         caption = f"layer {layer}: {int(mask.sum())} of {mask.numel()}"
-        panels.append((caption, _dim(picture, mask.view(rows, columns))))
-    drawn = _row(panels)
+        row.append((caption, _dim(picture, mask.view(rows, columns))))
+    drawn = panels(row)
     if path is not None:
         drawn.save(Path(path))
     return drawn
+
+
+def panels(row: list[tuple[str, Image.Image]]) -> Image.Image:
+    """Puts captioned pictures side by side, all in one size."""
+    sheet = Image.new("RGB", (len(row) * (_PANEL + _GAP) - _GAP, _PANEL + _CAPTION + _GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (caption, panel) in enumerate(row):
+        left = i * (_PANEL + _GAP)
+        draw.text((left + 2, 2), caption, fill="black")
+        sheet.paste(panel.resize((_PANEL, _PANEL), Image.NEAREST), (left, _CAPTION))
+    return sheet
 
 
 def stack(rows: list[Image.Image], path: str | os.PathLike | None = None) -> Image.Image:
@@ -109,15 +120,3 @@ def _dim(picture: Image.Image, mask: torch.Tensor) -> Image.Image:
     )
     dark = Image.blend(Image.new("RGB", picture.size, "black"), picture, _DIM)
     return Image.composite(picture, dark, light)
-
-
-def _row(panels: list[tuple[str, Image.Image]]) -> Image.Image:
-    sheet = Image.new(
-        "RGB", (len(panels) * (_PANEL + _GAP) - _GAP, _PANEL + _CAPTION + _GAP), "white"
-    )
-    draw = ImageDraw.Draw(sheet)
-    for i, (caption, panel) in enumerate(panels):
-        left = i * (_PANEL + _GAP)
-        draw.text((left + 2, 2), caption, fill="black")
-        sheet.paste(panel, (left, _CAPTION))
-    return sheet

@@ -1,0 +1,164 @@
+"""VisiPruner on the pocket LLaVA: thresholds from one split of questions, figures from another.
+
+    python benchmarks/pocket_llava/visipruner.py --json out/visipruner.json --picture out/it.png
+
+The published thresholds are those of a model of 32 layers. Here some are tried on the "calibration"
+split; of those that lose no more than a point of exact match, the one that saves most is taken. On
+the "test" split it stands beside the dense model and methods that save as many FLOPs.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+if __package__ is None or __package__ == "":  # run as a file: make the source tree importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from vtp_kernels import plot
+from vtp_kernels.accounting import Course, account
+from vtp_kernels.chat import chat_inputs
+from vtp_kernels.demo import load
+from vtp_kernels.machine import describe
+from vtp_kernels.methods import FastV, Method, PyramidDrop, RandomPruning, VisiPruner
+from vtp_kernels.models import prune
+from vtp_kernels.pocket_llava import scenes
+from vtp_kernels.pocket_llava.evaluate import evaluate, table
+from vtp_kernels.pocket_llava.model import TRAINED
+
+POINT = 0.01
+GRID = [
+    VisiPruner(stages, shallow_layers=layers, fusion_threshold=0.9995, token_threshold=threshold)
+    for stages, layers, thresholds in (
+        (("middle", "deep"), 0, (0.02, 0.0215, 0.023, 0.025)),
+        (("middle", "deep"), 1, (0.02, 0.025, 0.03)),
+        (("shallow", "middle", "deep"), 1, (0.02, 0.03)),
+    )
+    for threshold in thresholds
+]
+RIVALS: tuple[Callable[[float], Method], ...] = (
+    lambda keep: FastV(2, keep),
+    lambda keep: PyramidDrop((2, 4, 6), (keep, keep / 2, keep / 4)),
+    lambda keep: RandomPruning(0, keep),
+)
+
+
+def label(method: Method) -> str:
+    """The method with those of its settings that are not the default."""
+    changed = []
+    for setting in fields(method):
+        value = getattr(method, setting.name)
+        if value != setting.default:
+            value = "+".join(value) if setting.name == "stages" else value
+            changed.append(f"{setting.name}={value}")
+    return f"{method.name}:{','.join(changed)}" if changed else method.name
+
+
+def best(rows: list[dict], dense: dict) -> int:
+    """The row that saves most at no more than a point lost; if all lose more, that losing least."""
+    good = [i for i, row in enumerate(rows) if row["exact_match"] >= dense["exact_match"] - POINT]
+    if good:
+        return max(good, key=lambda i: rows[i]["prefill_flops_reduction"])
+    return max(range(len(rows)), key=lambda i: rows[i]["exact_match"])
+
+
+def as_thrifty(make: Callable[[float], Method], config, text: int, saved: float) -> Method:
+    """The method of its kind that saves that share of the FLOPs, with the share of tokens to keep
+    rounded to 0.005."""
+
+    def saves(method: Method | None) -> float:
+        visual = scenes.GRID**2
+        return account(config, method, text=text, before=0, visual=visual, course=Course()).flops
+
+    dense = saves(None)
+    keeps = [step / 200 for step in range(1, 201)]
+    return make(min(keeps, key=lambda keep: abs(1 - saves(make(keep)) / dense - saved)))
+
+
+# --- picture ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Watch(Method):
+    """Removes nothing, and notes every layer's contributions."""
+
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def decision_layers(self, depth):
+        return range(1, depth)
+
+    def observed_layers(self, depth):
+        return range(depth - 1)
+
+    def decide(self, layer, rows):
+        self.seen[layer - 1] = tuple(x[rows.visual].cpu() for x in rows.token_contribution())
+
+    def to_dict(self):
+        return {"method": "watch"}
+
+
+def draw(model, processor, method: VisiPruner, index: int, path: Path) -> None:
+    """Layer by layer: how long the contribution of each token is, were none removed, the smallest
+    cosine; and below, who stays."""
+    case = next(itertools.islice(scenes.cases("test", index + 1), index, None))
+    picture = Image.fromarray(case.scene.image)
+    inputs = chat_inputs(processor, [picture], [case.question.text]).to(model.device)
+    watch = Watch()
+    for what in (watch, method):
+        with torch.inference_mode(), prune(model, what) as run:
+            model(**inputs, logits_to_keep=1)
+    panels = [(case.question.text, picture)]
+    for layer, (cosine, norm) in watch.seen.items():
+        shades = (norm / norm.max().clamp(min=1e-9)).sqrt().view(scenes.GRID, scenes.GRID)
+        panel = Image.fromarray((255 * shades).to(torch.uint8).numpy()).convert("RGB")
+        panels.append((f"layer {layer}: cosine from {float(cosine.min()):.4f}", panel))
+    kept = plot.tokens(picture, run.report().kept, title=label(method).partition(":")[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot.stack([plot.panels(panels), kept], path)
+
+
+# --- all of it ----------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--calibration", type=int, default=400, help="questions to calibrate on")
+    parser.add_argument("--questions", type=int, default=2000, help="questions to report")
+    parser.add_argument("--batch", type=int, default=40)
+    parser.add_argument("--example", type=int, default=1, help="which question is drawn")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--picture", type=Path, required=True)
+    args = parser.parse_args()
+    model, processor = load(TRAINED, device="cpu", dtype="float32")
+
+    def ask(method: Method | None, split: str, count: int) -> dict:
+        name = "none" if method is None else label(method)
+        return evaluate(model, processor, method, count, args.batch, split, name)
+
+    dense = ask(None, "calibration", args.calibration)
+    tried = [ask(method, "calibration", args.calibration) for method in GRID]
+    chosen = best(tried, dense)
+    case = next(scenes.cases("test", 1))
+    inputs = chat_inputs(processor, [Image.fromarray(case.scene.image)], [case.question.text])
+    text = inputs["input_ids"].shape[1] - scenes.GRID**2
+    rows = [ask(method, "test", args.questions) for method in (None, GRID[chosen])]
+    saved = rows[1]["prefill_flops_reduction"]
+    config = model.config.text_config
+    rows += [ask(as_thrifty(make, config, text, saved), "test", args.questions) for make in RIVALS]
+    print(table(rows))
+    draw(model, processor, GRID[chosen], args.example, args.picture)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    result = {"calibration": [dense, *tried], "rows": rows, **describe()}
+    args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
