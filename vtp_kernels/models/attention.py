@@ -3,13 +3,12 @@
 A stand-in has the very children of the module it replaces, so a model's state_dict keeps its keys,
 and gradients, devices and dtypes are those of the one set of weights. It may be used alone:
 
-    layer.self_attn = PassiveVisualAttention(layer.self_attn, PassiveVisual("drop", "causal"))
-    layer.self_attn(hidden, position_embeddings=..., attention_mask=None, visual=is_visual)
+    layer.self_attn = ScoringAttention(layer.self_attn)
+    output, scores = layer.self_attn(hidden, position_embeddings=..., candidates=is_visual)
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -17,23 +16,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from vtp_kernels.methods.passive import PassiveVisual
-from vtp_kernels.ops import compact_rows, passive_attention
+from vtp_kernels.ops import attention_scores, compact_rows, passive_attention
 from vtp_kernels.selection import Selection
 
-__all__ = ["PassiveVisualAttention", "SomeRowsAttention", "project", "rotate"]
+from .observation import Observation
+from .projections import project, rotate
 
-
-def project(attention: nn.Module, name: str, hidden: Tensor) -> Tensor:
-    """[B, H, S, D]: the queries ("q_proj"), keys or values of rows hidden [B, S, C]."""
-    states = getattr(attention, name)(hidden)
-    return states.view(*states.shape[:2], -1, attention.head_dim).transpose(1, 2)
-
-
-def rotate(attention: nn.Module, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Any:
-    """Queries and keys with their rotary position embedding."""
-    # The function that the layer itself uses stands beside it in its module.
-    rotary = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    return rotary(query, key, cos, sin)
+__all__ = ["PassiveVisualAttention", "ScoringAttention", "SomeRowsAttention"]
 
 
 class StandIn(nn.Module):
@@ -171,3 +160,67 @@ class SomeRowsAttention(StandIn):
         everything = output.new_zeros(batch, length + 1, width)
         everything.scatter_(1, places[..., None].expand(-1, -1, width), output)
         return everything[:, 1:], None
+
+
+class ScoringAttention(StandIn):
+    """The replaced module's own attention, by whatever implementation, and the attention that some
+    rows pay to candidate keys. No attention matrix is made.
+
+    Parameters
+    ----------
+    attention : a Llama-like attention module, which is not changed
+    backend : of `vtp_kernels.attention_scores`
+
+    forward() takes the arguments of `attention`, and besides
+
+    candidates : bool [B, S] or None
+        The rows whose scores are wanted. None (decoding, say): `attention` alone runs.
+    rows : slice
+        The rows that score; by default the last one.
+    past : int
+        Keys in the cache before these rows; they are attended to, and no candidates.
+    valid : bool [B, past + S] or None
+        False for padding, which must be said here as well as in the attention mask.
+
+    It returns (output, scores): scores float32 [B, S] in the place of attention weights, mean over
+    rows and heads of a softmax over all that a row sees, 0 off the candidates.
+    """
+
+    def __init__(self, attention: nn.Module, backend: str | None = None) -> None:
+        super().__init__(attention)
+        self.backend = backend
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        *,
+        candidates: Tensor | None = None,
+        rows: slice = slice(-1, None),
+        past: int = 0,
+        valid: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        given = {
+            "hidden_states": hidden_states,
+            "position_embeddings": position_embeddings,
+            "past_key_values": past_key_values,
+        }
+        output, weights = self.replaced(**given, attention_mask=attention_mask, **kwargs)
+        if candidates is None:
+            return output, weights
+        seen = Observation(self.replaced, given)
+        first, last, _ = rows.indices(hidden_states.shape[1])
+        positions = torch.arange(past + first, past + last, device=hidden_states.device)
+        scores = attention_scores(
+            seen.queries(rows),
+            seen.keys(past),
+            candidates=pad(candidates, (past, 0)),
+            valid=valid,
+            query_positions=positions.expand(len(candidates), -1),
+            scale=seen.scale,
+            backend=self.backend,
+        )
+        return output, scores[:, past:]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .attention import project, rotate
+from .projections import project, rotate
 
 __all__ = ["Observation"]
 
