@@ -75,7 +75,7 @@ def apply(
     Parameters
     ----------
     model : a transformers model of a supported family, see `supported_models()`
-    method : FastV, PyramidDrop, RandomPruning, Schedule, or a Method of your own
+    method : FastV, PyramidDrop, VisiPruner, RandomPruning, Schedule, or a Method of your own
     positions : "original" | "contiguous"
         Rows that stay keep their positions, and generated tokens continue after the unpruned
         length; or rows close up, in each layer after the rows that layer has.
@@ -87,7 +87,7 @@ def apply(
     NotImplementedError
         If the model is not supported, or `backend` cannot serve it. Later, in calls with images:
         tensor-parallel models, flex_attention, quantized, sliding-window or offloaded caches, 4D
-        masks, packed sequences.
+        masks, packed sequences, a static cache where layers are to forget visual tokens.
     ValueError
         If the method does not fit the model (a layer it does not have), the model is pruned
         already, or `backend` is unknown. Later, in calls with images: labels, output_attentions,
