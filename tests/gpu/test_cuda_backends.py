@@ -10,6 +10,7 @@ import torch
 from variants import OPS, VARIANTS, assert_same_bits, each, flat
 
 import vtp_kernels as vtp
+from schema import positional
 from vtp_kernels import _native, reference
 
 FLOAT_OPS = [op for op in OPS if not op.startswith("compact")]
@@ -174,27 +175,7 @@ def test_a_device_without_an_image_is_refused():
 
 
 def schema_arguments(op: str, draw) -> tuple:
-    """Positional arguments of torch.ops.vtp_kernels.<op>, in the order of its schema."""
-    variant = one_of(op.removesuffix("_"))
-    given = variant.draw(draw, 40)
-    given.setdefault("scale", 0.25)
-    defaults = {
-        "support": "all",
-        "head_reduce": "mean",
-        "k": 4,
-        "capacity": 20,
-        "align": "right",
-        "rule": "chord",
-        "min_keep": 1,
-        "clip_quantile": 0.995,
-        "sensitivity": 1.0,
-        "mass": 0.9,
-        "sink": "merge",
-        "visual_rows": "prefix",
-        "renormalize": False,
-    }
-    schema = getattr(torch.ops.vtp_kernels, op).default._schema
-    return tuple({**defaults, **given}.get(argument.name) for argument in schema.arguments)
+    return positional(op, one_of(op.removesuffix("_")).draw(draw, 40))
 
 
 @pytest.mark.parametrize("op", _native.OPS)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import vtp_kernels as vtp
+from schema import positional
 from vtp_kernels import _native
 from vtp_kernels.ops._dispatch import BACKENDS, why_not
 
@@ -144,28 +145,9 @@ def test_refuses_autograd(draw, op, backend):
 
 
 def native_arguments(op, draw):
-    """Positional arguments of torch.ops.vtp_kernels.<op>, in the order of its schema."""
     given = INPUTS[op.removesuffix("_")](draw)
-    defaults = {
-        "scale": 0.25,
-        "support": "all",
-        "head_reduce": "mean",
-        "k_per_row": given.get("k") if isinstance(given.get("k"), torch.Tensor) else None,
-        "k": 0 if isinstance(given.get("k"), torch.Tensor) else given.get("k"),
-        "capacity": 20,
-        "align": "right",
-        "rule": "chord",
-        "min_keep": 1,
-        "clip_quantile": 0.995,
-        "sensitivity": 1.0,
-        "mass": 0.9,
-        "sink": "merge",
-        "visual_rows": "prefix",
-        "renormalize": False,
-    }
-    given.pop("k", None)
-    schema = getattr(torch.ops.vtp_kernels, op).default._schema
-    return tuple({**defaults, **given}.get(argument.name) for argument in schema.arguments)
+    k = given.pop("k", None)
+    return positional(op, given | ({"k_per_row": k, "k": 0} if torch.is_tensor(k) else {"k": k}))
 
 
 @pytest.mark.skipif(_native.missing is not None, reason=str(_native.missing))
