@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from vtp_kernels.methods.passive import PassiveVisual
 
-__all__ = ["Attention", "flops", "passive_attention"]
+__all__ = ["Attention", "flops", "passive_attention", "passive_pairs"]
 
 
 class Attention(NamedTuple):
@@ -102,19 +102,39 @@ def passive_attention(
     if passive.leaves_one:
         rows = text + min(visual, 1)
         return Attention(rows, 2 * rows * (past + rows))
-    keys = past + text
-    merged = 1 if passive.sink == "merge" and visual else 0
-    logits = text * (keys + merged if passive.renormalize else keys + visual)
-    values = text * (keys + merged)
-    if passive.spare_second_half:  # the second half's rows go along with the text
-        spared = visual - visual // 2
-        logits, values = (
-            logits * 2 + spared * (keys + visual),
-            values * 2 + spared * (keys + spared),
+    options = {"past": past, "sink": passive.sink, "renormalize": passive.renormalize}
+    pairs = passive_pairs(
+        text=text,
+        visual=visual,
+        before_visual=before_visual,
+        visual_rows=passive.visual_rows,
+        **options,
+    )
+    if passive.spare_second_half:  # once more, with the second half among the text
+        half = visual // 2
+        pairs += passive_pairs(
+            text=text + visual - half, visual=half, before_visual=0, visual_rows="skip", **options
         )
-    visual_keys = {"prefix": past + before_visual, "causal": keys + visual, "skip": 0}
-    pairs = logits + values + 2 * visual * visual_keys[passive.visual_rows]
     return Attention(text + visual, pairs)
+
+
+def passive_pairs(
+    *,
+    text: int,
+    visual: int,
+    before_visual: int,
+    past: int = 0,
+    sink: str,
+    visual_rows: str,
+    renormalize: bool,
+) -> int:
+    """The `pairs` of one call of `vtp_kernels.passive_attention`, for one prompt."""
+    keys = past + text
+    merged = 1 if sink == "merge" and visual else 0
+    logits = text * (keys + merged if renormalize else keys + visual)
+    values = text * (keys + merged)
+    visual_keys = {"prefix": past + before_visual, "causal": keys + visual, "skip": 0}
+    return logits + values + 2 * visual * visual_keys[visual_rows]
 
 
 def _decoder_layer(text: Any, rows: int, attention: Attention) -> int:

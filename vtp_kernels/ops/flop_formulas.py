@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _native
+from vtp_kernels.flops import passive_pairs
 
 
 def passive_attention(query, key, value, visual, valid, sink, visual_rows, renormalize, *_, **__):
@@ -16,13 +17,15 @@ def passive_attention(query, key, value, visual, valid, sink, visual_rows, renor
     pairs = 0
     for is_visual, is_real in zip(visual, real, strict=True):
         positions = is_visual[is_real].nonzero()[:, 0].tolist()
-        images, text = len(positions), int(is_real.sum()) - len(positions)
-        merged = 1 if sink == "merge" and images else 0
-        pairs += text * (text + merged if renormalize else text + images)  # logits
-        pairs += text * (text + merged)  # values
-        before = positions[-1] + 1 - images if positions else 0
-        keys = {"prefix": before, "causal": text + images, "skip": 0}
-        pairs += 2 * images * keys[visual_rows]
+        images = len(positions)
+        pairs += passive_pairs(
+            text=int(is_real.sum()) - images,
+            visual=images,
+            before_visual=positions[-1] + 1 - images if positions else 0,
+            sink=sink,
+            visual_rows=visual_rows,
+            renormalize=renormalize,
+        )
     return 2 * pairs * query.shape[1] * query.shape[3]
 
 
