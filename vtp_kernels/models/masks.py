@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
-__all__ = ["causal_mask", "padding_of", "valid_keys"]
+__all__ = ["causal_mask", "padding_of", "right_aligned", "valid_keys"]
 
 
 def causal_mask(
@@ -79,6 +79,15 @@ def padding_of(attention_mask: Any, rows: int, past: int) -> Tensor | None:
         return attention_mask[:, -rows:].bool()
     own_key = attention_mask[:, 0].diagonal(offset=past, dim1=1, dim2=2)[:, :rows]
     return own_key if own_key.dtype == torch.bool else own_key == 0
+
+
+def right_aligned(totals: list[int], counts: Tensor, width: int) -> Tensor | None:
+    """Which of `width` rows are real where each prompt has its own at the end: bool [B, width], or
+    None if all are. `totals` are the numbers of rows, `counts` [B] the same on the device."""
+    if min(totals) == width:
+        return None
+    slots = torch.arange(width, device=counts.device)
+    return slots >= width - counts[:, None]
 
 
 def valid_keys(

@@ -27,7 +27,7 @@ from .cache import (
 from .families import ModelParts
 from .forgetting import Text, forget_visual
 from .limits import check_prefill
-from .masks import causal_mask, padding_of, valid_keys
+from .masks import causal_mask, padding_of, right_aligned, valid_keys
 from .observation import Observation
 from .positions import close_up
 from .report import PrefillRecord, StageRecord
@@ -284,10 +284,7 @@ class Prefill:
         )
         width = indices.shape[1]
         totals = [text + images for text, images in zip(kept.text, kept.visual, strict=True)]
-        self.valid = None
-        if min(totals) < width:
-            slots = torch.arange(width, device=hidden.device)
-            self.valid = slots >= width - counts[:, None]
+        self.valid = right_aligned(totals, counts, width)
         self.embeddings = (cos, sin)
         self.text = self.one = None
         self.text_now, self.visual_now = kept.text, kept.visual
@@ -324,10 +321,7 @@ class Prefill:
                 backend=self.backend,
             )
             (is_text,) = compact_rows((text.rows,), *selection, align="right", backend=self.backend)
-            valid = None
-            if min(counts) < width:
-                slots = torch.arange(width, device=first.device)
-                valid = slots >= width - selection.counts[:, None]
+            valid = right_aligned(counts, selection.counts, width)
             self.one = OneVisual(selection, valid, Text(is_text, text.counts))
             if self.cache is not None and not self.layer_keys:  # this is layer 0
                 self._shorten(first.shape[1] - width)

@@ -105,7 +105,7 @@ class PromptRows:
         scores = attention_scores(
             observation.queries(rows),
             observation.keys(self.past),
-            candidates=self._behind_past(self.visual, False),
+            candidates=pad(self.visual, (self.past, 0)),
             valid=self._key_valid(),
             query_positions=positions,
             query_valid=query_valid,
@@ -126,7 +126,7 @@ class PromptRows:
             observation.queries(slice(end - 1, end))[:, :, 0],
             observation.keys(self.past)[:, :, :keys],
             observation.values(self.past)[:, :, :keys],
-            candidates=self._behind_past(self.visual, False)[:, :keys],
+            candidates=pad(self.visual, (self.past, 0))[:, :keys],
             valid=None if valid is None else valid[:, :keys],
             scale=observation.scale,
             backend=self._backend,
@@ -151,15 +151,7 @@ class PromptRows:
 
     def keep_where(self, kept: Tensor, counts: list[int]) -> Kept:
         """Keep all text, and the visual tokens where `kept` bool [B, S]: `counts[b]` per prompt."""
-        width = max(map(sum, zip(self.text_now, counts, strict=True)))
-        selection = select_topk(
-            torch.zeros(self.visual.shape, device=self.visual.device),
-            0,
-            keep=self.text | (self.visual & kept),
-            capacity=width,
-            backend=self._backend,
-        )
-        return Kept(selection, self.text_now, counts)
+        return self._kept(counts, None, k=0, keep=self.text | (self.visual & kept))
 
     def keep_visual(self, counts: list[int], scores: Tensor | None) -> Kept:
         """Keep all text, and of each prompt's visual tokens the `counts[b]` with highest scores.
@@ -167,26 +159,19 @@ class PromptRows:
         `scores` float32 [B, S]; None where no prompt has a choice to make (all or none stay).
         Counts must not exceed `visual_now`. Equal scores: the earlier token stays.
         """
+        k = on_device(counts, self.visual.device)
+        return self._kept(counts, scores, k=k, candidates=self.visual, keep=self.text)
+
+    def _kept(self, counts: list[int], scores: Tensor | None, **choice: Any) -> Kept:
+        """What select_topk chooses, where that is all text and `counts` visual tokens."""
         if scores is None:
             scores = torch.zeros(self.visual.shape, device=self.visual.device)
         capacity = max(map(sum, zip(self.text_now, counts, strict=True)))
-        selection = select_topk(
-            scores,
-            on_device(counts, self.visual.device),
-            candidates=self.visual,
-            keep=self.text,
-            capacity=capacity,
-            backend=self._backend,
-        )
+        selection = select_topk(scores, capacity=capacity, backend=self._backend, **choice)
         return Kept(selection, self.text_now, counts)
 
     def _key_valid(self) -> Tensor | None:
         return valid_keys(self.past, self._past_valid, self.valid, self.visual)
-
-    def _behind_past(self, rows: Tensor, before: bool) -> Tensor:
-        if self.past == 0:
-            return rows
-        return torch.cat((rows.new_full((rows.shape[0], self.past), before), rows), dim=1)
 
 
 def on_device(counts: list[int], device: torch.device) -> int | Tensor:
