@@ -60,6 +60,16 @@ def _entry(column, tensor):
 
 
 @triton.jit
+def _source(table, tensor, batch, head):
+    """Where a chain's rows begin, in pieces."""
+    return (
+        _entry(table.source, tensor)
+        + batch * _entry(table.batch_stride, tensor)
+        + head * _entry(table.head_stride, tensor)
+    )
+
+
+@triton.jit
 def _pointer(pieces, PIECE: tl.constexpr):
     """The pointer to integers that an address in pieces is. A piece is one integer, or two."""
     if PIECE >= 8:
@@ -127,11 +137,7 @@ def _copy_tile(
         real = (rank >= 0) & (rank < count)
         indices += layer * index_layer + batch * index_batch + head * index_head
         row = tl.load(indices + rank, mask=real, other=0)
-        source = (
-            _entry(table.source, tensor)
-            + batch * _entry(table.batch_stride, tensor)
-            + head * _entry(table.head_stride, tensor)
-        )
+        source = _source(table, tensor, batch, head)
         inside = _inside(column, row_size, PIECE, COLUMNS)
         offsets = _offsets(row * _entry(table.row_stride, tensor), column, PIECE, COLUMNS)
         tile = tl.load(_pointer(source, PIECE) + offsets, mask=real[:, None] & inside, other=0)
@@ -174,11 +180,7 @@ def _move_chain(
         at = layer * count_layer + batch * count_batch + head * count_head
         count = _count_of_chain(counts, at, slots)
         indices += layer * index_layer + batch * index_batch + head * index_head
-        source = (
-            _entry(table.source, tensor)
-            + batch * _entry(table.batch_stride, tensor)
-            + head * _entry(table.head_stride, tensor)
-        )
+        source = _source(table, tensor, batch, head)
         chain = _pointer(source, PIECE)
         row_stride = _entry(table.row_stride, tensor)
         inside = _inside(column, row_size, PIECE, COLUMNS)
