@@ -45,6 +45,19 @@ def test_a_course_of_its_own(config):
     assert counts == [576] * 10 + [10] * 22
 
 
+@pytest.mark.parametrize(
+    "course, message",
+    [
+        (Course(fusion_layer=32), "fusion_layer: expected a layer from 0 to 31, got 32"),
+        (Course(exit_layer=-1), "exit_layer: expected a layer from 0 to 31, got -1"),
+        (Course(kept=577), "kept: expected 0 to 576 tokens, got 577"),
+    ],
+)
+def test_impossible_courses_are_refused(config, course, message):
+    with pytest.raises(ValueError, match=message):
+        accounted(config, "visipruner", course)
+
+
 def test_scheduled_methods(config):
     counts = accounted(config, "pyramiddrop:8=0.5,16=0.25,24=0.125").visual_per_layer
     assert counts == [576] * 8 + [288] * 8 + [144] * 8 + [72] * 8

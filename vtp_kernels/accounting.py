@@ -119,6 +119,7 @@ def _visual_per_layer(method: Method | None, depth: int, visual: int, course: Co
             kept = visual_budget(stage.keep, visual)
             counts[stage.layer :] = [min(kept, n) for n in counts[stage.layer :]]
     elif isinstance(method, VisiPruner):
+        _check_course(course, depth, visual)
         if "middle" in method.stages:
             counts[course.fusion_layer + 1 :] = [course.kept] * (depth - course.fusion_layer - 1)
         if "deep" in method.stages and course.exit_layer is not None:
@@ -128,6 +129,15 @@ def _visual_per_layer(method: Method | None, depth: int, visual: int, course: Co
             f"what {method.name} keeps depends on the picture: prune a model and ask report()"
         )
     return counts
+
+
+def _check_course(course: Course, depth: int, visual: int) -> None:
+    for name in ("fusion_layer", "exit_layer"):
+        layer = getattr(course, name)
+        if layer is not None and not 0 <= layer < depth:
+            raise ValueError(f"{name}: expected a layer from 0 to {depth - 1}, got {layer}")
+    if not 0 <= course.kept <= visual:
+        raise ValueError(f"kept: expected 0 to {visual} tokens, got {course.kept}")
 
 
 def table(accounts: dict[str, Account]) -> str:

@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     flops.add_argument("--visual", type=_positive, default=576, help="visual tokens")
     flops.add_argument("--text", type=_positive, default=64, help="other tokens")
     flops.add_argument(
-        "--before", type=int, default=35, help="how many of these come before the picture"
+        "--before", type=_count, default=35, help="how many of these come before the picture"
     )
     flops.add_argument(
         "--fusion-layer", type=int, default=14, help="visipruner: where fusion happens"
@@ -93,9 +93,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
+    return _count(text, least=1)
+
+
+def _count(text: str, least: int = 0) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected at least {least}, got {value}")
     return value
 
 
