@@ -55,8 +55,9 @@ def exit_threshold(draw, exits, smallest):
 
 
 def assert_agrees(model, inputs, settings, **options):
-    plain = PlainVisiPruner(shallow_layers=SHALLOW, **settings).run(model, inputs)
-    method = vtp.VisiPruner(shallow_layers=SHALLOW, **settings, **options)
+    settings = {"shallow_layers": SHALLOW} | settings
+    plain = PlainVisiPruner(**settings).run(model, inputs)
+    method = vtp.VisiPruner(**settings, **options)
     with vtp.prune(model, method) as run:
         logits = model(**inputs).logits[0, -1]
     report = run.report()
@@ -116,6 +117,14 @@ SETTINGS = {"fusion_threshold": 0.99, "token_threshold": 0.3, "exit_threshold": 
 def test_stages_can_be_left_out(model, stages):
     settings = SETTINGS | {"stages": stages, "exit_threshold": 0.7}
     assert_agrees(model, one(), settings)
+
+
+@torch.no_grad()
+def test_without_shallow_layers_contributions_count_from_layer_0(model):
+    plain = PlainVisiPruner(shallow_layers=0).run(model, one())
+    threshold = between(*sorted(plain.norm[0])[4:6])
+    settings = {"shallow_layers": 0, "fusion_threshold": 1.0, "token_threshold": threshold}
+    assert assert_agrees(model, one(), settings).fusion == 0
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ class PlainVisiPruner:
         weights = logits.masked_fill(~seen, -math.inf).softmax(-1)
         if "shallow" in self.stages and index < self.shallow_layers:
             weights = self.make_passive(index, weights, logits, seen)
-        if index > self.shallow_layers:
+        if index > self.shallow_layers or self.shallow_layers == 0:
             self.judge(index, weights[:, -1], value)
         output = (weights @ value).transpose(0, 1).reshape(1, rows, -1)
         return attention.o_proj(output)

@@ -47,6 +47,7 @@ class VisiPruner(Method, name="visipruner"):
     stages : any of "shallow", "middle", "deep"
         Without "middle" the votes begin where it would have, with all visual tokens.
     shallow_layers : int
+        With 0 contributions count from layer 0 on.
     fusion_threshold, token_threshold, exit_threshold : float
     exit_votes : int
     consecutive_votes : bool
@@ -130,8 +131,9 @@ class VisiPruner(Method, name="visipruner"):
 
     @property
     def first_judged_layer(self) -> int:
-        """The first layer whose contributions count; the one before it is left alone."""
-        return self.shallow_layers + 1
+        """The first layer whose contributions count. The one after the shallow layers is left
+        alone; without shallow layers there is none to leave alone."""
+        return self.shallow_layers + 1 if self.shallow_layers else 0
 
     @property
     def _judges(self) -> bool:
