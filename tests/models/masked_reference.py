@@ -24,12 +24,13 @@ class MaskedReference:
         language_model = self.model.model.language_model
         self.rotary = language_model.rotary_emb
         add = self.hooks.append
-        add(self.model.model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        add(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
         for index, layer in enumerate(language_model.layers):
             before = self._before_layer(index)
             add(layer.register_forward_pre_hook(before, with_kwargs=True))
             if index + 1 in self.stages and not self.given:
-                add(layer.self_attn.register_forward_hook(self._after_attention))
+                after = self._after_attention
+                add(layer.self_attn.register_forward_hook(after, with_kwargs=True))
         return self
 
     def __exit__(self, *_):
@@ -39,10 +40,11 @@ class MaskedReference:
     def _begin(self, module, args, kwargs):
         ids = kwargs["input_ids"]
         features = kwargs.get("mm_encoder_outputs") or {}
-        self.visual = ids == self.model.config.image_token_id
-        self.with_images = (
-            kwargs.get("pixel_values") is not None or features.get("image") is not None
-        ) and bool(self.visual.any())
+        self.visual = torch.zeros_like(ids, dtype=torch.bool)
+        for pixels, kind in (("pixel_values", "image"), ("pixel_values_videos", "video")):
+            if kwargs.get(pixels) is not None or features.get(kind) is not None:
+                self.visual |= ids == getattr(self.model.config, f"{kind}_token_id")
+        self.with_images = bool(self.visual.any())
         self.rows = ids.shape[1]
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         past = 0 if cache is None else cache.get_seq_length()
@@ -56,10 +58,17 @@ class MaskedReference:
             self.total = self.visual.sum(1)
             self.open = self.real.clone()
 
-    def _after_attention(self, module, args, output):
+    def _after_attention(self, module, args, kwargs, output):
         if not self.with_images:
             return
         weights = output[1][..., -self.rows :].float()  # [B, H, rows, rows]
+        if self.score == "contribution":  # length of all heads' (weight x value), side by side
+            hidden = kwargs["hidden_states"]
+            value = module.v_proj(hidden).view(*hidden.shape[:2], -1, module.head_dim)
+            value = value.repeat_interleave(weights.shape[1] // value.shape[2], dim=2)
+            added = weights[:, :, -1].transpose(1, 2)[..., None] * value  # [B, rows, H, D]
+            self.scores = added.flatten(2).norm(dim=-1)
+            return
         if self.score == "last_token":
             self.scores = weights[:, :, -1].mean(1)
             return

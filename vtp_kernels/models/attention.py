@@ -141,13 +141,16 @@ class SomeRowsAttention(StandIn):
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        *args: Any,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        *,
         rows: Selection | None = None,
         silent: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        kwargs |= {"attention_mask": attention_mask, "past_key_values": past_key_values}
         if rows is None:
-            return self.replaced(hidden_states, position_embeddings, *args, **kwargs)
+            return self.replaced(hidden_states, position_embeddings=position_embeddings, **kwargs)
         batch, length, width = hidden_states.shape
         cos, sin = (x.expand(batch, *x.shape[1:]) for x in position_embeddings)
         # Row 0 is one more, which takes what nobody is to get.
@@ -156,7 +159,7 @@ class SomeRowsAttention(StandIn):
         some, cos, sin, places = compact_rows(
             (hidden_states, cos, sin, places), *rows, align="right", backend=self.backend
         )
-        output, _ = self.replaced(some, (cos, sin), *args, **kwargs)
+        output, _ = self.replaced(some, position_embeddings=(cos, sin), **kwargs)
         everything = output.new_zeros(batch, length + 1, width)
         everything.scatter_(1, places[..., None].expand(-1, -1, width), output)
         return everything[:, 1:], None

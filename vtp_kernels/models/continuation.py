@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .cache import KeyRows, PrunedCache, is_static, past_length
 from .families import ModelParts
-from .masks import causal_mask, padding_of
+from .masks import causal_mask, mask_of, padding_of
 
 __all__ = ["Continuation"]
 
@@ -33,7 +33,7 @@ class Continuation:
         embeddings = arguments.get("inputs_embeds")
         rows = (embeddings if embeddings is not None else arguments["input_ids"]).shape[1]
         if rows > 1:
-            _mark_padding(cache, arguments.get("attention_mask"), rows)
+            _mark_padding(cache, mask_of(arguments), rows)
         # Without padding the model makes no mask for a single new row (but where attention is
         # eager or the cache static), and the row attends to all keys there are, however many.
         unmasked = rows == 1 and not cache.vtp.padded and not is_static(cache)

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .positions import POSITIONS
+
 __all__ = ["FAMILIES", "Family", "ModelParts", "parts_of"]
 
 
@@ -30,6 +32,10 @@ class ModelParts:
     """Whether the arguments of a call bring image features. Looks at no tensor's values."""
     visual_tokens: Callable[[dict[str, Any]], Tensor]
     """bool [B, S]: which rows of a call's input are visual tokens."""
+    first_layer: int = 0
+    """The first layer before which rows may leave."""
+    positions: tuple[str, ...] = POSITIONS
+    """What the `positions` of `apply` may be."""
 
 
 @dataclass(frozen=True)
@@ -38,42 +44,105 @@ class Family:
     """Class names of the models, or of one of their base classes."""
     text_models: tuple[str, ...]
     """`model_type` of the text configs whose attention the engine knows how to read."""
-    parts: Callable[[nn.Module, str], ModelParts]
+    grid_positions: bool = False
+    """Whether a visual token's position is a time, a row and a column, so that an image takes fewer
+    positions than it has tokens, and there is no telling where rows would close up to."""
+    first_layer: Callable[[Any], int] = lambda config: 0
+    """Of the model's config: the first layer before which rows may leave."""
+
+    @property
+    def positions(self) -> tuple[str, ...]:
+        return ("original",) if self.grid_positions else POSITIONS
 
 
-def _llava_parts(model: nn.Module, family: str) -> ModelParts:
+class Modality:
+    """Pictures or videos: what a call brings them in, and the token that stands for them.
+
+    Both are visual tokens. Frames of InternVL come as pictures.
+    """
+
+    def __init__(self, name: str, pixels: str, token: str) -> None:
+        self.name, self.pixels, self.token = name, pixels, token
+
+    def comes_with(self, arguments: dict[str, Any]) -> bool:
+        # generate() encodes the pictures before it calls the model, a plain call does so inside it.
+        encoded = arguments.get("mm_encoder_outputs") or {}
+        return arguments.get(self.pixels) is not None or encoded.get(self.name) is not None
+
+
+MODALITIES = (
+    Modality("image", "pixel_values", "image_token_id"),
+    Modality("video", "pixel_values_videos", "video_token_id"),
+)
+
+
+def _rows_of(token: int, base: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    """bool [B, S]: which rows of the input are placeholders of that token."""
+    if arguments.get("input_ids") is not None:
+        return arguments["input_ids"] == token
+    # Given embeddings instead of ids, the placeholders are those that equal its embedding.
+    embeddings = arguments["inputs_embeds"]
+    placeholder = base.get_input_embeddings().weight[token]
+    return (embeddings == placeholder.to(embeddings.device)).all(-1)
+
+
+def _parts(model: nn.Module, name: str, family: Family) -> ModelParts:
     base = model.model
 
     def has_images(arguments: dict[str, Any]) -> bool:
-        # generate() encodes the pictures before it calls the model, a plain call does so inside it.
-        encoded = arguments.get("mm_encoder_outputs") or {}
-        return arguments.get("pixel_values") is not None or encoded.get("image") is not None
+        return any(modality.comes_with(arguments) for modality in MODALITIES)
 
     def visual_tokens(arguments: dict[str, Any]) -> Tensor:
-        token = base.config.image_token_id
-        if arguments.get("input_ids") is not None:
-            return arguments["input_ids"] == token
-        # Given embeddings instead of ids, the placeholders are those that equal its embedding.
-        embeddings = arguments["inputs_embeds"]
-        placeholder = base.get_input_embeddings().weight[token]
-        return (embeddings == placeholder.to(embeddings.device)).all(-1)
+        here = [modality for modality in MODALITIES if modality.comes_with(arguments)]
+        first, *others = (
+            _rows_of(getattr(base.config, modality.token), base, arguments) for modality in here
+        )
+        for rows in others:
+            first = first | rows
+        return first
 
     return ModelParts(
-        family=family,
+        family=name,
         top=model,
         base=base,
         text=base.language_model,
         layers=base.language_model.layers,
         has_images=has_images,
         visual_tokens=visual_tokens,
+        first_layer=family.first_layer(model.config),
+        positions=family.positions,
     )
 
 
 FAMILIES = {
     "llava": Family(
         architectures=("LlavaForConditionalGeneration",),
+        text_models=("llama", "mistral", "qwen2", "qwen3"),
+    ),
+    "llava_next": Family(
+        architectures=("LlavaNextForConditionalGeneration",),
         text_models=("llama", "mistral", "qwen2"),
-        parts=_llava_parts,
+    ),
+    "llava_onevision": Family(
+        architectures=("LlavaOnevisionForConditionalGeneration",),
+        text_models=("qwen2",),
+    ),
+    "internvl": Family(
+        architectures=("InternVLForConditionalGeneration",),
+        text_models=("llama", "qwen2", "qwen3"),
+    ),
+    "qwen2_5_vl": Family(
+        architectures=("Qwen2_5_VLForConditionalGeneration",),
+        text_models=("qwen2_5_vl_text",),
+        grid_positions=True,
+    ),
+    "qwen3_vl": Family(
+        architectures=("Qwen3VLForConditionalGeneration",),
+        text_models=("qwen3_vl_text",),
+        grid_positions=True,
+        # After each of the first layers it adds features of the vision tower to the visual rows,
+        # by a mask over all rows there were: they must still be there.
+        first_layer=lambda config: len(config.vision_config.deepstack_visual_indexes),
     ),
 }
 
@@ -84,7 +153,7 @@ def parts_of(model: nn.Module) -> ModelParts:
     names = {cls.__name__ for cls in type(model).__mro__}
     for name, family in FAMILIES.items():
         if names.intersection(family.architectures):
-            parts = family.parts(model, name)
+            parts = _parts(model, name, family)
             _check_text_model(parts, family)
             return parts
     raise NotImplementedError(

@@ -14,6 +14,7 @@ from vtp_kernels.ops._dispatch import choose
 
 from .engine import ENGINE_OPS, Engine
 from .families import FAMILIES, parts_of
+from .limits import check_method
 from .positions import POSITIONS
 from .report import Report
 
@@ -98,7 +99,7 @@ def apply(
     if positions not in POSITIONS:
         raise ValueError(f"positions: got {positions!r}, expected one of {POSITIONS}")
     parts = parts_of(model)
-    method.check_model(len(parts.layers))
+    check_method(parts, method, positions)
     for op in ENGINE_OPS:
         choose(op, next(parts.text.parameters()), backend)
     engine = Engine(parts, method, positions, backend)
@@ -136,6 +137,7 @@ def supported_models() -> dict[str, dict[str, Any]]:
             "architectures": list(family.architectures),
             "text_models": list(family.text_models),
             "methods": sorted(METHODS),
+            "positions": list(family.positions),
         }
         for name, family in FAMILIES.items()
     }

@@ -7,10 +7,32 @@ from typing import Any
 
 import torch
 
+from vtp_kernels.methods.base import Method
+
 from .cache import check_cache, is_static
 from .families import ModelParts
+from .masks import mask_of
 
-__all__ = ["check_prefill"]
+__all__ = ["check_method", "check_prefill"]
+
+
+def check_method(parts: ModelParts, method: Method, positions: str) -> None:
+    """Raise for methods and positions that a model's family cannot have."""
+    family, name = parts.family, type(method).__name__
+    depth = len(parts.layers)
+    method.check_model(depth)
+    early = [layer for layer in method.decision_layers(depth) if layer < parts.first_layer]
+    if early:
+        raise NotImplementedError(
+            f"{family} cannot run {method}: it adds features of its vision tower to the visual "
+            f"tokens after layers 0 to {parts.first_layer - 1}, which needs all of them. {name} "
+            f"may let tokens leave from layer {parts.first_layer} on, not before layer {early[0]}"
+        )
+    if positions not in parts.positions:
+        raise NotImplementedError(
+            f"{family} cannot run {name} with positions={positions!r}: its visual tokens have rows "
+            "and columns for positions, which do not close up; use 'original'"
+        )
 
 
 def check_prefill(parts: ModelParts, arguments: dict[str, Any], cache: Any, past: int) -> None:
@@ -44,7 +66,7 @@ def check_prefill(parts: ModelParts, arguments: dict[str, Any], cache: Any, past
             "past_key_values: a StaticCache that already holds keys cannot take further images "
             "while pruning; use a DynamicCache for conversations with several images"
         )
-    mask = arguments.get("attention_mask")
+    mask = mask_of(arguments)
     if isinstance(mask, torch.Tensor) and mask.dim() == 4 and not is_static(cache):
         raise NotImplementedError(
             "attention_mask: a 4D mask cannot be carried over to fewer rows; pass the 2D padding "

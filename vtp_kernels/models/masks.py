@@ -6,13 +6,14 @@ that the model's attention implementation takes: transformers' mask interface kn
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
-__all__ = ["causal_mask", "padding_of", "right_aligned", "valid_keys"]
+__all__ = ["causal_mask", "mask_of", "padding_of", "right_aligned", "valid_keys"]
 
 
 def causal_mask(
@@ -59,6 +60,12 @@ def causal_mask(
         use_vmap=False,
         device=hidden.device,
     )
+
+
+def mask_of(arguments: dict[str, Any]) -> Any:
+    """A call's attention mask. generate() gives one for each kind of layer; here all are alike."""
+    mask = arguments.get("attention_mask")
+    return mask.get("full_attention") if isinstance(mask, Mapping) else mask
 
 
 def padding_of(attention_mask: Any, rows: int, past: int) -> Tensor | None:

@@ -27,7 +27,7 @@ from .cache import (
 from .families import ModelParts
 from .forgetting import Text, forget_visual
 from .limits import check_prefill
-from .masks import causal_mask, padding_of, right_aligned, valid_keys
+from .masks import causal_mask, mask_of, padding_of, right_aligned, valid_keys
 from .observation import Observation
 from .positions import close_up
 from .report import PrefillRecord, StageRecord
@@ -70,7 +70,7 @@ class Prefill:
 
         logits_to_keep = arguments.get("logits_to_keep", 0)
         self.drafts = max(logits_to_keep, 1) - 1 if isinstance(logits_to_keep, int) else 0
-        mask = arguments.get("attention_mask")
+        mask = mask_of(arguments)
         valid = padding_of(mask, rows, self.past)
         # Rows whose logits are asked for have to be there in the end, whatever they are.
         asked = torch.arange(rows, device=visual.device) >= rows - 1 - self.drafts

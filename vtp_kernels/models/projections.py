@@ -9,11 +9,16 @@ from torch import Tensor, nn
 
 __all__ = ["project", "rotate"]
 
+# Some (Qwen3) normalise each head's queries and keys.
+NORMS = {"q_proj": "q_norm", "k_proj": "k_norm"}
+
 
 def project(attention: nn.Module, name: str, hidden: Tensor) -> Tensor:
     """[B, H, S, D]: the queries ("q_proj"), keys or values of rows hidden [B, S, C]."""
     states = getattr(attention, name)(hidden)
-    return states.view(*states.shape[:2], -1, attention.head_dim).transpose(1, 2)
+    states = states.view(*states.shape[:2], -1, attention.head_dim)
+    norm = getattr(attention, NORMS[name], None) if name in NORMS else None
+    return (states if norm is None else norm(states)).transpose(1, 2)
 
 
 def rotate(attention: nn.Module, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Any:

@@ -1,0 +1,256 @@
+"""Every family: pruned equals a reference in which nothing leaves and pruned keys are masked."""
+
+import pytest
+import torch
+from masked_reference import MaskedReference
+from test_generation import DETAILS, GREEDY, assert_same
+from tiny_llava import IMAGE
+from tiny_models import FAMILIES, VIDEO
+
+import vtp_kernels as vtp
+
+DEPTH = 6
+METHODS = {
+    "fastv": (vtp.FastV(2, 0.5), {2: 0.5}, "last_token"),
+    "pyramid": (
+        vtp.PyramidDrop((2, 3, 5), (0.5, 0.25, 0.0)),
+        {2: 0.5, 3: 0.25, 5: 0.0},
+        "last_token",
+    ),
+    "text": (vtp.Schedule({2: 0.4, 3: 3}, score="text"), {2: 0.4, 3: 3}, "text"),
+    "contribution": (
+        vtp.Schedule({3: 0.5, 4: 3}, score="contribution"),
+        {3: 0.5, 4: 3},
+        "contribution",
+    ),
+}
+TAKEN_OVER = {  # their own report says who stays; the reference checks what that leads to
+    "random": vtp.RandomPruning(2, 0.3),
+    "visipruner": vtp.VisiPruner(
+        ("middle", "deep"), shallow_layers=1, fusion_threshold=1.1, exit_threshold=0.9
+    ),
+}
+BATCHES = {
+    "one": (((0,), 9),),
+    "padded": (((0,), 9), ((1, 2), 3), ((2, 0, 1), 6), ((), 5)),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def models(family):
+    return {kind: family.model(kind) for kind in ("sdpa", "eager")}
+
+
+@pytest.fixture(scope="module", params=BATCHES)
+def inputs(request, family, models):
+    return family.batch(models["sdpa"], *BATCHES[request.param])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", METHODS)
+def test_greedy(models, inputs, name, attention):
+    method, stages, score = METHODS[name]
+    with vtp.prune(models[attention], method) as run:
+        pruned = models[attention].generate(**inputs, **GREEDY, **DETAILS)
+    with MaskedReference(models["eager"], stages, score=score) as masked:
+        reference = models["eager"].generate(**inputs, **GREEDY, **DETAILS)
+    kept = run.report().kept
+    assert kept.keys() == masked.kept.keys()
+    for layer in kept:
+        assert torch.equal(kept[layer], masked.kept[layer]), f"layer {layer}"
+    assert_same(pruned, reference)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", TAKEN_OVER)
+def test_greedy_with_what_the_method_kept(models, inputs, name, attention):
+    with vtp.prune(models[attention], TAKEN_OVER[name]) as run:
+        pruned = models[attention].generate(**inputs, **GREEDY, **DETAILS)
+    kept = run.report().kept
+    assert kept and any(not torch.equal(k, inputs["attention_mask"].bool()) for k in kept.values())
+    with MaskedReference(models["eager"], dict.fromkeys(kept), given=kept):
+        reference = models["eager"].generate(**inputs, **GREEDY, **DETAILS)
+    assert_same(pruned, reference)
+
+
+# --- the untouched model ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_keep_all_is_bit_identical(models, inputs, attention):
+    model = models[attention]
+    untouched = model.generate(**inputs, **GREEDY, **DETAILS)
+    with vtp.prune(model, vtp.Schedule({2: 1.0, 3: 1.0, 4: 1.0})):
+        kept_all = model.generate(**inputs, **GREEDY, **DETAILS)
+    removed = model.generate(**inputs, **GREEDY, **DETAILS)
+    for output in (kept_all, removed):
+        assert_same(output, untouched, tolerance=0)
+
+
+def test_no_image_passes_untouched(family, models):
+    model = models["sdpa"]
+    inputs = family.batch(model, ((), 5), ((), 9))
+    untouched = model.generate(**inputs, **GREEDY, **DETAILS)
+    with vtp.prune(model, vtp.FastV(2, 0.5)) as run:
+        output = model.generate(**inputs, **GREEDY, **DETAILS)
+        with pytest.raises(RuntimeError, match="nothing to report"):
+            run.report()
+    assert_same(output, untouched, tolerance=0)
+
+
+def test_bfloat16(family, inputs):
+    """Rounding differs with the shapes of the products, so not to the bit, but nearly so."""
+    model = family.model("sdpa", torch.bfloat16)
+    inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    untouched = model.generate(**inputs, **GREEDY, **DETAILS)
+    with vtp.prune(model, vtp.Schedule({2: 1.0, 3: 1.0})):
+        assert_same(model.generate(**inputs, **GREEDY, **DETAILS), untouched, tolerance=0)
+    with vtp.prune(model, vtp.FastV(2, 0.5)) as run:
+        pruned = model.generate(**inputs, **GREEDY, **DETAILS)
+    kept = run.report().kept
+    eager = family.model("eager", torch.bfloat16)
+    with MaskedReference(eager, dict.fromkeys(kept), given=kept):
+        reference = eager.generate(**inputs, **GREEDY, **DETAILS)
+    torch.testing.assert_close(pruned.logits[0], reference.logits[0], rtol=0.02, atol=0.25)
+
+
+# --- passive visual tokens, in each family's attention --------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["exact", "skip"])
+@torch.no_grad()
+def test_passive_attention(models, inputs, way):
+    """Of the weights that the eager attention computed, the published code leaves these."""
+    model, seen = models["eager"], {}
+    attention = model.model.language_model.layers[0].self_attn
+
+    def look(module, args, kwargs, output):
+        seen.update(hidden=kwargs["hidden_states"], weights=output[1])
+
+    hook = attention.register_forward_hook(look, with_kwargs=True)
+    model(**inputs)
+    hook.remove()
+    passive = {}
+
+    def look_again(module, args, kwargs, output):
+        passive["output"] = output[0]
+
+    method = vtp.VisiPruner(("shallow",), shallow_layers=1, shallow_attention=way)
+    with vtp.prune(models["sdpa"], method):
+        stand_in = models["sdpa"].model.language_model.layers[0].self_attn
+        hook = stand_in.register_forward_hook(look_again, with_kwargs=True)
+        models["sdpa"](**inputs)
+        hook.remove()
+    hidden, real = seen["hidden"], inputs["attention_mask"].bool()
+    value = attention.v_proj(hidden).view(*hidden.shape[:2], -1, attention.head_dim).transpose(1, 2)
+    value = value.repeat_interleave(seen["weights"].shape[1] // value.shape[1], dim=1)
+    weights = torch.stack(
+        [
+            passive_weights(w, ids == IMAGE, way)
+            for w, ids in zip(seen["weights"], inputs["input_ids"], strict=True)
+        ]
+    )
+    expected = attention.o_proj((weights @ value).transpose(1, 2).reshape(*hidden.shape[:2], -1))
+    torch.testing.assert_close(passive["output"][real], expected[real], rtol=0, atol=2e-5)
+
+
+def passive_weights(weights, visual, way):
+    """[H, S, S] of one prompt: what is left in layer 0 of weights whose rows add up to 1."""
+    if not visual.any():
+        return weights
+    weights, first = weights.clone(), int(visual.nonzero()[0])
+    text = ~visual
+    mass = weights[:, :, visual].sum(-1)
+    sink = weights[:, :, first].clone()
+    weights[:, :, visual] = 0
+    if way == "exact":
+        weights[:, text, first] = mass[:, text]
+        return weights
+    weights[:, :, first] = sink
+    weights[:, visual] = 0
+    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
+
+
+# --- videos -------------------------------------------------------------------------------------
+
+
+def video_inputs(name, model):
+    """A video of three frames (onevision), or two times two frames (Qwen)."""
+    generator = torch.Generator().manual_seed(4)
+    if name == "llava_onevision":
+        video = {"pixel_values_videos": torch.randn(1, 3, 3, 56, 56, generator=generator)}
+    elif name == "qwen2_5_vl":
+        video = {
+            "pixel_values_videos": torch.randn(2 * 4 * 8, 96, generator=generator),
+            "video_grid_thw": torch.tensor([[2, 4, 8]]),
+        }
+    else:  # Qwen3-VL has a timestamp before each frame: two videos of one frame to the model
+        video = {
+            "pixel_values_videos": torch.randn(4 * 8, 96, generator=generator),
+            "video_grid_thw": torch.tensor([[1, 4, 8]]),
+        }
+    with torch.no_grad():
+        features = model.get_video_features(**video, return_dict=True).pooler_output
+    tokens = sum(len(part) for part in features)
+    return tokens, video
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("with_picture", [False, True])
+def test_videos_are_visual_tokens(name, with_picture):
+    family = FAMILIES[name]
+    models = {kind: family.model(kind) for kind in ("sdpa", "eager")}
+    inputs = family.batch(models["sdpa"], ((0,) if with_picture else (), 4))
+    tokens, video = video_inputs(name, models["sdpa"])
+    ids = torch.cat(
+        (inputs["input_ids"], torch.full((1, tokens), VIDEO), torch.tensor([[5, 6, 7]])), dim=1
+    )
+    inputs |= video | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if family.types:
+        inputs["mm_token_type_ids"] = ((ids == IMAGE) + 2 * (ids == VIDEO)).int()
+    method = vtp.PyramidDrop((2, 4), (0.5, 0.25))
+    with vtp.prune(models["sdpa"], method) as run:
+        pruned = models["sdpa"].generate(**inputs, **GREEDY, **DETAILS)
+    with MaskedReference(models["eager"], {2: 0.5, 4: 0.25}) as masked:
+        reference = models["eager"].generate(**inputs, **GREEDY, **DETAILS)
+    report = run.report()
+    assert report.visual_tokens_per_layer[0] == [int(((ids == IMAGE) | (ids == VIDEO)).sum())]
+    for layer in report.kept:
+        assert torch.equal(report.kept[layer], masked.kept[layer])
+    assert_same(pruned, reference)
+
+
+# --- what a family cannot do ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_qwen3_vl_prunes_after_its_deepstack_layers(layer):
+    model = FAMILIES["qwen3_vl"].model("sdpa")
+    message = (
+        rf"qwen3_vl cannot run RandomPruning\(layer={layer}.*after layers 0 to 1.*"
+        rf"from layer 2 on, not before layer {layer}"
+    )
+    with pytest.raises(NotImplementedError, match=message):
+        vtp.apply(model, vtp.RandomPruning(layer, 0.5))
+    vtp.apply(model, vtp.RandomPruning(2, 0.5)).remove()
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_grid_positions_do_not_close_up(name):
+    model = FAMILIES[name].model("sdpa")
+    with pytest.raises(NotImplementedError, match=rf"{name} cannot run FastV with positions='cont"):
+        vtp.apply(model, vtp.FastV(2), positions="contiguous")
+
+
+def test_supported_models_can_run_what_they_say():
+    """Each family that is named has a model here, and each that has one is named."""
+    supported = vtp.supported_models()
+    architectures = {type(family.make()).__name__ for family in FAMILIES.values()}
+    named = {name for family in supported.values() for name in family["architectures"]}
+    assert named - {"LlavaForConditionalGeneration"} == architectures
+    assert supported["qwen3_vl"]["positions"] == ["original"]
