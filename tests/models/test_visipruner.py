@@ -95,6 +95,7 @@ def test_equals_the_published_arithmetic_on_random_models(draw):
         fused = look().fusion
         if fused is not None:
             settings["token_threshold"] = token_threshold(draw, keeps, look().norm[fused])
+            settings["min_keep"] = 0 if keeps == "none" else draw.integer(0, 12)
             later = [min(c) for layer, c in look().cosine.items() if layer > fused]
             settings["exit_threshold"] = exit_threshold(draw, draw.integer(0, 3) > 0, later)
         plain = assert_agrees(model, inputs, settings)
@@ -125,6 +126,23 @@ def test_without_shallow_layers_contributions_count_from_layer_0(model):
     threshold = between(*sorted(plain.norm[0])[4:6])
     settings = {"shallow_layers": 0, "fusion_threshold": 1.0, "token_threshold": threshold}
     assert assert_agrees(model, one(), settings).fusion == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("least", [1, 5])
+def test_fusion_leaves_at_least_so_many(model, least):
+    settings = {"stages": ("middle",), "fusion_threshold": 1.0, "token_threshold": 1e9}
+    assert len(assert_agrees(model, one(), settings | {"min_keep": least}).kept) == least
+
+
+@torch.no_grad()
+def test_a_floor_above_what_there_is_keeps_everything(model):
+    settings = {"stages": ("middle",), "fusion_threshold": 1.0, "token_threshold": 1e9}
+    method = vtp.VisiPruner(shallow_layers=SHALLOW, min_keep=1000, **settings)
+    dense = model(**one()).logits
+    with vtp.prune(model, method) as run:
+        assert torch.equal(model(**one()).logits, dense)
+    assert [event["event"] for event in run.report().events] == ["fusion"]
 
 
 @torch.no_grad()
@@ -414,6 +432,7 @@ def test_settings_on_the_command_line():
         ({"stages": ("deep", "deep")}, "VisiPruner.stages: expected some of"),
         ({"shallow_layers": -1}, "VisiPruner.shallow_layers: layers are counted from 0"),
         ({"exit_votes": 0}, "VisiPruner.exit_votes: expected at least 1"),
+        ({"min_keep": -1}, "VisiPruner.min_keep: expected at least 0"),
         ({"token_threshold": float("nan")}, "VisiPruner.token_threshold: expected a finite"),
         ({"shallow_attention": "none"}, "VisiPruner.shallow_attention: got 'none'"),
         ({"decision": "fixed"}, 'VisiPruner.schedule: decision="fixed" needs a Schedule'),

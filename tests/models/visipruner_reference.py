@@ -20,6 +20,7 @@ class PlainVisiPruner:
         shallow_layers,
         fusion_threshold=-2.0,
         token_threshold=0.0,
+        min_keep=0,
         exit_threshold=2.0,
         exit_votes=2,
         stages=("shallow", "middle", "deep"),
@@ -119,8 +120,11 @@ class PlainVisiPruner:
         if not fused:
             if min(cosine) < self.fusion_threshold:
                 self.fusion = index
+                best = sorted(norm, reverse=True)[: self.min_keep]
                 self.kept = [
-                    j for j, n in zip(alive, norm, strict=True) if n > self.token_threshold
+                    j
+                    for j, n in zip(alive, norm, strict=True)
+                    if n > self.token_threshold or n in best
                 ]
                 self.open = ~self.visual
                 self.open[self.kept] = True

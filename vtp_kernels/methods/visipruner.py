@@ -72,6 +72,10 @@ class VisiPruner(Method, name="visipruner"):
         "fixed": `schedule` says when how many leave, ranked by their contribution: nothing is read.
     schedule : Schedule
         For decision="fixed": what `vtp_kernels.calibrate` makes of this method and some prompts.
+    min_keep : int
+        Fusion leaves at least so many tokens, those that contribute most, where fewer are above
+        `token_threshold`. (The paper has no such floor; on small models a handful of keys is too
+        few for what later layers do with them.) The exit takes them all the same.
     """
 
     stages: tuple[str, ...] = STAGES
@@ -87,6 +91,7 @@ class VisiPruner(Method, name="visipruner"):
     drop_shallow_kv: bool = False
     decision: str = "exact"
     schedule: Schedule | None = None
+    min_keep: int = 0
 
     def __post_init__(self) -> None:
         stages = (self.stages,) if isinstance(self.stages, str) else tuple(self.stages)
@@ -100,10 +105,12 @@ class VisiPruner(Method, name="visipruner"):
                 raise TypeError(f"VisiPruner.{name}: expected a number, got {value!r}")
             if not math.isfinite(value):
                 raise ValueError(f"VisiPruner.{name}: expected a finite number, got {value}")
-        if isinstance(self.exit_votes, bool) or not isinstance(self.exit_votes, int):
-            raise TypeError(f"VisiPruner.exit_votes: expected an int, got {self.exit_votes!r}")
-        if self.exit_votes < 1:
-            raise ValueError(f"VisiPruner.exit_votes: expected at least 1, got {self.exit_votes}")
+        for name, least in (("exit_votes", 1), ("min_keep", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"VisiPruner.{name}: expected an int, got {value!r}")
+            if value < least:
+                raise ValueError(f"VisiPruner.{name}: expected at least {least}, got {value}")
         for name, choices in (
             ("shallow_attention", SHALLOW_ATTENTION),
             ("shallow_first_layer", FIRST_LAYER),
@@ -217,6 +224,7 @@ _FIELDS = {
     "token_threshold": float,
     "exit_threshold": float,
     "exit_votes": int,
+    "min_keep": int,
     "consecutive_votes": _bool,
     "shallow_attention": str,
     "shallow_first_layer": str,
@@ -269,10 +277,18 @@ class Judge:
             votes = self.votes + spare
             self.votes = torch.where(spare, votes, 0) if method.consecutive_votes else votes
             leaves = (self.votes >= method.exit_votes) & self.alive.any(1)
-        stays = ~turns[:, None] | (norm > method.token_threshold)
+        stays = ~turns[:, None] | (norm > method.token_threshold) | self._best(norm)
         self.alive = self.alive & stays & ~leaves[:, None]
         self.fused = fused | turns
         self.noted.append((layer, {"fusion": turns, "exit": leaves}))
+
+    def _best(self, norm: Tensor) -> Tensor:
+        """The `min_keep` tokens that contribute most; more where the last of them has equals."""
+        count = min(self.method.min_keep, norm.shape[1])
+        if count == 0:
+            return torch.zeros_like(self.alive)
+        norm = norm.masked_fill(~self.alive, -math.inf)
+        return norm >= norm.topk(count).values[:, -1:]
 
     def _ask(self) -> tuple[Tensor, Tensor, Any]:
         """What is alive, and on its way to the host: tokens left, and whether fusion happened."""
