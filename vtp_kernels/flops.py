@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from vtp_kernels.methods.passive import PassiveVisual
 
-__all__ = ["Attention", "flops", "passive_attention", "passive_pairs"]
+__all__ = [
+    "Attention",
+    "Spans",
+    "flops",
+    "passive_attention",
+    "passive_pairs",
+    "visual_pairs",
+]
 
 
 class Attention(NamedTuple):
@@ -22,6 +29,15 @@ class Attention(NamedTuple):
 
     rows: int
     pairs: int
+
+
+class Spans(NamedTuple):
+    """Of one prompt: text before the last visual token, the sum over visual tokens of the text
+    before each, and the text after the first."""
+
+    before_last: int
+    text_before: int
+    text_after_first: int
 
 
 def flops(
@@ -135,6 +151,18 @@ def passive_pairs(
     values = text * (keys + merged)
     visual_keys = {"prefix": past + before_visual, "causal": keys + visual, "skip": 0}
     return logits + values + 2 * visual * visual_keys[visual_rows]
+
+
+def visual_pairs(visual: int, spans: Spans, passive: PassiveVisual) -> int:
+    """Of one prompt in a passive layer: causal pairs of a query and a key that have weight, with a
+    visual token among them."""
+    visual_rows = {
+        "prefix": spans.text_before,
+        "causal": spans.text_before + visual * (visual + 1) // 2,
+        "skip": 0,
+    }[passive.visual_rows]
+    keys = (visual + 1) // 2 if passive.spare_second_half else int(passive.sink == "merge")
+    return visual_rows + spans.text_after_first * keys
 
 
 def _decoder_layer(text: Any, rows: int, attention: Attention) -> int:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vtp_kernels.flops import Attention, flops, passive_attention
+from vtp_kernels.flops import Attention, Spans, flops, passive_attention, visual_pairs
 from vtp_kernels.methods.base import Method
 from vtp_kernels.methods.passive import PassiveVisual
 
@@ -118,15 +118,6 @@ class StageRecord(NamedTuple):
     visual: list[int]
     origin: Tensor
     valid: Tensor | None
-
-
-class Spans(NamedTuple):
-    """Of one prompt: text before the last visual token, the sum over visual tokens of the text
-    before each, and the text after the first."""
-
-    before_last: int
-    text_before: int
-    text_after_first: int
 
 
 @dataclass(frozen=True)
@@ -251,7 +242,7 @@ class PrefillRecord:
                 if passive is None:
                     pairs += n * (n + 1) // 2 - t * (t + 1) // 2
                 else:
-                    pairs += _pairs_of(passive, n - t, spans[b])
+                    pairs += visual_pairs(n - t, spans[b], passive)
         return pairs
 
     def _spans(self) -> list[Spans]:
@@ -295,17 +286,6 @@ class PrefillRecord:
 
 def _add(a: list[list[int]], b: list[list[int]]) -> list[list[int]]:
     return [[x + y for x, y in zip(*pair, strict=True)] for pair in zip(a, b, strict=True)]
-
-
-def _pairs_of(passive: PassiveVisual, images: int, spans: Spans) -> int:
-    """Of one prompt in a passive layer: pairs that have weight."""
-    visual_rows = {
-        "prefix": spans.text_before,
-        "causal": spans.text_before + images * (images + 1) // 2,
-        "skip": 0,
-    }[passive.visual_rows]
-    keys = (images + 1) // 2 if passive.spare_second_half else int(passive.sink == "merge")
-    return visual_rows + spans.text_after_first * keys
 
 
 def _si(number: int) -> str:
