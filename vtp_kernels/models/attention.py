@@ -217,8 +217,9 @@ class ScoringAttention(StandIn):
         seen = Observation(self.replaced, given)
         first, last, _ = rows.indices(hidden_states.shape[1])
         positions = torch.arange(past + first, past + last, device=hidden_states.device)
+        query = seen.queries(rows)
         scores = attention_scores(
-            seen.queries(rows),
+            query,
             seen.keys(past),
             candidates=pad(candidates, (past, 0)),
             valid=valid,
@@ -226,4 +227,4 @@ class ScoringAttention(StandIn):
             scale=seen.scale,
             backend=self.backend,
         )
-        return output, scores[:, past:]
+        return output, seen.all_heads.mean(scores, query)[:, past:]

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .positions import POSITIONS
+from .ranks import all_heads
 
 __all__ = ["FAMILIES", "Family", "ModelParts", "parts_of"]
 
@@ -82,8 +84,8 @@ def _rows_of(token: int, base: nn.Module, arguments: dict[str, Any]) -> Tensor:
         return arguments["input_ids"] == token
     # Given embeddings instead of ids, the placeholders are those that equal its embedding.
     embeddings = arguments["inputs_embeds"]
-    placeholder = base.get_input_embeddings().weight[token]
-    return (embeddings == placeholder.to(embeddings.device)).all(-1)
+    placeholder = torch.full((), token, device=embeddings.device)  # through the module: its weight
+    return (embeddings == base.get_input_embeddings()(placeholder)).all(-1)  # may be in pieces
 
 
 def _parts(model: nn.Module, name: str, family: Family) -> ModelParts:
@@ -153,19 +155,19 @@ def parts_of(model: nn.Module) -> ModelParts:
     names = {cls.__name__ for cls in type(model).__mro__}
     for name, family in FAMILIES.items():
         if names.intersection(family.architectures):
-            parts = _parts(model, name, family)
-            _check_text_model(parts, family)
-            return parts
+            _check_text_model(model, family)
+            return _parts(model, name, family)
     raise NotImplementedError(
         f"{type(model).__name__} is not supported. Supported are: {_supported()}"
     )
 
 
-def _check_text_model(parts: ModelParts, family: Family) -> None:
-    config = parts.text.config
+def _check_text_model(model: nn.Module, family: Family) -> None:
+    text = model.model.language_model
+    config = text.config
     if config.model_type not in family.text_models:
         raise NotImplementedError(
-            f"{type(parts.top).__name__} with a {config.model_type!r} text model is not "
+            f"{type(model).__name__} with a {config.model_type!r} text model is not "
             f"supported. Supported are: {_supported()}"
         )
     sliding = [kind for kind in getattr(config, "layer_types", None) or () if "sliding" in kind]
@@ -174,11 +176,7 @@ def _check_text_model(parts: ModelParts, family: Family) -> None:
             "a text model with sliding-window attention is not supported: its window counts rows, "
             "and rows that leave would move it"
         )
-    if getattr(parts.top, "_tp_size", None) not in (None, 1):
-        raise NotImplementedError(
-            "a tensor-parallel model is not supported: each rank sees some of the heads only, and "
-            "would keep tokens of its own choice"
-        )
+    all_heads(text.layers[0].self_attn)
 
 
 def _supported() -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .projections import project, rotate
+from .ranks import all_heads
 
 __all__ = ["Observation"]
 
@@ -15,11 +16,13 @@ class Observation:
     """The input of an attention module, from which its queries and keys can be had again.
 
     Queries are computed anew for the few rows a method asks for; keys come from the cache, which
-    has them. So the attention itself runs as fast as it can, and keeps no attention matrix.
+    has them. So the attention itself runs as fast as it can, and keeps no attention matrix. Where
+    ranks share the heads, these are a rank's own; `all_heads` puts together what all have.
     """
 
     def __init__(self, attention: nn.Module, arguments: dict[str, Any]) -> None:
         self.attention = getattr(attention, "replaced", attention)
+        self.all_heads = all_heads(self.attention)
         self.hidden: Tensor = arguments["hidden_states"]
         self.cos, self.sin = arguments["position_embeddings"]
         self.cache = arguments.get("past_key_values")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vtp_kernels.ops import attention_scores, select_topk, token_contribution
+from vtp_kernels.ops import attention_scores, compact_rows, select_topk, token_contribution
 from vtp_kernels.selection import Selection
 
 from .masks import valid_keys
@@ -102,8 +102,9 @@ class PromptRows:
         if last - first > 1 or last < self.hidden.shape[1]:
             positions = torch.arange(first, last, device=self.hidden.device) + self.past
             positions = positions.expand(self.hidden.shape[0], -1)
+        query = observation.queries(rows)
         scores = attention_scores(
-            observation.queries(rows),
+            query,
             observation.keys(self.past),
             candidates=pad(self.visual, (self.past, 0)),
             valid=self._key_valid(),
@@ -112,7 +113,7 @@ class PromptRows:
             scale=observation.scale,
             backend=self._backend,
         )
-        return scores[:, self.past :]
+        return observation.all_heads.mean(scores, query)[:, self.past :]
 
     def token_contribution(self) -> tuple[Tensor, Tensor]:
         """What the visual rows added to the observed layer's output for the last prompt token.
@@ -122,10 +123,15 @@ class PromptRows:
         observation, end = self._observed(), self.prompt_end + 1
         keys = self.past + end  # drafts of assisted decoding come later
         valid = self._key_valid()
-        parts = token_contribution(
+        query, key, value = observation.all_heads.gather(
             observation.queries(slice(end - 1, end))[:, :, 0],
             observation.keys(self.past)[:, :, :keys],
             observation.values(self.past)[:, :, :keys],
+        )
+        parts = token_contribution(
+            query,
+            key,
+            value,
             candidates=pad(self.visual, (self.past, 0))[:, :keys],
             valid=None if valid is None else valid[:, :keys],
             scale=observation.scale,
@@ -139,6 +145,28 @@ class PromptRows:
         if self._observation is None:
             raise RuntimeError("no layer was observed: name it in the method's observed_layers")
         return self._observation
+
+    def gather(self, mask: Tensor, counts: list[int]) -> tuple[Tensor, Selection, Tensor | None]:
+        """`hidden` of the rows in `mask` bool [B, S] alone, in order, `counts[b]` of each prompt:
+        [B, N, C]; which rows these are; and which of the N are there, bool [B, N] (None: all)."""
+        selection = select_topk(
+            torch.zeros(mask.shape, device=mask.device),
+            0,
+            keep=mask,
+            capacity=max(counts),
+            backend=self._backend,
+        )
+        (hidden,) = compact_rows((self.hidden,), *selection, backend=self._backend)
+        valid = None
+        if min(counts) < max(counts):
+            valid = selection.indices >= 0
+        return hidden, selection, valid
+
+    def spread(self, values: Tensor, selection: Selection) -> Tensor:
+        """Values [B, N] of selected rows, at the rows they are of: [B, S], 0 elsewhere."""
+        length = self.hidden.shape[1]
+        places = torch.where(selection.indices >= 0, selection.indices, length)
+        return values.new_zeros(len(values), length + 1).scatter(1, places, values)[:, :-1]
 
     def in_columns(self, x: Tensor, fill: float) -> Tensor:
         """Values of rows [B, S] at the input columns they came from, [B, columns]; `fill` where no
