@@ -6,7 +6,7 @@ import itertools
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vtp_kernels.flops import Attention, flops, passive_attention
+from vtp_kernels.flops import Attention, Spans, flops, passive_attention, visual_pairs
 from vtp_kernels.methods import Method, VisiPruner
 from vtp_kernels.methods.budget import visual_budget
 from vtp_kernels.methods.schedule import ScheduledMethod
@@ -61,12 +61,21 @@ class Account:
         multiply-accumulates per layer of n tokens; passive tokens that skip attention have the last
         term alone, those whose attention is exact only lack what text would read of them, which
         this count does not have.
+    visual_pairs : int
+        Causal pairs of a query and a key that have weight, with a visual token among them.
+    visual_reads : int
+        Those of them in which text reads a visual token, in layers that are not passive. As a share
+        of the dense model's `visual_pairs` it is what VisiPruner's paper seems to count: what
+        visual tokens pay each other is needed nowhere. Its 98.3 to 99.9 % less come out for 21 to 1
+        tokens of text behind the picture with fusion in layer 14, for 51 to 3 with fusion in 9.
     """
 
     visual_per_layer: list[int]
     passive_layers: int
     flops: int
     visual_macs: float
+    visual_pairs: int
+    visual_reads: int
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -97,16 +106,23 @@ def account(
         for layer, how in passive.items()
     }
     width, inner = config.hidden_size, config.intermediate_size
-    macs = 0
+    macs = pairs = reads = 0
     for layer, n in enumerate(counts):
         macs += 3 * n * width * inner
         if layer not in passive or not passive[layer].leaves_one:
             macs += 4 * n * width**2 + 2 * n**2 * width
+        if layer in passive:
+            pairs += visual_pairs(n, Spans(before, n * before, text - before), passive[layer])
+        else:
+            reads += n * (text - before)
+            pairs += n * text + n * (n + 1) // 2
     return Account(
         visual_per_layer=counts,
         passive_layers=len(passive),
         flops=flops(config, [text + n for n in counts], attention=attention),
         visual_macs=macs,
+        visual_pairs=pairs,
+        visual_reads=reads,
     )
 
 
@@ -142,17 +158,22 @@ def _check_course(course: Course, depth: int, visual: int) -> None:
 
 def table(accounts: dict[str, Account]) -> str:
     """A row per method, the first of which is what the others are compared with."""
-    width = max(map(len, accounts)) + 2
     first = next(iter(accounts.values()))
-    lines = [f"{'method':<{width}}{'FLOPs':<22}{'MACs of visual tokens':<24}visual tokens x layers"]
+    head = ("method", "FLOPs", "MACs of visual tokens", "visual attention", "read by text")
+    rows = [(*head, "visual tokens x layers")]
     for name, x in accounts.items():
-        saved = 1 - x.flops / first.flops
-        saved_macs = 1 - x.visual_macs / first.visual_macs
-        flops_cell = f"{x.flops / 1e12:.2f} T" + (f"  -{saved:.1%}" if x is not first else "")
-        macs = f"{x.visual_macs / 1e12:.2f} T"
-        macs += f"  -{saved_macs:.1%}" if x is not first else ""
-        lines.append(f"{name:<{width}}{flops_cell:<22}{macs:<24}{_runs(x)}")
-    return "\n".join(lines)
+        cells = [f"{x.flops / 1e12:.2f} T", f"{x.visual_macs / 1e12:.2f} T", "", ""]
+        if x is not first:
+            cells[0] += f"  -{1 - x.flops / first.flops:.1%}"
+            cells[1] += f"  -{1 - x.visual_macs / first.visual_macs:.1%}"
+            cells[2] = f"-{1 - x.visual_pairs / first.visual_pairs:.1%}"
+            cells[3] = f"-{1 - x.visual_reads / first.visual_pairs:.1%}"
+        rows.append((name, *cells, _runs(x)))
+    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
 
 
 def _runs(x: Account) -> str:

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from tiny_llava import batch, one, prompt, tiny_llava
+from tiny_llava import IMAGE, batch, one, prompt, tiny_llava
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 import vtp_kernels as vtp
 from vtp_kernels import _native
+from vtp_kernels.accounting import Course, account
+from vtp_kernels.methods import method_from_spec
 
 
 def counted(run):
@@ -126,3 +128,23 @@ def test_work_in_passive_layers_is_skipped(options):
         assert share < 0.55  # 53 of 101 rows are text
     else:
         assert share < 0.98  # what remains is projections, and products among text
+
+
+@pytest.mark.parametrize("options", ["skip", "exact", "exact,shallow_visual_rows=none"])
+def test_pairs_are_those_of_the_report(options):
+    """The account of a configuration is what a small model reports of a prompt."""
+    model = tiny_llava(num_hidden_layers=6)
+    spec = f"visipruner:stages=shallow,shallow_layers=3,shallow_attention={options}"
+    inputs = batch(prompt(1, 5, seed=0))
+    visual = inputs["input_ids"][0] == IMAGE
+    first = int(visual.nonzero()[0])
+    sizes = {"text": int((~visual).sum()), "before": first, "visual": int(visual.sum())}
+    with vtp.prune(model, method_from_spec(spec)) as run, torch.no_grad():
+        model(**inputs)
+    config = model.config.text_config
+    dense, pruned = (
+        account(config, method, **sizes, course=Course(fusion_layer=5))
+        for method in (None, method_from_spec(spec))
+    )
+    ours = 1 - pruned.visual_pairs / dense.visual_pairs
+    assert ours == pytest.approx(run.report().visual_attention_reduction)
