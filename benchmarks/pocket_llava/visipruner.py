@@ -27,6 +27,7 @@ from vtp_kernels.chat import chat_inputs
 from vtp_kernels.demo import load
 from vtp_kernels.machine import describe
 from vtp_kernels.methods import FastV, Method, PyramidDrop, RandomPruning, VisiPruner
+from vtp_kernels.methods.visipruner import STAGES
 from vtp_kernels.models import prune
 from vtp_kernels.pocket_llava import scenes
 from vtp_kernels.pocket_llava.evaluate import evaluate, table
@@ -34,15 +35,18 @@ from vtp_kernels.pocket_llava.model import TRAINED
 
 POINT = 0.01
 GRID = [
-    VisiPruner(stages, shallow_layers=layers, fusion_threshold=0.9995, token_threshold=threshold)
-    for stages, layers, thresholds in (
-        (("middle", "deep"), 0, (0.02, 0.0215, 0.023, 0.025)),
-        (("middle", "deep"), 1, (0.02, 0.025, 0.03)),
-        (("shallow", "middle", "deep"), 1, (0.02, 0.03)),
-    )
-    for threshold in thresholds
+    VisiPruner(("middle",), 0, fusion_threshold=fusion, token_threshold=threshold, min_keep=least)
+    for fusion in (1.0, 0.9999, 0.999)
+    for threshold in (0.0104, 0.0112)
+    for least in (32, 48)
+]
+# What the other two stages cost: the exit, and a passive layer 0.
+GRID += [
+    VisiPruner(("middle", "deep"), 0, 0.9999, 0.0112, min_keep=48),
+    VisiPruner(STAGES, 1, 0.9995, 0.02),
 ]
 RIVALS: tuple[Callable[[float], Method], ...] = (
+    lambda keep: FastV(1, keep),
     lambda keep: FastV(2, keep),
     lambda keep: PyramidDrop((2, 4, 6), (keep, keep / 2, keep / 4)),
     lambda keep: RandomPruning(0, keep),
@@ -130,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--calibration", type=int, default=400, help="questions to calibrate on")
+    parser.add_argument("--calibration", type=int, default=1000, help="questions to calibrate on")
     parser.add_argument("--questions", type=int, default=2000, help="questions to report")
     parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--example", type=int, default=1, help="which question is drawn")

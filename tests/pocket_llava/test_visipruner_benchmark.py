@@ -48,6 +48,6 @@ def test_runs(monkeypatch, tmp_path):
     visipruner.main()
     result = json.loads((tmp_path / "it.json").read_text())
     kinds = [x["method"].split(":")[0] for x in result["rows"]]
-    assert kinds == ["none", "visipruner", "fastv", "pyramiddrop", "random"]
+    assert kinds == ["none", "visipruner", "fastv", "fastv", "pyramiddrop", "random"]
     assert [x["split"] for x in result["calibration"]] == ["calibration"] * 2
     assert Image.open(tmp_path / "it.png").size[0] > 8 * 224
