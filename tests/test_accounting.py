@@ -1,12 +1,16 @@
 """`vtp-kernels flops`: published figures from a configuration alone."""
 
 import json
+import math
 
 import pytest
+from transformers import LlavaConfig
 
 from vtp_kernels.accounting import Course, account, text_config
 from vtp_kernels.cli import main
 from vtp_kernels.methods import method_from_spec
+from vtp_kernels.methods.lvpruning.deciders import Shape
+from vtp_kernels.methods.lvpruning.published import published_flops
 
 LLAVA = {"text": 64, "before": 35, "visual": 576}
 
@@ -85,3 +89,46 @@ def test_command_line(capsys):
     assert list(accounts) == ["none", "visipruner", "fastv:2:0.5"]
     assert main([*command[:-1], "fastv:40:0.5"]) == 2
     assert "there is no layer 40" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ratios", "tera"),
+    [((0.6, 0.4, 0.2), 3.97), ((0.5, 0.3, 0.1), 3.18), ((0.45, 0.25, 0.05), 2.79)],
+)
+def test_lvpruning_s_published_figures(ratios, tera):
+    """8.38 TFLOPs dense, 52.6, 62.1 and 66.7 % less; the paper cuts behind the second digit."""
+    dense, pruned = (published_flops(LlavaConfig(), x).total / 1e12 for x in (None, ratios))
+    assert dense == pytest.approx(8.38, abs=5e-3)
+    assert math.floor(100 * pruned) / 100 == tera
+    assert 1 - tera / 8.38 == pytest.approx({3.97: 0.526, 3.18: 0.621, 2.79: 0.667}[tera], abs=5e-4)
+
+
+def test_lvpruning_s_three_deciders_cost_what_it_says():
+    """0.71 TFLOPs, looking at all 576 tokens; its layers hold 606, 318, 202 and 87 rows."""
+    all_stay = published_flops(LlavaConfig(), (1.0, 1.0, 1.0))
+    assert all_stay.deciders / 1e12 == pytest.approx(0.71, abs=5e-3)
+    language = published_flops(LlavaConfig(), (0.5, 0.3, 0.1)).language
+    per_row = 2 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert language == per_row * (606 + 7 * 318 + 8 * 202 + 16 * 87)
+
+
+def test_lvpruning_is_charged_for_its_deciders(config):
+    """Attention included, and 64 tokens of text: not the paper's recipe."""
+    pruned = accounted(config, "lvpruning")
+    assert pruned.visual_per_layer == [576] + [288] * 7 + [172] * 8 + [57] * 16
+    same = accounted(config, "schedule:1=288,8=172,16=57")
+    shape = Shape(4096, 4096, (1, 8, 16))
+    deciders = sum(shape.flops(64, visual) for visual in (576, 288, 172))
+    assert pruned.flops == same.flops + deciders
+    nothing = accounted(config, "lvpruning::1.0,1.0,1.0")
+    assert nothing.flops == accounted(config, "none").flops
+
+
+def test_lvpruning_table(capsys):
+    assert main(["lvpruning", "flops"]) == 0
+    page = capsys.readouterr().out
+    assert "8.380" in page and "3.975     52.6%" in page
+    assert main(["lvpruning", "flops", "--ratios", "0.3,0.2,0.1"]) == 0
+    assert "0.3, 0.2, 0.1" in capsys.readouterr().out
+    assert main(["lvpruning", "flops", "--ratios", "0.3,0.2"]) == 2
+    assert "ratios: expected one for each" in capsys.readouterr().err

@@ -26,6 +26,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "FastV": "vtp_kernels.methods",
+    "LVPruning": "vtp_kernels.methods",
     "PyramidDrop": "vtp_kernels.methods",
     "RandomPruning": "vtp_kernels.methods",
     "Schedule": "vtp_kernels.methods",
@@ -39,6 +40,7 @@ _LAZY_MODULES = ("plot", "reference")
 
 __all__ = [
     "FastV",
+    "LVPruning",
     "PyramidDrop",
     "RandomPruning",
     "Schedule",

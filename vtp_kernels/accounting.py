@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vtp_kernels.flops import Attention, Spans, flops, passive_attention, visual_pairs
-from vtp_kernels.methods import Method, VisiPruner
+from vtp_kernels.methods import LVPruning, Method, VisiPruner
 from vtp_kernels.methods.budget import visual_budget
 from vtp_kernels.methods.schedule import ScheduledMethod
 
@@ -55,7 +55,8 @@ class Account:
         Visual tokens entering each layer.
     passive_layers : int
     flops : int
-        All tokens; 2 per multiply-accumulate, as `vtp_kernels.flops`.
+        All tokens; 2 per multiply-accumulate, as `vtp_kernels.flops`. LVPruning's deciders are
+        counted too.
     visual_macs : float
         Visual tokens alone, as VisiPruner counts (arXiv 2510.17205): 4 n d^2 + 2 n^2 d + 3 n d m
         multiply-accumulates per layer of n tokens; passive tokens that skip attention have the last
@@ -119,10 +120,20 @@ def account(
     return Account(
         visual_per_layer=counts,
         passive_layers=len(passive),
-        flops=flops(config, [text + n for n in counts], attention=attention),
+        flops=flops(config, [text + n for n in counts], attention=attention)
+        + _deciding(config, method, text, [visual, *counts]),
         visual_macs=macs,
         visual_pairs=pairs,
         visual_reads=reads,
+    )
+
+
+def _deciding(config: Any, method: Method | None, text: int, counts: list[int]) -> int:
+    """FLOPs of the method's own networks; counts[layer] visual tokens enter the layer before."""
+    layers = () if method is None else method.decision_layers(config.num_hidden_layers)
+    return sum(
+        method.decision_flops(layer, config, text, counts[layer], counts[layer + 1])
+        for layer in layers
     )
 
 
@@ -134,6 +145,9 @@ def _visual_per_layer(method: Method | None, depth: int, visual: int, course: Co
         for stage in method.stages:
             kept = visual_budget(stage.keep, visual)
             counts[stage.layer :] = [min(kept, n) for n in counts[stage.layer :]]
+    elif isinstance(method, LVPruning):
+        for layer in method.layers:
+            counts[layer:] = [method.budget(layer, visual)] * (depth - layer)
     elif isinstance(method, VisiPruner):
         _check_course(course, depth, visual)
         if "middle" in method.stages:

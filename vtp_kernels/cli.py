@@ -1,4 +1,4 @@
-"""The command line: `python -m vtp_kernels demo | run | info | flops`."""
+"""The command line: `python -m vtp_kernels demo | run | info | flops | lvpruning`."""
 
 import argparse
 import json
@@ -89,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     flops.add_argument("--exit-layer", type=int, help="visipruner: where these leave too")
     flops.add_argument("--json", action="store_true")
     flops.set_defaults(command=_flops)
+
+    from vtp_kernels.methods.lvpruning import cli as lvpruning
+
+    lvpruning.add_to(commands)
     return parser
 
 

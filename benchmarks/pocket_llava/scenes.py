@@ -90,9 +90,14 @@ class Case:
 def cases(split: str, count: int) -> Iterator[Case]:
     """The first `count` questions of a split, one per picture, the kinds in turn."""
     for index in range(count):
-        picture = scene(split, index)
-        kind = KINDS[index % len(KINDS)]
-        yield Case(picture, ask(picture, generator(split, 1_000_000 + index), kind))
+        yield case(split, index)
+
+
+def case(split: str, index: int, kinds: tuple[str, ...] = KINDS) -> Case:
+    """Question number `index` of a split in which these kinds take turns."""
+    picture = scene(split, index)
+    kind = kinds[index % len(kinds)]
+    return Case(picture, ask(picture, generator(split, 1_000_000 + index), kind))
 
 
 def scene(split: str, index: int, objects: tuple[int, int] = (2, MAX_OBJECTS)) -> Scene:

@@ -55,7 +55,7 @@ def test_to_dict_is_plain():
     [
         ({}, '"method"'),
         ([], '"method"'),
-        ({"method": "fastvv"}, r"no method 'fastvv'.*'fastv', 'pyramiddrop', 'random'"),
+        ({"method": "fastvv"}, r"no method 'fastvv'.*'fastv', .*'pyramiddrop', 'random'"),
         (
             {"method": "fastv", "ratio": 0.5},
             r"FastV has no \['ratio'\]; it has \['keep', 'layer'\]",

@@ -2,6 +2,7 @@
 
 from .base import METHODS, Method
 from .fastv import FastV
+from .lvpruning import LVPruning
 from .pyramiddrop import PyramidDrop
 from .random import RandomPruning
 from .schedule import Schedule
@@ -11,6 +12,7 @@ from .visipruner import VisiPruner
 __all__ = [
     "METHODS",
     "FastV",
+    "LVPruning",
     "Method",
     "PyramidDrop",
     "RandomPruning",

@@ -80,6 +80,16 @@ class Method(ABC):
         for layer in self.decision_layers(depth):
             check_depth(layer, depth, type(self).__name__)
 
+    def check_config(self, family: str, config: Any) -> None:  # noqa: B027
+        """Raise ValueError if the method does not fit a model of that family (as of
+        `supported_models()`), or its language model's configuration."""
+
+    def decision_flops(self, layer: int, config: Any, text: int, visual: int, kept: int) -> int:
+        """What it costs to decide before `layer`, besides running the model, that `kept` of the
+        `visual` tokens stay which a prompt has there among `text` others: FLOPs, 2 per
+        multiply-accumulate. `config` is the language model's."""
+        return 0
+
     # ---- storage -----------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:

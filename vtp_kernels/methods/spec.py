@@ -11,6 +11,7 @@ __all__ = ["load_method", "method_from_spec"]
 FORMS = """\
   none                                the model as it is
   fastv[:LAYER[:KEEP]]                fastv:2:0.5
+  lvpruning[:FOLDER[:RATIO,...]]      lvpruning:deciders:0.6,0.4,0.2
   pyramiddrop[:LAYER=KEEP,...]        pyramiddrop:8=0.5,16=0.25,24=0.125
   random[:KEEP[:LAYER[:SEED]]]        random:0.22
   schedule:LAYER=KEEP,...[:SCORE]     schedule:2=0.5,4=0.1

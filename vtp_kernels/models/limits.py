@@ -21,6 +21,7 @@ def check_method(parts: ModelParts, method: Method, positions: str) -> None:
     family, name = parts.family, type(method).__name__
     depth = len(parts.layers)
     method.check_model(depth)
+    method.check_config(family, parts.text.config)
     early = [layer for layer in method.decision_layers(depth) if layer < parts.first_layer]
     if early:
         raise NotImplementedError(

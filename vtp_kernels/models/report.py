@@ -44,7 +44,8 @@ class Report:
         For each layer before which rows could leave: the input columns that stayed, text included;
         `kept.visual` bool [B, S] tells the visual ones. On the CPU.
     prefill_flops, dense_prefill_flops : int
-        Language model, all prompts: projections, attention, MLP; 2 per multiply-accumulate.
+        Language model, all prompts: projections, attention, MLP; 2 per multiply-accumulate. What
+        was spent on deciding is counted where a method runs networks of its own (LVPruning).
     flops_reduction : float
         1 - prefill_flops / dense_prefill_flops.
     visual_attention_reduction : float
@@ -146,7 +147,7 @@ class PrefillRecord:
         dense = _add([self.text] * self.depth, [self.visual] * self.depth)
         past = self._past(batch)
         keys, dense_keys = _add(tokens, past), _add(dense, past)
-        spent = self._flops(tokens, keys, self._attention(visual, past))
+        spent = self._flops(tokens, keys, self._attention(visual, past)) + self._deciding()
         dense_spent = self._flops(dense, dense_keys, [{}] * batch)
         held = self._held(visual, past)
         return Report(
@@ -213,6 +214,15 @@ class PrefillRecord:
     ) -> int:
         prompts = zip(zip(*tokens, strict=True), zip(*keys, strict=True), attention, strict=True)
         return sum(flops(self.config, n, keys=m, attention=a) for n, m, a in prompts)
+
+    def _deciding(self) -> int:
+        """What the method itself computed besides running the model, of all prompts."""
+        spent, text, visual = 0, self.text, self.visual
+        for stage in self.stages:
+            for rows in zip(text, visual, stage.visual, strict=True):
+                spent += self.method.decision_flops(stage.layer, self.config, *rows)
+            text, visual = stage.text, stage.visual
+        return spent
 
     def _attention(
         self, visual: list[list[int]], past: list[list[int]]

@@ -1,0 +1,209 @@
+"""Conversations about pictures, and how a batch of them becomes what a model trains on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["IGNORE", "Batch", "Collator", "Conversation", "Dataset", "LlavaConversations"]
+
+IGNORE = -100
+"""The label of tokens that are no answer."""
+PLACEHOLDER = "<image>"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Pictures (PIL), shown with the first question, and (question, answer) in turn."""
+
+    images: tuple[Any, ...]
+    turns: tuple[tuple[str, str], ...]
+
+
+class Dataset(Protocol):
+    """What can be trained on: a list of conversations, or anything that behaves as one."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Conversation: ...
+
+
+class LlavaConversations:
+    """The JSON that LLaVA is trained on: a list of
+
+        {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+                                             {"from": "gpt", "value": "A cat."}, ...]}
+
+    "image" may be a list. Entries without one are left out: they have nothing to prune.
+
+    Parameters
+    ----------
+    path : the JSON file
+    images : folder that image paths start from; by default that of the file
+
+    Raises
+    ------
+    ValueError
+        Naming the entry, if it is not of this form or its picture is not there.
+    """
+
+    def __init__(self, path: str | Path, images: str | Path | None = None) -> None:
+        self.path = Path(path)
+        self.folder = self.path.parent if images is None else Path(images)
+        entries = json.loads(self.path.read_text(encoding="utf-8"))
+        if not isinstance(entries, list):
+            raise ValueError(f"{path}: expected a list of conversations, got {type(entries)}")
+        self.entries = [
+            (_paths(entry), _turns(entry, f"{path}, entry {index}"))
+            for index, entry in enumerate(entries)
+            if isinstance(entry, dict) and entry.get("image")
+        ]
+        if not self.entries:
+            raise ValueError(f'{path}: no entry has an "image", there is nothing to train on')
+        for paths, _ in self.entries:
+            for name in paths:
+                if not (self.folder / name).is_file():
+                    raise ValueError(f"{path}: there is no picture {self.folder / name}")
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Conversation:
+        from PIL import Image
+
+        paths, turns = self.entries[index]
+        images = []
+        for name in paths:
+            with Image.open(self.folder / name) as image:
+                images.append(image.convert("RGB"))
+        return Conversation(tuple(images), turns)
+
+
+def _paths(entry: dict[str, Any]) -> list[str]:
+    return [entry["image"]] if isinstance(entry["image"], str) else list(entry["image"])
+
+
+def _turns(entry: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
+    said = entry.get("conversations") or []
+    speakers = [turn.get("from") for turn in said]
+    if not said or speakers != ["human", "gpt"] * (len(said) // 2):
+        raise ValueError(
+            f'{where}: "conversations" must go "human", "gpt" in turn, and end with "gpt"; got '
+            f"{speakers}"
+        )
+    # Where the picture stands among the words is for the model's own template to say.
+    texts = [turn["value"].replace(PLACEHOLDER, "").strip() for turn in said]
+    return tuple(zip(texts[::2], texts[1::2], strict=True))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B prompts with their answers, padded on the right to S tokens.
+
+    Attributes
+    ----------
+    inputs : the model's arguments, input_ids and attention_mask [B, S] among them
+    labels : int64 [B, S]
+        The token itself where it is part of an answer, IGNORE elsewhere.
+    text : bool [B, S]
+        The text that decides: all that comes before the first answer, visual tokens included.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    text: Tensor
+
+
+class Collator:
+    """Conversations -> Batch, by the model's own processor and chat template.
+
+    A prompt is tokenized as it is when the model is asked: up to where the answer begins. So what
+    decides cannot know the answer. Every answer ends with the tokenizer's end of sequence.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        if not getattr(processor, "chat_template", None):
+            raise ValueError(
+                "processor: it has no chat_template, so there is no telling how questions and "
+                "answers are put to this model; set processor.chat_template"
+            )
+        self.processor = processor
+
+    def __call__(self, conversations: Sequence[Conversation]) -> Batch:
+        tokenizer = self.processor.tokenizer
+        pieces = [self._pieces(conversation) for conversation in conversations]
+        images = [list(conversation.images) for conversation in conversations]
+        encoded = self.processor(
+            images=images,
+            text=[first for (first, _), *_ in pieces],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+        )
+        prompts = [
+            ids[mask.bool()].tolist()
+            for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
+        ]
+        rows = []
+        for prompt, turns in zip(prompts, pieces, strict=True):
+            ids, labels = list(prompt), [IGNORE] * len(prompt)
+            for number, (question, answer) in enumerate(turns):
+                if number:
+                    asked = tokenizer(question, add_special_tokens=False)["input_ids"]
+                    ids, labels = ids + asked, labels + [IGNORE] * len(asked)
+                said = tokenizer(answer, add_special_tokens=False)["input_ids"]
+                ids, labels = ids + said, labels + said
+            rows.append((ids, labels, len(prompt)))
+        return self._padded(encoded, rows)
+
+    def _pieces(self, conversation: Conversation) -> list[tuple[str, str]]:
+        """What is asked and answered, turn by turn, with all that the template puts around."""
+        messages: list[dict[str, Any]] = []
+        pieces, before = [], ""
+        images = [{"type": "image"}] * len(conversation.images)
+        for question, answer in conversation.turns:
+            content = [*images, {"type": "text", "text": question}]
+            messages.append({"role": "user", "content": content})
+            asked = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+            answered = self.processor.apply_chat_template(messages)
+            if not (asked.startswith(before) and answered.startswith(asked)):
+                raise ValueError(
+                    "processor: its chat template does not go on where it stopped, so that answers "
+                    f"cannot be told from questions: {before!r}, {asked!r}, {answered!r}"
+                )
+            said = answered[len(asked) :].strip()
+            end = self.processor.tokenizer.eos_token
+            pieces.append((asked[len(before) :], said if said.endswith(end) else said + end))
+            before, images = answered, []
+        return pieces
+
+    def _padded(self, encoded: Any, rows: list[tuple[list[int], list[int], int]]) -> Batch:
+        tokenizer = self.processor.tokenizer
+        width = max(len(ids) for ids, _, _ in rows)
+        filler = tokenizer.pad_token_id
+        if filler is None:
+            filler = tokenizer.eos_token_id
+
+        def padded(values: list[list[int]], fill: int) -> Tensor:
+            return torch.tensor([row + [fill] * (width - len(row)) for row in values])
+
+        inputs = dict(encoded)
+        columns = encoded["input_ids"].shape
+        for name, tensor in encoded.items():
+            if name not in ("input_ids", "attention_mask") and tensor.shape == columns:
+                raise NotImplementedError(
+                    f"processor: training does not know how to go on with {name} behind the prompt"
+                )
+        inputs["input_ids"] = padded([ids for ids, _, _ in rows], filler)
+        inputs["attention_mask"] = padded([[1] * len(ids) for ids, _, _ in rows], 0)
+        return Batch(
+            inputs=inputs,
+            labels=padded([labels for _, labels, _ in rows], IGNORE),
+            text=padded([[1] * prompt for _, _, prompt in rows], 0).bool(),
+        )

@@ -1,0 +1,79 @@
+"""A model whose visual rows are masked instead of removed, so that a choice among them can learn.
+
+The counterpart of the engine for training: hooks ask for a policy before the layers where rows
+would leave, and from there on the attention of every layer goes by it. The model's parameters, its
+state_dict and its forward stay as they are, and `remove()` leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from .families import ModelParts
+from .policy_attention import PolicyAttention
+
+__all__ = ["MaskedRun"]
+
+
+class MaskedRun:
+    """Attached on `__enter__`, taken off on `__exit__`.
+
+    Parameters
+    ----------
+    parts : of the model, as `families.parts_of` gives them
+    layers : decoder layers (0-based) before which `decide` is asked
+    decide : (layer, hidden [B, S, C]) -> policy float [B, S]
+        1 for rows that stay, 0 for those that other rows no longer see; autograd goes through it.
+    secant : as of `policy_attention`
+
+    `valid` bool [B, S] or None says which rows of the next call are no padding.
+    """
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        layers: Sequence[int],
+        decide: Callable[[int, Tensor], Tensor],
+        *,
+        secant: bool = True,
+    ) -> None:
+        self.parts, self.layers, self.decide = parts, frozenset(layers), decide
+        self.secant = secant
+        self.valid: Tensor | None = None
+        self.policy: Tensor | None = None
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> MaskedRun:
+        first = min(self.layers)
+        for index, layer in enumerate(self.parts.layers):
+            if index < first:
+                continue
+            before = functools.partial(self._before_layer, index)
+            self.hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+            layer.self_attn = PolicyAttention(layer.self_attn)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
+        for layer in self.parts.layers:
+            if isinstance(layer.self_attn, PolicyAttention):
+                layer.self_attn = layer.self_attn.replaced
+        self.policy = self.valid = None
+
+    def _before_layer(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if index in self.layers:
+            self.policy = self.decide(index, args[0] if args else kwargs["hidden_states"])
+        given = {"policy": self.policy, "valid": self.valid, "secant": self.secant}
+        return args, kwargs | given
