@@ -62,6 +62,11 @@ class Method(ABC):
         """Layers in which visual tokens are passive, and how."""
         return {}
 
+    def vision_source(self) -> str | None:
+        """What `decide` asks of the vision tower, as `rows.vision` before layer 0: "similarity" of
+        its tokens to CLS, "attention" that they get from it, or nothing."""
+        return None
+
     def forgetful_layers(self, depth: int) -> Sequence[int]:
         """Layers whose KV cache loses all visual rows once the prompt has been read."""
         return ()

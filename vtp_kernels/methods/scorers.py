@@ -22,14 +22,15 @@ def last_token(rows: PromptRows, seed: int) -> Tensor:
     return rows.attention_scores(slice(rows.prompt_end, rows.prompt_end + 1))
 
 
-def text(rows: PromptRows, seed: int) -> Tensor:
+def text(rows: PromptRows, seed: int, rotary: bool = True) -> Tensor:
     """Attention that the text after the prompt's first visual token pays: mean over rows and heads.
 
-    Text before it cannot see any image, and would only dilute the mean.
+    Text before it cannot see any image, and would only dilute the mean. With rotary=False queries
+    and keys have no positions, so that what is near has no advantage.
     """
     is_text = rows.text & (rows.visual.cumsum(1) > 0)
     end = rows.prompt_end + 1
-    return rows.attention_scores(slice(0, end), query_valid=is_text[:, :end])
+    return rows.attention_scores(slice(0, end), query_valid=is_text[:, :end], rotary=rotary)
 
 
 def contribution(rows: PromptRows, seed: int) -> Tensor:

@@ -25,12 +25,15 @@ from .continuation import Continuation
 from .families import ModelParts
 from .prefill import Prefill
 from .report import PrefillRecord
+from .towers import MODELS, TOWERS, tower_of
+from .vision import VisionWatch
 
 __all__ = ["ENGINE_OPS", "Engine"]
 
 CALL = "vtp_call"
 
-# What a prefill calls, in prefill.py, rows.py and attention.py; all take the handle's backend.
+# What a prefill calls, in prefill.py, rows.py, vision.py and attention.py; all take the handle's
+# backend.
 ENGINE_OPS = (
     "attention_scores",
     "select_topk",
@@ -38,6 +41,8 @@ ENGINE_OPS = (
     "compact_kv",
     "token_contribution",
     "passive_attention",
+    "inflection",
+    "cls_inflection",
 )
 
 
@@ -51,6 +56,15 @@ class Engine:
         depth = len(parts.layers)
         self.observed_layers = frozenset(method.observed_layers(depth))
         self.passive_layers = dict(method.passive_layers(depth))
+        self.watch: VisionWatch | None = None
+        if method.vision_source() is not None:
+            tower = tower_of(parts.family, parts.base)
+            if tower is None:
+                raise NotImplementedError(
+                    f"{parts.family} cannot run {method}: what its vision tower sees is not known "
+                    f"here. It is for {', '.join(TOWERS)} with a tower of {', '.join(MODELS)}"
+                )
+            self.watch = VisionWatch(parts.base, tower, method.vision_source(), backend)
         self.last_prefill: PrefillRecord | None = None
         self._hooks: list[Any] = []
 
@@ -59,6 +73,11 @@ class Engine:
         for module in (parts.top, parts.base):
             before = functools.partial(self._before_model, _parameters(module))
             hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        if self.watch is not None:
+            self.watch.attach()
+            before, after = self._before_pictures, self._after_pictures
+            hooks.append(parts.base.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.append(parts.base.register_forward_hook(after, always_call=True))
         hooks.append(
             parts.text.register_forward_pre_hook(
                 functools.partial(self._before_text, _parameters(parts.text)), with_kwargs=True
@@ -81,6 +100,8 @@ class Engine:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        if self.watch is not None:
+            self.watch.detach()
         for index in self.passive_layers:
             layer = self.parts.layers[index]
             layer.self_attn = layer.self_attn.replaced
@@ -106,6 +127,12 @@ class Engine:
             return None
         kwargs[CALL] = call
         return args, kwargs
+
+    def _before_pictures(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.watch.expect(kwargs.get(CALL))
+
+    def _after_pictures(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.watch.expect(None)
 
     def _before_text(self, parameters: list[str], module: nn.Module, args: Any, kwargs: Any) -> Any:
         if CALL in kwargs:

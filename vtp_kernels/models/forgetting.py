@@ -10,8 +10,8 @@ from torch.nn.functional import pad
 
 from vtp_kernels.ops import compact_kv, select_topk
 
+from .counts import on_device
 from .masks import valid_keys
-from .rows import on_device
 
 __all__ = ["Text", "forget_visual"]
 

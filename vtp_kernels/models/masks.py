@@ -88,10 +88,11 @@ def padding_of(attention_mask: Any, rows: int, past: int) -> Tensor | None:
     return own_key if own_key.dtype == torch.bool else own_key == 0
 
 
-def right_aligned(totals: list[int], counts: Tensor, width: int) -> Tensor | None:
+def right_aligned(totals: list[int] | None, counts: Tensor, width: int) -> Tensor | None:
     """Which of `width` rows are real where each prompt has its own at the end: bool [B, width], or
-    None if all are. `totals` are the numbers of rows, `counts` [B] the same on the device."""
-    if min(totals) == width:
+    None if all are. `counts` [B] are the numbers of rows, on the device, and `totals` the same if
+    the host knows them."""
+    if totals is not None and min(totals) == width:
         return None
     slots = torch.arange(width, device=counts.device)
     return slots >= width - counts[:, None]

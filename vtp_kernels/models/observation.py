@@ -31,17 +31,22 @@ class Observation:
     def scale(self) -> float:
         return self.attention.scaling
 
-    def queries(self, rows: slice) -> Tensor:
-        """[B, Hq, M, D] of the given rows, with their rotary position embedding."""
+    def queries(self, rows: slice, rotary: bool = True) -> Tensor:
+        """[B, Hq, M, D] of the given rows, with their rotary position embedding or without."""
         states = project(self.attention, "q_proj", self.hidden[:, rows])
+        if not rotary:
+            return states
         return self._rotated(states, self.cos[:, rows], self.sin[:, rows])
 
     def keys(self, past: int) -> Tensor:
         """[B, Hkv, past + S, D] of all rows, as the cache holds them."""
         if self.cache is not None:
             return self._cached("keys", past)
-        keys = project(self.attention, "k_proj", self.hidden)
-        return self._rotated(keys, self.cos, self.sin)
+        return self._rotated(self.unrotated_keys(), self.cos, self.sin)
+
+    def unrotated_keys(self) -> Tensor:
+        """[B, Hkv, S, D] of all rows, without the rotary position embedding."""
+        return project(self.attention, "k_proj", self.hidden)
 
     def values(self, past: int) -> Tensor:
         """[B, Hkv, past + S, D] of all rows, as the cache holds them."""

@@ -24,6 +24,7 @@ from .cache import (
     past_length,
     prune_cache,
 )
+from .counts import Counts, added, on_host
 from .families import ModelParts
 from .forgetting import Text, forget_visual
 from .limits import check_prefill
@@ -32,6 +33,7 @@ from .observation import Observation
 from .positions import close_up
 from .report import PrefillRecord, StageRecord
 from .rows import Kept, PromptRows
+from .vision import PromptVision, seen_of
 
 __all__ = ["Prefill"]
 
@@ -62,7 +64,8 @@ class Prefill:
         arguments: dict[str, Any],
     ) -> None:
         self.parts, self.method, self.positions, self.backend = parts, method, positions, backend
-        visual = parts.visual_tokens(arguments)
+        self.placeholders = visual = parts.visual_tokens(arguments)
+        self.seen = seen_of(arguments)  # else the tower runs within this call, and tells it
         batch, rows = visual.shape
         cache = arguments.get("past_key_values")
         self.past = 0 if cache is None else int(cache.get_seq_length())
@@ -109,10 +112,13 @@ class Prefill:
     def _read_counts(self, visual: Tensor, valid: Tensor | None, past_valid: Tensor | None) -> None:
         """The one read: rows per prompt, and whether there is padding at all."""
         real = torch.ones_like(visual) if valid is None else valid
+        before = real & (visual.cumsum(1) == 0)
         counts = [visual.sum(1), real.sum(1), real[:, -1].long()]
+        counts += [before.sum(1), self.placeholders.sum(1)]
         if past_valid is not None:
             counts.append(past_valid.sum(1))
-        self.visual_at_start, self.real_at_start, ends_real, *past = torch.stack(counts).tolist()
+        self.visual_at_start, self.real_at_start, ends_real, *more = torch.stack(counts).tolist()
+        self.text_before, self.placed, *past = more
         self.valid = None if min(self.real_at_start) == visual.shape[1] else valid
         self.past_mask = past_valid if past and min(past[0]) < self.past else None
         if not all(ends_real):
@@ -121,8 +127,8 @@ class Prefill:
                 "(processor.tokenizer.padding_side = 'left')"
             )
         pairs = zip(self.real_at_start, self.visual_at_start, strict=True)
-        self.text_now = [total - images for total, images in pairs]
-        self.visual_now = list(self.visual_at_start)
+        self.text_now: Counts = [total - images for total, images in pairs]
+        self.visual_now: Counts = list(self.visual_at_start)
         self.text: Text | None = None
         self.one: OneVisual | None = None
 
@@ -219,7 +225,7 @@ class Prefill:
         """The same object for all layers between two decisions."""
         if self.text is None:
             rows = ~self.visual if self.valid is None else self.valid & ~self.visual
-            self.text = Text(rows, self.text_now)
+            self.text = Text(rows, on_host(self.text_now))
         return self.text
 
     def _forget(self) -> None:
@@ -254,14 +260,27 @@ class Prefill:
             visual_at_start=self.visual_at_start,
             visual_now=self.visual_now,
             text_now=self.text_now,
+            text_before=self.text_before,
             drafts=self.drafts,
             columns=self.prompt_visual.shape[1],
             memory=self.memory,
             observation=self.observation,
             past=past,
             past_valid=past_valid,
+            vision=self._vision(layer),
             backend=self.backend,
         )
+
+    def _vision(self, layer: int) -> PromptVision | None:
+        """For layer 0, where all rows are there; later the pictures are no longer asked for."""
+        if self.method.vision_source() is None or layer:
+            return None
+        if self.seen is None:
+            raise ValueError(
+                f"{type(self.method).__name__} needs to know what the vision tower saw, and the "
+                "image features of this call were made before it was applied; encode them anew"
+            )
+        return PromptVision(self.seen, self.placeholders, self.placed, self.backend)
 
     def _compact(self, layer: int, hidden: Tensor, arguments: dict[str, Any], kept: Kept) -> Tensor:
         """Carry out a decision: gather what stays, right-aligned so that prompts end together."""
@@ -283,8 +302,7 @@ class Prefill:
             backend=self.backend,
         )
         width = indices.shape[1]
-        totals = [text + images for text, images in zip(kept.text, kept.visual, strict=True)]
-        self.valid = right_aligned(totals, counts, width)
+        self.valid = right_aligned(added(kept.text, kept.visual), counts, width)
         self.embeddings = (cos, sin)
         self.text = self.one = None
         self.text_now, self.visual_now = kept.text, kept.visual
@@ -311,7 +329,8 @@ class Prefill:
         if self.one is None:
             text = self._rows_of_text()
             first = self.visual & (self.visual.cumsum(1) == 1)
-            counts = [a + min(b, 1) for a, b in zip(self.text_now, self.visual_now, strict=True)]
+            visual = on_host(self.visual_now)
+            counts = [a + min(b, 1) for a, b in zip(text.counts, visual, strict=True)]
             width = max(counts)
             selection = select_topk(
                 torch.zeros(first.shape, device=first.device),

@@ -13,6 +13,8 @@ from vtp_kernels.flops import Attention, Spans, flops, passive_attention, visual
 from vtp_kernels.methods.base import Method
 from vtp_kernels.methods.passive import PassiveVisual
 
+from .counts import Counts, on_host
+
 __all__ = ["PrefillRecord", "Report", "StageRecord"]
 
 
@@ -98,25 +100,22 @@ class Report:
         return "\n".join(lines)
 
     def _prompt(self, b: int) -> str:
-        runs, visual = [], self.visual_tokens_per_layer[0][b]
+        visual = [counts[b] for counts in self.visual_tokens_per_layer]
+        text = [counts[b] - n for counts, n in zip(self.tokens_per_layer, visual, strict=True)]
         pruned = [event for event in self.events if event["event"] == "pruned"]
-        if pruned:
-            visual = pruned[0]["visual_before"][b]
-        before = visual
-        for layer, counts in enumerate(self.visual_tokens_per_layer):
-            if counts[b] != before:
-                runs.append(f"{counts[b]} from layer {layer}")
-            before = counts[b]
-        stay = ", ".join(runs) or "all stay"
-        return f"  prompt {b}: {self.dense_tokens[b]} tokens, {visual} visual: {stay}"
+        at_start = pruned[0]["visual_before"][b] if pruned else visual[0]
+        line = f"  prompt {b}: {self.dense_tokens[b]} tokens, "
+        line += f"{at_start} visual: {_course(at_start, visual)}"
+        words = self.dense_tokens[b] - at_start
+        return line + (f"; {words} text: {_course(words, text)}" if text[-1] != words else "")
 
 
 class StageRecord(NamedTuple):
     """One decision that was carried out. origin int64 [B, K] and valid bool [B, K] or None."""
 
     layer: int
-    text: list[int]
-    visual: list[int]
+    text: Counts
+    visual: Counts
     origin: Tensor
     valid: Tensor | None
 
@@ -147,9 +146,9 @@ class PrefillRecord:
         dense = _add([self.text] * self.depth, [self.visual] * self.depth)
         past = self._past(batch)
         keys, dense_keys = _add(tokens, past), _add(dense, past)
-        spent = self._flops(tokens, keys, self._attention(visual, past)) + self._deciding()
+        spent = self._flops(tokens, keys, self._attention(text, visual, past)) + self._deciding()
         dense_spent = self._flops(dense, dense_keys, [{}] * batch)
-        held = self._held(visual, past)
+        held = self._held(text, visual, past)
         return Report(
             method=self.method.to_dict(),
             dense_tokens=dense[0],
@@ -174,7 +173,7 @@ class PrefillRecord:
         text, visual = [self.text] * self.depth, [self.visual] * self.depth
         for stage in self.stages:
             for layer in range(stage.layer, self.depth):
-                text[layer], visual[layer] = stage.text, stage.visual
+                text[layer], visual[layer] = on_host(stage.text), on_host(stage.visual)
         return text, visual
 
     def _past(self, batch: int) -> list[list[int]]:
@@ -185,9 +184,10 @@ class PrefillRecord:
                 counts[layer] = valid.sum(1).tolist()
         return counts
 
-    def _held(self, visual: list[list[int]], past: list[list[int]]) -> list[list[int]]:
+    def _held(
+        self, text: list[list[int]], visual: list[list[int]], past: list[list[int]]
+    ) -> list[list[int]]:
         """Keys that each layer has after the call, [L][B]."""
-        text, _ = self._per_layer()
         held = _add(text, past)
         for layer, counts in enumerate(visual):
             passive = self.passive.get(layer)
@@ -219,19 +219,20 @@ class PrefillRecord:
         """What the method itself computed besides running the model, of all prompts."""
         spent, text, visual = 0, self.text, self.visual
         for stage in self.stages:
-            for rows in zip(text, visual, stage.visual, strict=True):
+            kept = on_host(stage.visual)
+            for rows in zip(text, visual, kept, strict=True):
                 spent += self.method.decision_flops(stage.layer, self.config, *rows)
-            text, visual = stage.text, stage.visual
+            text, visual = on_host(stage.text), kept
         return spent
 
     def _attention(
-        self, visual: list[list[int]], past: list[list[int]]
+        self, text: list[list[int]], visual: list[list[int]], past: list[list[int]]
     ) -> list[dict[int, Attention]]:
         """What passive layers compute in their attention, by prompt and layer."""
         return [
             {
                 layer: passive_attention(
-                    text=self.text[b],
+                    text=text[layer][b],
                     visual=visual[layer][b],
                     before_visual=spans.before_last,
                     past=past[layer][b],
@@ -279,23 +280,35 @@ class PrefillRecord:
         return per_token * sum(map(sum, keys))
 
     def _events(self) -> list[dict[str, Any]]:
-        events, before = [], self.visual
+        events, before, text_before = [], self.visual, self.text
         for stage in self.stages:
-            events.append(
-                {
-                    "layer": stage.layer,
-                    "event": "pruned",
-                    "visual_before": before,
-                    "visual_after": stage.visual,
-                }
-            )
-            before = stage.visual
+            text, visual = on_host(stage.text), on_host(stage.visual)
+            event = {
+                "layer": stage.layer,
+                "event": "pruned",
+                "visual_before": before,
+                "visual_after": visual,
+            }
+            if text != text_before:
+                event |= {"text_before": text_before, "text_after": text}
+            events.append(event)
+            before, text_before = visual, text
         noted = self.method.events(self.memory)
         return sorted(events + noted, key=lambda event: event["layer"])
 
 
 def _add(a: list[list[int]], b: list[list[int]]) -> list[list[int]]:
     return [[x + y for x, y in zip(*pair, strict=True)] for pair in zip(a, b, strict=True)]
+
+
+def _course(before: int, counts: list[int]) -> str:
+    """As 8 from layer 2, 3 from layer 4."""
+    runs = []
+    for layer, count in enumerate(counts):
+        if count != before:
+            runs.append(f"{count} from layer {layer}")
+        before = count
+    return ", ".join(runs) or "all stay"
 
 
 def _si(number: int) -> str:

@@ -8,21 +8,30 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vtp_kernels.ops import attention_scores, compact_rows, select_topk, token_contribution
+from vtp_kernels.ops import (
+    attention_scores,
+    compact_rows,
+    inflection,
+    select_topk,
+    token_contribution,
+)
 from vtp_kernels.selection import Selection
 
+from .counts import Counts, added, on_device, on_host
 from .masks import valid_keys
 from .observation import Observation
+from .vision import PromptVision
 
-__all__ = ["Kept", "PromptRows", "on_device"]
+__all__ = ["Kept", "PromptRows"]
 
 
 class Kept(NamedTuple):
-    """The rows that stay, and how many of them each prompt has, known without asking the GPU."""
+    """The rows that stay, and how many of them each prompt has. Counts that only the device knows
+    are tensors; the selection is then as wide as a prompt might need, and the rest is padding."""
 
     selection: Selection
-    text: list[int]
-    visual: list[int]
+    text: Counts
+    visual: Counts
 
 
 class PromptRows:
@@ -40,8 +49,12 @@ class PromptRows:
         False for padding; None if there is none.
     origin : int64 [B, S]
         Where each row stood in the input.
-    visual_at_start, visual_now, text_now : list of int
-        Rows per prompt when the prompt came in, and at this layer.
+    visual_at_start : list of int
+        Visual rows per prompt when the prompt came in.
+    visual_now, text_now : list of int, or int64 [B]
+        Rows per prompt at this layer; on the device where an earlier decision left them there.
+    text_before : list of int
+        Of the prompt as it came: text rows before its first visual row, all where it has none.
     visual_ordinal : int64 [B, S]
         For visual rows: the how-many-th visual token of the prompt it was, from 0.
     prompt_end : int
@@ -52,6 +65,8 @@ class PromptRows:
         For the method to note things from one decision of this call to the next.
     past : int
         Keys that came before these rows, in the layer that was observed.
+    vision : PromptVision or None
+        What the vision tower saw, for methods that ask for it.
     """
 
     def __init__(
@@ -63,14 +78,16 @@ class PromptRows:
         origin: Tensor,
         visual_ordinal: Tensor,
         visual_at_start: list[int],
-        visual_now: list[int],
-        text_now: list[int],
+        visual_now: Counts,
+        text_now: Counts,
+        text_before: list[int],
         drafts: int,
         columns: int,
         memory: dict[str, Any],
         observation: Observation | None,
         past: int,
         past_valid: Tensor | None,
+        vision: PromptVision | None,
         backend: str | None,
     ) -> None:
         self.hidden = hidden
@@ -82,38 +99,65 @@ class PromptRows:
         self.visual_at_start = visual_at_start
         self.visual_now = visual_now
         self.text_now = text_now
+        self.text_before = text_before
+        self.drafts = drafts
         self.prompt_end = hidden.shape[1] - 1 - drafts
         self.columns = columns
         self.memory = memory
         self.past = past
+        self.vision = vision
         self._past_valid = past_valid
         self._observation = observation
         self._backend = backend
 
-    def attention_scores(self, rows: slice, query_valid: Tensor | None = None) -> Tensor:
-        """Attention that `rows` paid in the observed layer: float32 [B, S], 0 off visual tokens.
+    def attention_scores(
+        self,
+        rows: slice,
+        query_valid: Tensor | None = None,
+        *,
+        among: Tensor | None = None,
+        support: str = "all",
+        rotary: bool = True,
+        causal: bool = True,
+    ) -> Tensor:
+        """Attention that `rows` paid in the observed layer: float32 [B, S], 0 off the rows scored.
 
-        Softmax over everything a row sees; mean over rows (those `query_valid` bool [B, M] allows)
-        and over heads.
+        Mean over rows (those `query_valid` bool [B, M] allows) and over heads.
+
+        Parameters
+        ----------
+        rows : the rows that pay it
+        query_valid : bool [B, M]
+        among : bool [B, S]
+            The rows that are scored; by default the visual ones.
+        support : "all" | "candidates"
+            Softmax over everything a row sees, or over the scored rows alone.
+        rotary : bool
+            False: queries and keys as they are before the rotary embedding, so that what is near
+            has no advantage. Keys that came before this call are then left out.
+        causal : bool
+            False: rows also see what comes after them.
         """
         observation = self._observed()
+        past = self.past if rotary else 0
         first, last, _ = rows.indices(self.hidden.shape[1])
         positions = None
-        if last - first > 1 or last < self.hidden.shape[1]:
-            positions = torch.arange(first, last, device=self.hidden.device) + self.past
+        if causal and (last - first > 1 or last < self.hidden.shape[1]):
+            positions = torch.arange(first, last, device=self.hidden.device) + past
             positions = positions.expand(self.hidden.shape[0], -1)
-        query = observation.queries(rows)
+        query = observation.queries(rows, rotary)
         scores = attention_scores(
             query,
-            observation.keys(self.past),
-            candidates=pad(self.visual, (self.past, 0)),
-            valid=self._key_valid(),
+            observation.keys(past) if rotary else observation.unrotated_keys(),
+            candidates=pad(self.visual if among is None else among, (past, 0)),
+            valid=self._key_valid() if past else self.valid,
             query_positions=positions,
             query_valid=query_valid,
             scale=observation.scale,
+            support=support,
             backend=self._backend,
         )
-        return observation.all_heads.mean(scores, query)[:, self.past :]
+        return observation.all_heads.mean(scores, query)[:, past:]
 
     def token_contribution(self) -> tuple[Tensor, Tensor]:
         """What the visual rows added to the observed layer's output for the last prompt token.
@@ -177,9 +221,51 @@ class PromptRows:
         columns = torch.where(real, self.origin, self.columns)
         return pad(out, (0, 1)).scatter(1, columns, x)[:, :-1]
 
+    def best(self, scores: Tensor, among: Tensor, keep: int | float) -> Tensor:
+        """bool [B, S]: the rows of `among` bool [B, S] with highest scores, `keep` of each prompt's
+        or, given a float, that share of them (halves rounded up)."""
+        k = keep
+        if isinstance(keep, float):
+            k = (among.sum(1).double() * keep + 0.5).floor().to(torch.int32)
+        width = among.shape[1]
+        chosen = select_topk(scores, k, candidates=among, capacity=width, backend=self._backend)
+        return rows_of(chosen, width)
+
+    def up_to_knee(self, scores: Tensor, among: Tensor, **rule: Any) -> Tensor:
+        """bool [B, S]: the rows of `among` bool [B, S] up to the knee of their sorted scores; all
+        of them where there is none. `rule` as of `vtp_kernels.inflection`."""
+        curve = scores.masked_fill(~among, torch.nan)  # what is not a number is on no curve
+        return rows_of(inflection(curve, **rule, backend=self._backend), among.shape[1]) & among
+
+    def keep_rows(
+        self,
+        stays: Tensor,
+        *,
+        counts: tuple[list[int], list[int]] | None = None,
+        capacity: int | None = None,
+    ) -> Kept:
+        """Keep the rows where `stays` bool [B, S], text or visual.
+
+        `counts` are the numbers of text and visual rows that these are, by prompt. Where the caller
+        does not know them, the host asks the device: one small read. Given a `capacity` that no
+        prompt exceeds, nothing is read: prompts are padded to it.
+        """
+        if self.valid is not None:
+            stays = stays & self.valid
+        if counts is None:
+            both = torch.stack(((stays & ~self.visual).sum(1), (stays & self.visual).sum(1)))
+            counts = both.unbind() if capacity is not None else tuple(both.tolist())
+        text, visual = counts
+        if capacity is None:
+            capacity = max(added(text, visual))
+        scores = torch.zeros(stays.shape, device=stays.device)
+        selection = select_topk(scores, 0, keep=stays, capacity=capacity, backend=self._backend)
+        return Kept(selection, text, visual)
+
     def keep_where(self, kept: Tensor, counts: list[int]) -> Kept:
         """Keep all text, and the visual tokens where `kept` bool [B, S]: `counts[b]` per prompt."""
-        return self._kept(counts, None, k=0, keep=self.text | (self.visual & kept))
+        stays = self.text | (self.visual & kept)
+        return self.keep_rows(stays, counts=(on_host(self.text_now), counts))
 
     def keep_visual(self, counts: list[int], scores: Tensor | None) -> Kept:
         """Keep all text, and of each prompt's visual tokens the `counts[b]` with highest scores.
@@ -187,25 +273,26 @@ class PromptRows:
         `scores` float32 [B, S]; None where no prompt has a choice to make (all or none stay).
         Counts must not exceed `visual_now`. Equal scores: the earlier token stays.
         """
-        k = on_device(counts, self.visual.device)
-        return self._kept(counts, scores, k=k, candidates=self.visual, keep=self.text)
-
-    def _kept(self, counts: list[int], scores: Tensor | None, **choice: Any) -> Kept:
-        """What select_topk chooses, where that is all text and `counts` visual tokens."""
         if scores is None:
             scores = torch.zeros(self.visual.shape, device=self.visual.device)
-        capacity = max(map(sum, zip(self.text_now, counts, strict=True)))
-        selection = select_topk(scores, capacity=capacity, backend=self._backend, **choice)
-        return Kept(selection, self.text_now, counts)
+        text = on_host(self.text_now)
+        selection = select_topk(
+            scores,
+            on_device(counts, self.visual.device),
+            candidates=self.visual,
+            keep=self.text,
+            capacity=max(added(text, counts)),
+            backend=self._backend,
+        )
+        return Kept(selection, text, counts)
 
     def _key_valid(self) -> Tensor | None:
         return valid_keys(self.past, self._past_valid, self.valid, self.visual)
 
 
-def on_device(counts: list[int], device: torch.device) -> int | Tensor:
-    """One number per prompt: as an int if they agree, else as int32 [B] on the device."""
-    if len(set(counts)) == 1:
-        return counts[0]
-    pinned = device.type == "cuda"  # copied without waiting for the GPU
-    tensor = torch.tensor(counts, dtype=torch.int32, pin_memory=pinned)
-    return tensor.to(device, non_blocking=True)
+def rows_of(selection: Selection, width: int) -> Tensor:
+    """bool [B, width]: the rows that were chosen."""
+    indices = selection.indices
+    chosen = torch.zeros(len(indices), width + 1, dtype=torch.bool, device=indices.device)
+    chosen.scatter_(1, torch.where(indices < 0, width, indices), True)
+    return chosen[:, :width]

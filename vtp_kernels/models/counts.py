@@ -1,0 +1,36 @@
+"""How many rows each prompt of a batch has: on the host, or on the device alone.
+
+A method that knows its counts beforehand leaves them as a list, and nothing waits. One whose counts
+depend on the picture may leave them on the device; whoever needs the numbers there waits for them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["Counts", "added", "on_device", "on_host"]
+
+Counts = list[int] | Tensor
+"""One number per prompt: a list where the host knows it, else an integer tensor [B]."""
+
+
+def on_host(counts: Counts) -> list[int]:
+    """The numbers themselves. Waits for the GPU if they are known there only."""
+    return counts.tolist() if isinstance(counts, Tensor) else counts
+
+
+def on_device(counts: list[int], device: torch.device) -> int | Tensor:
+    """One number per prompt: as an int if they agree, else as int32 [B] on the device."""
+    if len(set(counts)) == 1:
+        return counts[0]
+    pinned = device.type == "cuda"  # copied without waiting for the GPU
+    tensor = torch.tensor(counts, dtype=torch.int32, pin_memory=pinned)
+    return tensor.to(device, non_blocking=True)
+
+
+def added(a: Counts, b: Counts) -> list[int] | None:
+    """The sums, or None where the host does not know both."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return None
+    return [x + y for x, y in zip(a, b, strict=True)]
