@@ -26,6 +26,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "FastV": "vtp_kernels.methods",
+    "InflectionPruning": "vtp_kernels.methods",
     "LVPruning": "vtp_kernels.methods",
     "PyramidDrop": "vtp_kernels.methods",
     "RandomPruning": "vtp_kernels.methods",
@@ -40,6 +41,7 @@ _LAZY_MODULES = ("plot", "reference")
 
 __all__ = [
     "FastV",
+    "InflectionPruning",
     "LVPruning",
     "PyramidDrop",
     "RandomPruning",

@@ -2,6 +2,7 @@
 
 from .base import METHODS, Method
 from .fastv import FastV
+from .inflection import InflectionPruning
 from .lvpruning import LVPruning
 from .pyramiddrop import PyramidDrop
 from .random import RandomPruning
@@ -12,6 +13,7 @@ from .visipruner import VisiPruner
 __all__ = [
     "METHODS",
     "FastV",
+    "InflectionPruning",
     "LVPruning",
     "Method",
     "PyramidDrop",

@@ -16,6 +16,7 @@ FORMS = """\
   random[:KEEP[:LAYER[:SEED]]]        random:0.22
   schedule:LAYER=KEEP,...[:SCORE]     schedule:2=0.5,4=0.1
   visipruner[:FIELD=VALUE,...]        visipruner:fusion_threshold=0.99,stages=middle+deep
+  inflection[:FIELD=VALUE,...]        inflection:source=attention,llm_layers=2+4,visual_keep=knee
   PATH.json                           a file written by method.save(path)
 KEEP is a count (64) or a share of the visual tokens (0.5)."""
 

@@ -26,6 +26,7 @@ class Observation:
         self.hidden: Tensor = arguments["hidden_states"]
         self.cos, self.sin = arguments["position_embeddings"]
         self.cache = arguments.get("past_key_values")
+        self._unrotated_keys: Tensor | None = None
 
     @property
     def scale(self) -> float:
@@ -46,7 +47,9 @@ class Observation:
 
     def unrotated_keys(self) -> Tensor:
         """[B, Hkv, S, D] of all rows, without the rotary position embedding."""
-        return project(self.attention, "k_proj", self.hidden)
+        if self._unrotated_keys is None:
+            self._unrotated_keys = project(self.attention, "k_proj", self.hidden)
+        return self._unrotated_keys
 
     def values(self, past: int) -> Tensor:
         """[B, Hkv, past + S, D] of all rows, as the cache holds them."""

@@ -172,8 +172,9 @@ class PrefillRecord:
     def _per_layer(self) -> tuple[list[list[int]], list[list[int]]]:
         text, visual = [self.text] * self.depth, [self.visual] * self.depth
         for stage in self.stages:
-            for layer in range(stage.layer, self.depth):
-                text[layer], visual[layer] = on_host(stage.text), on_host(stage.visual)
+            left = self.depth - stage.layer
+            text[stage.layer :] = [on_host(stage.text)] * left
+            visual[stage.layer :] = [on_host(stage.visual)] * left
         return text, visual
 
     def _past(self, batch: int) -> list[list[int]]:
