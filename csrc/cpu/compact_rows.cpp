@@ -68,55 +68,59 @@ void clear_rows(const Chain& c, const RowTensor& t, int64_t begin, int64_t end) 
   }
 }
 
-// Calls f(tensor, batch, head, part) for every part of every chain, in parallel.
-template <class F>
-void for_each_chain(const CompactRows& a, int64_t parts, int64_t cost, const F& f) {
-  const std::unique_ptr<int64_t[]> start(new int64_t[a.tensor_count + 1]);
-  start[0] = 0;
-  for (int64_t i = 0; i < a.tensor_count; ++i) {
-    start[i + 1] = start[i] + a.tensors[i].batch * a.tensors[i].heads * parts;
-  }
-  parallel(start[a.tensor_count], cost, [&](int64_t unit) {
-    const int64_t i = std::upper_bound(&start[0], &start[a.tensor_count + 1], unit) - &start[1];
-    const RowTensor& t = a.tensors[i];
-    const int64_t chain = (unit - start[i]) / parts, part = (unit - start[i]) % parts;
-    f(t, chain / t.heads, chain % t.heads, part);
-  });
+// 64 KB of slots, so that the parts of all tensors of a call are of one size: enough of them for a
+// single hidden state [1, K, 4096] to keep many threads busy, and threads get equal shares.
+constexpr int64_t kPartBytes = 65536;
+
+int64_t part_slots(const RowTensor& t, int64_t slots) {
+  return std::clamp<int64_t>(kPartBytes / std::max<int64_t>(t.row_bytes, 1), 1,
+                             std::max<int64_t>(slots, 1));
 }
 
-int64_t widest_row(const CompactRows& a) {
-  int64_t bytes = 1;
-  for (int64_t i = 0; i < a.tensor_count; ++i) bytes = std::max(bytes, a.tensors[i].row_bytes);
-  return bytes;
+// Calls f(tensor, batch, head, begin, end) for the slots of every chain, in parallel: in parts, or
+// each chain as a whole.
+template <class F>
+void for_each_chain(const CompactRows& a, bool whole, const F& f) {
+  const int64_t slots = a.rows.indices.size[3];
+  const std::unique_ptr<int64_t[]> start(new int64_t[a.tensor_count + 1]);
+  start[0] = 0;
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < a.tensor_count; ++i) {
+    const RowTensor& t = a.tensors[i];
+    const int64_t size = whole ? std::max<int64_t>(slots, 1) : part_slots(t, slots);
+    start[i + 1] = start[i] + t.batch * t.heads * ((slots + size - 1) / size);
+    bytes += t.batch * t.heads * slots * (32 + t.row_bytes);
+  }
+  const int64_t units = start[a.tensor_count];
+  parallel(units, bytes / 8 / std::max<int64_t>(units, 1), [&](int64_t unit) {
+    const int64_t i = std::upper_bound(&start[0], &start[a.tensor_count + 1], unit) - &start[1];
+    const RowTensor& t = a.tensors[i];
+    const int64_t size = whole ? slots : part_slots(t, slots), parts = (slots + size - 1) / size;
+    const int64_t chain = (unit - start[i]) / parts, begin = (unit - start[i]) % parts * size;
+    f(t, chain / t.heads, chain % t.heads, begin, std::min(begin + size, slots));
+  });
 }
 
 }  // namespace
 
 void compact_rows(const CompactRows& a) {
   const int64_t slots = a.rows.indices.size[3];
-  // 64 KB a part: enough parts for a single hidden state [1, K, 4096] to keep many threads busy.
-  const int64_t part_slots =
-      std::clamp<int64_t>(65536 / widest_row(a), 1, std::max<int64_t>(slots, 1));
-  const int64_t parts = (slots + part_slots - 1) / part_slots;
-  const int64_t cost = part_slots * (4 + widest_row(a) / 8);
-  for_each_chain(
-      a, parts, cost, [&](const RowTensor& t, int64_t batch, int64_t head, int64_t part) {
-        const Chain c = chain_of(t, a.rows, batch, head);
-        const int64_t first =
-            a.align_right ? slots - c.count : 0;  // real slots: [first, first + count)
-        const int64_t begin = part * part_slots, end = std::min(begin + part_slots, slots);
-        const int64_t real_begin = std::clamp(first, begin, end);
-        const int64_t real_end = std::clamp(first + c.count, real_begin, end);
-        clear_rows(c, t, begin, real_begin);
-        copy_rows(c, t, first, real_begin, real_end);
-        clear_rows(c, t, real_end, end);
-      });
+  for_each_chain(a, false, [&](const RowTensor& t, int64_t batch, int64_t head, int64_t begin,
+                               int64_t end) {
+    const Chain c = chain_of(t, a.rows, batch, head);
+    const int64_t first =
+        a.align_right ? slots - c.count : 0;  // real slots: [first, first + count)
+    const int64_t real_begin = std::clamp(first, begin, end);
+    const int64_t real_end = std::clamp(first + c.count, real_begin, end);
+    clear_rows(c, t, begin, real_begin);
+    copy_rows(c, t, first, real_begin, real_end);
+    clear_rows(c, t, real_end, end);
+  });
 }
 
 void compact_rows_in_place(const CompactRows& a) {
-  const int64_t cost = a.rows.indices.size[3] * (4 + widest_row(a) / 8);
   // Indices ascend, so slot p reads a row at or behind p that no earlier slot has written.
-  for_each_chain(a, 1, cost, [&](const RowTensor& t, int64_t batch, int64_t head, int64_t) {
+  for_each_chain(a, true, [&](const RowTensor& t, int64_t batch, int64_t head, int64_t, int64_t) {
     const Chain c = chain_of(t, a.rows, batch, head);
     for (int64_t slot = 0; slot < c.count; ++slot) {
       const int64_t index = c.index(slot);
