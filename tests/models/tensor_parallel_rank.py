@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from pruning_methods import NAMES, pruning_method
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -20,16 +21,6 @@ from transformers import LlavaForConditionalGeneration
 
 import vtp_kernels as vtp
 
-METHODS = {
-    "fastv": vtp.FastV(2, 0.5),
-    "text": vtp.Schedule({2: 0.4, 3: 3}, score="text"),
-    "contribution": vtp.Schedule({3: 0.5, 4: 2}, score="contribution"),
-    "random": vtp.RandomPruning(0, 0.3),
-    "visipruner": vtp.VisiPruner(shallow_layers=1, fusion_threshold=1.1, exit_threshold=0.9),
-    "visipruner skip": vtp.VisiPruner(
-        shallow_layers=1, fusion_threshold=1.1, shallow_attention="skip", drop_shallow_kv=True
-    ),
-}
 SETTINGS = {
     "max_new_tokens": 5,
     "do_sample": False,
@@ -40,10 +31,11 @@ SETTINGS = {
 }
 
 
-def run(model, inputs):
+def run(model, inputs, folder):
     """{method: what it kept, and what the model said}"""
     answers = {}
-    for name, method in METHODS.items():
+    for name in NAMES:
+        method = pruning_method(name, model, folder)
         with vtp.prune(model, method) as handle:
             output = model.generate(**inputs, **SETTINGS)
         report = handle.report()
@@ -84,7 +76,10 @@ def main(rank, size, folder, by):
     model = spread(folder, size, by).eval()
     heads = model.model.language_model.layers[0].self_attn.q_proj.weight.to_local().shape[0]
     assert heads * size == model.model.language_model.config.hidden_size
-    torch.save(run(model, torch.load(folder / "inputs.pt")), folder / f"answers_{by}_{rank}.pt")
+    torch.save(
+        run(model, torch.load(folder / "inputs.pt"), folder / f"{by}_{rank}"),
+        folder / f"answers_{by}_{rank}.pt",
+    )
     dist.destroy_process_group()
 
 

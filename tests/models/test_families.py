@@ -3,6 +3,7 @@
 import pytest
 import torch
 from masked_reference import MaskedReference
+from pruning_methods import ONLY_ROWS_LEAVE, pruning_method
 from test_generation import DETAILS, GREEDY, assert_same
 from tiny_llava import IMAGE
 from tiny_models import FAMILIES, VIDEO
@@ -22,12 +23,6 @@ METHODS = {
         vtp.Schedule({3: 0.5, 4: 3}, score="contribution"),
         {3: 0.5, 4: 3},
         "contribution",
-    ),
-}
-TAKEN_OVER = {  # their own report says who stays; the reference checks what that leads to
-    "random": vtp.RandomPruning(2, 0.3),
-    "visipruner": vtp.VisiPruner(
-        ("middle", "deep"), shallow_layers=1, fusion_threshold=1.1, exit_threshold=0.9
     ),
 }
 BATCHES = {
@@ -67,9 +62,11 @@ def test_greedy(models, inputs, name, attention):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", TAKEN_OVER)
-def test_greedy_with_what_the_method_kept(models, inputs, name, attention):
-    with vtp.prune(models[attention], TAKEN_OVER[name]) as run:
+@pytest.mark.parametrize("name", ONLY_ROWS_LEAVE)
+def test_rows_that_leave_are_as_if_masked(models, inputs, name, attention, tmp_path):
+    """Who stays is taken over from the method's own report."""
+    method = pruning_method(name, models["sdpa"], tmp_path)
+    with vtp.prune(models[attention], method) as run:
         pruned = models[attention].generate(**inputs, **GREEDY, **DETAILS)
     kept = run.report().kept
     assert kept and any(not torch.equal(k, inputs["attention_mask"].bool()) for k in kept.values())

@@ -31,7 +31,7 @@ def test_ranks_keep_what_one_process_keeps(model, tmp_path, by):
     model.save_pretrained(tmp_path)
     torch.save(three(), tmp_path / "inputs.pt")
     with torch.no_grad():
-        expected = tensor_parallel_rank.run(model, three())
+        expected = tensor_parallel_rank.run(model, three(), tmp_path / "alone")
     script, paths = tensor_parallel_rank.__file__, [str(Path(vtp.__file__).parents[1])]
     paths += filter(None, [os.environ.get("PYTHONPATH")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}

@@ -1,0 +1,53 @@
+"""Every method, set for the small models of these tests: what is added here is tested in all."""
+
+import torch
+
+import vtp_kernels as vtp
+from vtp_kernels.methods.lvpruning.deciders import Deciders
+from vtp_kernels.methods.lvpruning.files import Fit, save_deciders
+from vtp_kernels.models.families import parts_of
+
+# Rows leave from layer 2 on: earlier ones are Qwen3-VL's deepstack layers.
+NAMES = (
+    "fastv",
+    "pyramiddrop",
+    "schedule",
+    "random",
+    "visipruner",
+    "visipruner that skips",
+    "visipruner without shallow",
+    "lvpruning",
+)
+#: Those in which all that happens is that rows leave, so that a mask can do the same.
+ONLY_ROWS_LEAVE = tuple(
+    name for name in NAMES if name not in ("visipruner", "visipruner that skips")
+)
+
+
+def pruning_method(name, model, folder):
+    """The method of that name; what it needs on disk is put into `folder`."""
+    if name == "lvpruning":
+        return vtp.LVPruning(deciders(model, folder), layers=(2, 4), ratios=(0.5, 0.2))
+    thresholds = {"fusion_threshold": 1.1, "token_threshold": 0.2, "exit_threshold": 0.9}
+    return {
+        "fastv": vtp.FastV(2, 0.5),
+        "pyramiddrop": vtp.PyramidDrop((2, 3, 5), (0.5, 0.25, 0.0)),
+        "schedule": vtp.Schedule({3: 0.6, 4: 3}, score="contribution"),
+        "random": vtp.RandomPruning(2, 0.3),
+        "visipruner": vtp.VisiPruner(shallow_layers=2, **thresholds),
+        "visipruner that skips": vtp.VisiPruner(
+            shallow_layers=2, shallow_attention="skip", **thresholds
+        ),
+        "visipruner without shallow": vtp.VisiPruner(
+            ("middle", "deep"), shallow_layers=1, **thresholds
+        ),
+    }[name]
+
+
+def deciders(model, folder):
+    """A folder with deciders of random weights that fit the model."""
+    torch.manual_seed(0)
+    parts = parts_of(model)
+    fit = Fit.of(parts.family, parts.text.config, (2, 4), 32)
+    save_deciders(folder, Deciders(fit.shape), fit, training={})
+    return folder
