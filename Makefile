@@ -12,10 +12,10 @@ METHODS ?= none fastv:2:0.5 fastv:2:0.22 pyramiddrop:2=0.5,4=0.25,6=0.125 schedu
 	random:0.5 random:0.22
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench gpu-check evaluate wheel clean
+.PHONY: help demo test lint bench bench-compare bench-model gpu-check evaluate wheel clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 $(READY): constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,6 +39,12 @@ lint: $(READY) ## style and common mistakes
 
 bench: $(BUILT) ## every op beside what would be used instead
 	$(BIN)/python -m benchmarks --json out/bench.json
+
+bench-compare: bench ## the same, beside the committed results of this kind of machine
+	$(BIN)/python -m benchmarks.compare out/bench.json
+
+bench-model: $(BUILT) ## the small LLaVA end to end, dense and pruned
+	$(BIN)/python -m benchmarks.end_to_end --json out/end_to_end.json
 
 gpu-check: $(BUILT) ## what a GPU is needed for: its tests, the sanitizer, the benchmarks
 	$(BIN)/python -m benchmarks.gpu_check

@@ -4,14 +4,14 @@ import importlib
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import gpu_check, harness
+from benchmarks import compare, gpu_check, harness
 from vtp_kernels.machine import describe
 
 ROOT = Path(__file__).parents[1]
@@ -73,3 +73,42 @@ def test_unknown_op_is_named():
 def test_gpu_check_without_a_gpu_claims_nothing(capsys):
     assert gpu_check.main() == 2
     assert "nothing was checked" in capsys.readouterr().err
+
+
+def timing(ratio: float, best: float | None = None, shape: str = "8") -> harness.Timing:
+    spread = {"torch eager": (0.9 * ratio, best or 1.1 * ratio)}
+    return harness.Timing("double", shape, 1.0, 1.0, 1.0, {"torch eager": ratio}, spread)
+
+
+@pytest.mark.parametrize(
+    "old, new, slower, line",
+    [
+        (timing(4.0), timing(3.0), True, "slower: double, 8: 4.00 -> 3.00 times torch eager"),
+        (timing(4.0), timing(3.0, best=4.5), False, None),  # a noisy run tells nothing
+        (timing(4.0), timing(3.7), False, None),
+        (timing(4.0), timing(5.0), False, "faster: double, 8: 4.00 -> 5.00 times torch eager"),
+    ],
+)
+def test_an_op_that_got_slower_is_named(old, new, slower, line):
+    key = ("double", "8")
+    lines, worse = compare.compare({key: old}, {key: new}, tolerance=0.15)
+    assert (lines, worse) == ([line] if line else [], slower)
+
+
+def test_cells_that_come_and_go_are_named():
+    lines, worse = compare.compare({("a", "1"): timing(2)}, {("b", "2"): timing(2)}, 0.15)
+    assert lines == ["new: b, 2", "not measured: a, 1"] and not worse
+
+
+def test_the_baseline_is_of_the_same_kind_of_machine(monkeypatch, tmp_path, capsys):
+    machine = {"cpu": "Abacus", "cores": 2, "gpu": None, "threads": 2}
+    result = tmp_path / "abacus" / "bench.json"
+    result.parent.mkdir()
+    result.write_text(json.dumps({"rows": [asdict(timing(2.0))], "machine": machine}))
+    assert compare.baseline(machine | {"threads": 1}, tmp_path) == result
+    assert compare.baseline(machine | {"cores": 4}, tmp_path) is None
+    monkeypatch.setattr(sys, "argv", ["compare", str(result)])
+    assert compare.main() == 2
+    assert "no result file for cpu Abacus, cores 2, gpu None" in capsys.readouterr().err
+    monkeypatch.setattr(compare, "baseline", lambda machine: result)
+    assert compare.main() == 0 and "no change" in capsys.readouterr().out
