@@ -23,6 +23,9 @@ def main() -> None:
     parser.add_argument("ops", nargs="*", metavar="op", help=f"default: all of {', '.join(OPS)}")
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile as one more rival (takes long)"
+    )
     parser.add_argument("--json", type=Path, help="write the timings, machine and versions here")
     args = parser.parse_args()
     if unknown := set(args.ops) - set(OPS):
@@ -30,7 +33,7 @@ def main() -> None:
     timings, bandwidth = [], harness.copy_bandwidth(args.device)
     for op in args.ops or OPS:
         cases = importlib.import_module(f"benchmarks.{op}").cases(args.device)
-        timings += harness.measure(cases, args.device, args.turns, bandwidth)
+        timings += harness.measure(cases, args.device, args.turns, bandwidth, args.compile)
     print(harness.table(timings), harness.summary(timings), sep="\n\n")
     if args.json:
         rows = [dataclasses.asdict(timing) for timing in timings]

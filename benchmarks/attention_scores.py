@@ -51,4 +51,4 @@ def case(shape: Shape, rows: int, device: str) -> Case:
 
 
 def cases(device: str) -> list[Case]:
-    return [case(shape, rows, device) for shape in shapes() for rows in (1, 32)]
+    return [case(shape, rows, device) for shape in shapes(device) for rows in (1, 32, 100)]

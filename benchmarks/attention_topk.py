@@ -40,4 +40,4 @@ def case(shape: Shape, device: str) -> Case:
 
 
 def cases(device: str) -> list[Case]:
-    return [case(shape, device) for shape in shapes()]
+    return [case(shape, device) for shape in shapes(device)]

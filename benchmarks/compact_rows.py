@@ -42,4 +42,4 @@ def case(shape: Shape, share: int, device: str) -> Case:
 
 
 def cases(device: str) -> list[Case]:
-    return [case(shape, share, device) for shape in shapes() for share in (2, 9)]
+    return [case(shape, share, device) for shape in shapes(device) for share in (2, 9)]

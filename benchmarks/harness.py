@@ -2,7 +2,8 @@
 
 A benchmark file holds one `cases()`. Every case is first checked: op and rivals must agree on the
 very inputs that are timed. Inputs rotate, so that no cache is measured; op and rivals take turns,
-so that a machine that slows down slows all of them down. Ratios are medians over the turns.
+so that a machine that slows down slows all of them down. Ratios are medians over the turns. With
+`compiled`, torch.compile's version of the first rival, made for the very shape, is one more rival.
 
 On a GPU a turn is one replay of a CUDA graph of many calls, between two events: what the device
 does, without the host's time to launch it. What waits for the device cannot be captured: it is
@@ -12,7 +13,7 @@ timed call by call, between events too, and marked.
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from tqdm import tqdm
@@ -70,11 +71,25 @@ def copy_bandwidth(device: str) -> float:
 
 
 def measure(
-    cases: Iterable[Case], device: str, turns: int, bandwidth: float | None = None
+    cases: Iterable[Case],
+    device: str,
+    turns: int,
+    bandwidth: float | None = None,
+    compiled: bool = False,
 ) -> list[Timing]:
     """Times every case; `bandwidth` is that of a copy in this run, measured here if not given."""
     bandwidth = bandwidth or copy_bandwidth(device)
-    return [_measure(case, device, turns, bandwidth) for case in tqdm(list(cases), disable=None)]
+    return [
+        _measure(_with_compiled(case) if compiled else case, device, turns, bandwidth)
+        for case in tqdm(list(cases), disable=None)
+    ]
+
+
+def _with_compiled(case: Case) -> Case:
+    torch._dynamo.reset()  # or, after some shapes, what is called compiled would run eagerly
+    first = next(iter(case.rivals.values()))
+    compiled = torch.compile(first, dynamic=False)
+    return replace(case, rivals={**case.rivals, "torch.compile": compiled})
 
 
 @torch.no_grad()

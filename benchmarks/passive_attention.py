@@ -47,5 +47,14 @@ def case(shape: Shape, device: str) -> Case:
     )
 
 
+# Of one matrix of weights, of which the rival makes several.
+MATRIX_BYTES = {"cpu": 500e6, "cuda": 8e9}
+
+
 def cases(device: str) -> list[Case]:
-    return [case(shape, device) for shape in shapes() if shape.length < 1000]
+    most = MATRIX_BYTES[torch.device(device).type]
+    return [
+        case(shape, device)
+        for shape in shapes(device)
+        if 4 * shape.batch * shape.heads * shape.length**2 <= most
+    ]

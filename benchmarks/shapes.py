@@ -27,18 +27,28 @@ class Shape:
         return f"{self.name}, B={self.batch}, {self.visual}+{self.text}, {dtype}"
 
 
-def shapes(dtypes=(torch.float32, torch.bfloat16)) -> list[Shape]:
-    """LLaVA-1.5 alone and in a batch, LLaVA-NeXT, and a grouped-query model with 7,168 tokens."""
-    return [
+MODELS = (  # visual tokens, heads, key heads
+    ("LLaVA-1.5-7B", 576, 32, 32),
+    ("LLaVA-NeXT-7B", 2880, 32, 32),
+    ("LLaVA-NeXT-Mistral-7B", 2880, 32, 8),
+    ("Qwen2.5-VL-7B", 7168, 28, 4),
+)
+BATCHES = (1, 8, 32)
+DTYPES = (torch.float32, torch.bfloat16)
+CPU_BYTES = 400e6  # of one tensor [B, heads, S, dim] in float32, of which rivals make several
+
+
+def shapes(device: str) -> list[Shape]:
+    """Every model at every batch size; on a CPU those that fit into a small machine's memory."""
+    every = [
         Shape(name, batch, visual, 64, heads, kv_heads, 128, dtype)
-        for dtype in dtypes
-        for name, batch, visual, heads, kv_heads in (
-            ("LLaVA-1.5-7B", 1, 576, 32, 32),
-            ("LLaVA-1.5-7B", 8, 576, 32, 32),
-            ("LLaVA-NeXT-7B", 1, 2880, 32, 32),
-            ("Qwen2.5-VL-7B", 1, 7168, 28, 4),
-        )
+        for dtype in DTYPES
+        for name, visual, heads, kv_heads in MODELS
+        for batch in BATCHES
     ]
+    if torch.device(device).type != "cpu":
+        return every
+    return [x for x in every if 4 * x.batch * x.heads * x.length * x.dim <= CPU_BYTES]
 
 
 def randn(*size: int, dtype: torch.dtype, device: str) -> torch.Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import compare, gpu_check, harness
+from benchmarks import compare, gpu_check, harness, shapes
 from vtp_kernels.machine import describe
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +47,20 @@ def test_a_timing_has_time_bandwidth_and_ratios(case):
     low, high = timing.spread["sum"]
     assert low <= timing.speedup["sum"] <= high
     assert "| double | 1 MiB |" in harness.table([timing])
+
+
+def test_what_torch_compiles_can_be_a_rival(case):
+    (timing,) = harness.measure([case], "cpu", turns=1, compiled=True)
+    assert list(timing.speedup) == ["sum", "torch.compile"]
+
+
+def test_shapes_cover_batches_models_and_grouped_queries():
+    on_gpu, on_cpu = shapes.shapes("cuda"), shapes.shapes("cpu")
+    assert set(on_cpu) < set(on_gpu)
+    for found in (on_cpu, on_gpu):
+        assert {x.name for x in found} == {name for name, *_ in shapes.MODELS}
+        assert {x.batch for x in found} == {1, 8, 32}
+        assert {x.heads // x.kv_heads for x in found} == {1, 4, 7}
 
 
 def test_a_wrong_result_is_never_timed(case):
