@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness
+from benchmarks import chart, harness
 from vtp_kernels import reference
 from vtp_kernels.machine import describe
 
@@ -27,6 +27,7 @@ def main() -> None:
         "--compile", action="store_true", help="torch.compile as one more rival (takes long)"
     )
     parser.add_argument("--json", type=Path, help="write the timings, machine and versions here")
+    parser.add_argument("--plot", type=Path, help="draw the ratios here, as PNG")
     args = parser.parse_args()
     if unknown := set(args.ops) - set(OPS):
         parser.error(f"unknown op {', '.join(sorted(unknown))}; there are {', '.join(OPS)}")
@@ -35,6 +36,8 @@ def main() -> None:
         cases = importlib.import_module(f"benchmarks.{op}").cases(args.device)
         timings += harness.measure(cases, args.device, args.turns, bandwidth, args.compile)
     print(harness.table(timings), harness.summary(timings), sep="\n\n")
+    if args.plot:
+        chart.draw(timings, args.plot)
     if args.json:
         rows = [dataclasses.asdict(timing) for timing in timings]
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageColor
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import compare, gpu_check, harness, shapes
+from benchmarks import chart, compare, gpu_check, harness, shapes
 from vtp_kernels.machine import describe
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +108,15 @@ def test_an_op_that_got_slower_is_named(old, new, slower, line):
     key = ("double", "8")
     lines, worse = compare.compare({key: old}, {key: new}, tolerance=0.15)
     assert (lines, worse) == ([line] if line else [], slower)
+
+
+def test_the_chart_has_a_dot_for_every_shape(tmp_path):
+    rows = [timing(ratio, shape=str(ratio)) for ratio in (0.4, 1.5, 9.0, 300.0)]
+    picture = chart.draw(rows, tmp_path / "made" / "it.png")
+    assert Image.open(tmp_path / "made" / "it.png").size == picture.size
+    colors = dict((color, count) for count, color in picture.getcolors(100_000))
+    blue, red = (colors[ImageColor.getrgb(color)] for color in (chart.FASTER, chart.SLOWER))
+    assert blue == 3 * red  # the mean's line crosses none of them
 
 
 def test_cells_that_come_and_go_are_named():
