@@ -6,6 +6,7 @@ import vtp_kernels as vtp
 from vtp_kernels.methods.lvpruning.deciders import Deciders
 from vtp_kernels.methods.lvpruning.files import Fit, save_deciders
 from vtp_kernels.models.families import parts_of
+from vtp_kernels.models.towers import tower_of
 
 # Rows leave from layer 2 on: earlier ones are Qwen3-VL's deepstack layers.
 NAMES = (
@@ -17,6 +18,8 @@ NAMES = (
     "visipruner that skips",
     "visipruner without shallow",
     "lvpruning",
+    "inflection",
+    "inflection with padding",
 )
 #: Those in which all that happens is that rows leave, so that a mask can do the same.
 ONLY_ROWS_LEAVE = tuple(
@@ -28,6 +31,8 @@ def pruning_method(name, model, folder):
     """The method of that name; what it needs on disk is put into `folder`."""
     if name == "lvpruning":
         return vtp.LVPruning(deciders(model, folder), layers=(2, 4), ratios=(0.5, 0.2))
+    if name.startswith("inflection"):
+        return inflection(model, max_keep=6 if name == "inflection with padding" else None)
     thresholds = {"fusion_threshold": 1.1, "token_threshold": 0.2, "exit_threshold": 0.9}
     return {
         "fastv": vtp.FastV(2, 0.5),
@@ -42,6 +47,15 @@ def pruning_method(name, model, folder):
             ("middle", "deep"), shallow_layers=1, **thresholds
         ),
     }[name]
+
+
+def inflection(model, max_keep):
+    """Both stages, or the second alone where too little is known of the vision tower."""
+    parts = parts_of(model)
+    source = "attention" if tower_of(parts.family, parts.base) else None
+    return vtp.InflectionPruning(
+        source, min_keep=2, max_keep=max_keep, llm_layers=(3, 4), visual_keep=0.5, text_keep=0.75
+    )
 
 
 def deciders(model, folder):
