@@ -3,7 +3,7 @@
 import pytest
 import torch
 from masked_reference import MaskedReference
-from pruning_methods import ONLY_ROWS_LEAVE, pruning_method
+from pruning_methods import NAMES, ONLY_ROWS_LEAVE, pruning_method
 from test_generation import DETAILS, GREEDY, assert_same
 from tiny_llava import IMAGE
 from tiny_models import FAMILIES, VIDEO
@@ -73,6 +73,18 @@ def test_rows_that_leave_are_as_if_masked(models, inputs, name, attention, tmp_p
     with MaskedReference(models["eager"], dict.fromkeys(kept), given=kept):
         reference = models["eager"].generate(**inputs, **GREEDY, **DETAILS)
     assert_same(pruned, reference)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ONLY_ROWS_LEAVE])
+def test_decoding_after_passive_layers(family, models, inputs, name, tmp_path):
+    """What the prompt's layers did is the same with a static cache, and without any."""
+    model = models["sdpa"]
+    with vtp.prune(model, pruning_method(name, model, tmp_path)):
+        expected = model.generate(**inputs, **GREEDY, **DETAILS)
+        static = model.generate(**inputs, **GREEDY, **DETAILS, cache_implementation="static")
+        anew = model.generate(**inputs, **DETAILS, max_new_tokens=1, use_cache=False)
+    assert_same(static, expected)
+    torch.testing.assert_close(anew.logits[0], expected.logits[0], rtol=0, atol=2e-5)
 
 
 # --- the untouched model ------------------------------------------------------------------------
@@ -244,10 +256,17 @@ def test_grid_positions_do_not_close_up(name):
         vtp.apply(model, vtp.FastV(2), positions="contiguous")
 
 
-def test_supported_models_can_run_what_they_say():
-    """Each family that is named has a model here, and each that has one is named."""
+def test_supported_models_can_run_what_they_say(tmp_path):
+    """Each family that is named is tested here with each method that is named, and no other is."""
     supported = vtp.supported_models()
     architectures = {type(family.make()).__name__ for family in FAMILIES.values()}
     named = {name for family in supported.values() for name in family["architectures"]}
     assert named - {"LlavaForConditionalGeneration"} == architectures
-    assert supported["qwen3_vl"]["positions"] == ["original"]
+    for name, family in FAMILIES.items():
+        model = family.model("sdpa")
+        methods = {pruning_method(method, model, tmp_path / name).name for method in NAMES}
+        found = supported[name.removesuffix("_qwen3")]
+        assert set(found["methods"]) == methods
+        assert found["vision_tower"] == (not name.startswith("qwen"))
+    assert supported["qwen3_vl"]["positions"] == ["original"] != supported["llava"]["positions"]
+    assert "from layer 3 on" in supported["qwen3_vl"]["limits"][0]

@@ -51,6 +51,8 @@ class Family:
     positions than it has tokens, and there is no telling where rows would close up to."""
     first_layer: Callable[[Any], int] = lambda config: 0
     """Of the model's config: the first layer before which rows may leave."""
+    limits: tuple[str, ...] = ()
+    """What does not go, for `supported_models`."""
 
     @property
     def positions(self) -> tuple[str, ...]:
@@ -145,6 +147,7 @@ FAMILIES = {
         # After each of the first layers it adds features of the vision tower to the visual rows,
         # by a mask over all rows there were: they must still be there.
         first_layer=lambda config: len(config.vision_config.deepstack_visual_indexes),
+        limits=("rows leave only after the deepstack layers: from layer 3 on in released models",),
     ),
 }
 

@@ -17,6 +17,7 @@ from .families import FAMILIES, parts_of
 from .limits import check_method
 from .positions import POSITIONS
 from .report import Report
+from .towers import TOWERS
 
 __all__ = ["Handle", "apply", "prune", "supported_models"]
 
@@ -71,12 +72,14 @@ def apply(
     Works by hooks: `model.generate(...)` and `model(...)` stay as they are, with any batch (left
     padding, any number of images per prompt or none), cache, sampling, beams and attention
     implementation but those named below. Without a cache, every step of generate() is a prompt of
-    its own and chooses anew.
+    its own and chooses anew. Where ranks share a model's heads (tensor parallelism by DTensors, as
+    transformers does it) apply on every rank: all keep the same tokens.
 
     Parameters
     ----------
     model : a transformers model of a supported family, see `supported_models()`
-    method : FastV, PyramidDrop, VisiPruner, RandomPruning, Schedule, or a Method of your own
+    method : VisiPruner, LVPruning, InflectionPruning, FastV, PyramidDrop, RandomPruning, Schedule,
+        or a Method of your own
     positions : "original" | "contiguous"
         Rows that stay keep their positions, and generated tokens continue after the unpruned
         length; or rows close up, in each layer after the rows that layer has.
@@ -86,9 +89,10 @@ def apply(
     Raises
     ------
     NotImplementedError
-        If the model is not supported, or `backend` cannot serve it. Later, in calls with images:
-        tensor-parallel models, flex_attention, quantized, sliding-window or offloaded caches, 4D
-        masks, packed sequences, a static cache where layers are to forget visual tokens.
+        If the model is not supported, its family cannot run the method or those positions, or
+        `backend` cannot serve it. Later, in calls with images: flex_attention, quantized,
+        sliding-window or offloaded caches, 4D masks, packed sequences, a static cache where layers
+        are to forget visual tokens.
     ValueError
         If the method does not fit the model (a layer it does not have), the model is pruned
         already, or `backend` is unknown. Later, in calls with images: labels, output_attentions,
@@ -131,13 +135,26 @@ def prune(
 
 
 def supported_models() -> dict[str, dict[str, Any]]:
-    """Families of models, and which methods each can run."""
+    """Families of models, and what each can run.
+
+    Returns
+    -------
+    {family: dict}
+        architectures, text_models : class names, and `model_type` of the language models in them.
+        methods : names of methods, as in their files.
+        positions : what `positions` of `apply` may be.
+        vision_tower : whether methods that look at what the vision tower saw find it
+            (InflectionPruning does, but for source=None).
+        limits : what else does not go, in words.
+    """
     return {
         name: {
             "architectures": list(family.architectures),
             "text_models": list(family.text_models),
             "methods": sorted(METHODS),
             "positions": list(family.positions),
+            "vision_tower": name in TOWERS,
+            "limits": list(family.limits),
         }
         for name, family in FAMILIES.items()
     }
