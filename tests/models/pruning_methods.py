@@ -52,7 +52,10 @@ def pruning_method(name, model, folder):
 def inflection(model, max_keep):
     """Both stages, or the second alone where too little is known of the vision tower."""
     parts = parts_of(model)
-    source = "attention" if tower_of(parts.family, parts.base) else None
+    tower = tower_of(parts.family, parts.base)
+    source = None
+    if tower is not None:
+        source = "attention" if tower.attentions else "similarity"
     return vtp.InflectionPruning(
         source, min_keep=2, max_keep=max_keep, llm_layers=(3, 4), visual_keep=0.5, text_keep=0.75
     )

@@ -148,9 +148,12 @@ def test_what_stays_comes_up_to_the_knee(family):
     assert torch.equal(kept[0][kept.visual], stays)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_towers_that_are_not_known_are_refused(family):
+@pytest.mark.parametrize(
+    "family, source", [("qwen2_5_vl", "attention"), ("qwen3_vl", "similarity")]
+)
+def test_what_is_not_known_of_a_tower_is_refused(family, source):
     model = FAMILIES[family].model("sdpa")
     with pytest.raises(NotImplementedError, match=rf"{family} cannot run InflectionPruning\("):
-        vtp.apply(model, vtp.InflectionPruning(llm_layers=(4,)))
+        vtp.apply(model, vtp.InflectionPruning(source, llm_layers=(4,)))
+    assert "get_image_features" not in vars(model.model)
     vtp.apply(model, vtp.InflectionPruning(None, llm_layers=(4,))).remove()

@@ -315,14 +315,10 @@ class Course:
         if self.seen is None:
             return []
         counts, scores = self.seen
-        return [
-            {
-                "layer": 0,
-                "event": "inflection",
-                "tokens": [scores.shape[1]] * len(scores),
-                "kept": counts.tolist(),
-            }
-        ]
+        tokens = (~scores.isnan()).sum(1)
+        kept = counts.minimum(tokens)
+        event = {"layer": 0, "event": "inflection", "tokens": tokens.tolist()}
+        return [event | {"kept": kept.tolist()}]
 
 
 def _budget(keep: str | int | float, rows: int) -> int:

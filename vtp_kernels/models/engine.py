@@ -64,6 +64,11 @@ class Engine:
                     f"{parts.family} cannot run {method}: what its vision tower sees is not known "
                     f"here. It is for {', '.join(TOWERS)} with a tower of {', '.join(MODELS)}"
                 )
+            if method.vision_source() == "attention" and not tower.attentions:
+                raise NotImplementedError(
+                    f"{parts.family} cannot run {method}: the attention in its vision tower is not "
+                    "known here; use source='similarity'"
+                )
             self.watch = VisionWatch(parts.base, tower, method.vision_source(), backend)
         self.last_prefill: PrefillRecord | None = None
         self._hooks: list[Any] = []

@@ -65,7 +65,8 @@ class Prefill:
     ) -> None:
         self.parts, self.method, self.positions, self.backend = parts, method, positions, backend
         self.placeholders = visual = parts.visual_tokens(arguments)
-        self.seen = seen_of(arguments)  # else the tower runs within this call, and tells it
+        # None: the tower runs within this call, and tells it.
+        self.seen = seen_of(arguments) if method.vision_source() is not None else None
         batch, rows = visual.shape
         cache = arguments.get("past_key_values")
         self.past = 0 if cache is None else int(cache.get_seq_length())

@@ -1,7 +1,8 @@
 """Vision towers: where each family's keeps what is asked of it, and which rows show what.
 
-A tower that has a CLS token scores by it. Where there is none (SigLIP) all tokens together stand in
-for it: their mean, and the attention that they pay.
+A tower that has a CLS token scores by it. Where there is none (SigLIP, Qwen) all tokens of the
+picture stand in for it: their mean, and the attention that they pay. All tokens of a crop are on its
+curve, those too that show padding around the picture and get no row.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from .vision import Seen
 
@@ -23,7 +25,7 @@ class Tower:
     Attributes
     ----------
     attentions : list of nn.Module
-        One a layer.
+        One a layer; none where what it pays cannot be had.
     has_cls : bool
         Whether row 0 of what the layers put out is the CLS token.
     """
@@ -222,11 +224,38 @@ class ShuffledTower(Tower):
         return super()._states(given, output)
 
 
+class PackedTower(Tower):
+    """Qwen2.5-VL: pictures of any size, one behind the other, several patches to a visual token.
+    There is no CLS; the features are what the last layer of the tower put out, which merges them.
+
+    Its attention is not computed: it goes over windows, with positions of its own.
+    """
+
+    models = ("qwen2_5_vl_vision", "qwen2_5_vl")
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base, self.attentions, self.has_cls = base, [], False
+
+    def read(self, given: dict[str, Any], output: Any, scores: Tensor | None) -> Seen:
+        pictures = output.pooler_output
+        features = pad_sequence(list(pictures), batch_first=True)
+        lengths = torch.tensor([len(picture) for picture in pictures])
+        here = torch.arange(features.shape[1]) < lengths[:, None]
+        return Seen(
+            features=features,
+            summary=torch.stack([picture.mean(0) for picture in pictures]),
+            attention=None,
+            shows=here.view(-1).nonzero()[:, 0],
+            here=None if here.all() else here,
+        )
+
+
 TOWERS: dict[str, type[Tower]] = {
     "llava": Tower,
     "llava_next": CroppedTower,
     "llava_onevision": ResizedTower,
     "internvl": ShuffledTower,
+    "qwen2_5_vl": PackedTower,
 }
 MODELS = tuple(dict.fromkeys(name for tower in TOWERS.values() for name in tower.models))
 
@@ -234,6 +263,9 @@ MODELS = tuple(dict.fromkeys(name for tower in TOWERS.values() for name in tower
 def tower_of(family: str, base: nn.Module) -> Tower | None:
     """What is known of a model's vision tower; None if too little for what methods ask."""
     kind = TOWERS.get(family)
-    if kind is None or base.vision_tower.config.model_type not in kind.models:
+    if kind is None:
+        return None
+    tower = getattr(base, "vision_tower", None) or base.visual
+    if tower.config.model_type not in kind.models:
         return None
     return kind(base)

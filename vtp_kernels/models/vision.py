@@ -36,18 +36,27 @@ class Seen(NamedTuple):
     for the picture as a whole. attention: float32 [I, N] that they got in that layer, or None where
     nobody asked. shows: int64 [F], on the CPU, for every row that the model's text is to get, in
     order: which token it shows, counted over all pictures, or -1 for one that shows none of them,
-    as `image_newline`.
+    as `image_newline`. here: bool [I, N], on the CPU, where pictures have fewer than N tokens.
     """
 
     features: Tensor
     summary: Tensor
     attention: Tensor | None
     shows: Tensor
+    here: Tensor | None = None
 
 
 def seen_of(arguments: dict[str, Any]) -> Seen | None:
-    """What was noted on the encoded pictures that a call brings, if they came encoded."""
+    """What was noted on the encoded pictures that a call brings, if they came encoded.
+
+    Raises NotImplementedError for videos: nobody looked at them.
+    """
     encoded = arguments.get("mm_encoder_outputs") or {}
+    if arguments.get("pixel_values_videos") is not None or encoded.get("video") is not None:
+        raise NotImplementedError(
+            "pixel_values_videos: what the vision tower sees is judged picture by picture, and "
+            "videos are not; use a method that does not ask for it"
+        )
     return getattr(encoded.get("image"), SEEN, None)
 
 
@@ -155,9 +164,7 @@ class PromptVision:
         self._starts = [start for start in self._starts for _ in range(copies)]
         self._counts = counts
         device = placeholders.device
-        shows = seen.shows
-        if device.type == "cuda":
-            shows = shows.pin_memory().to(device, non_blocking=True)
+        shows = _moved(seen.shows, device)
         start = on_device(self._starts, device)
         order = placeholders.cumsum(1) - 1 + (start if isinstance(start, int) else start[:, None])
         self.shows = torch.where(placeholders, shows[order.clamp(0, once - 1)], -1)
@@ -167,11 +174,15 @@ class PromptVision:
 
         `source` as of VisionWatch; `rule` as of `vtp_kernels.inflection`.
         """
-        seen = self.seen
+        seen, scores = self.seen, self.seen.attention
         if source == "similarity":
             features, summary = seen.features.detach(), seen.summary.detach()
-            return cls_inflection(features, summary, **rule, backend=self._backend)
-        return inflection(seen.attention, **rule, backend=self._backend), seen.attention
+            selection, scores = cls_inflection(features, summary, **rule, backend=self._backend)
+            if seen.here is None:
+                return selection, scores
+            # What is not a number is on no curve.
+            scores = scores.masked_fill(~_moved(seen.here, scores.device), torch.nan)
+        return inflection(scores, **rule, backend=self._backend), scores
 
     def rows_showing(self, selection: Selection) -> Tensor:
         """bool [B, S]: the visual rows that show one of the tokens chosen, or none of all."""
@@ -192,3 +203,8 @@ class PromptVision:
             per_picture = torch.bincount(real // width, minlength=pictures).clamp(max=tokens)
             bounds.append(int(per_picture.sum()) + count - len(real))
         return bounds
+
+
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on another device, without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
