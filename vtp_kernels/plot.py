@@ -7,9 +7,12 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-_PANEL = 224  # pixels; the width of one panel
-_CAPTION = 18
+from vtp_kernels.selection import Selection
+
+PANEL = 224  # pixels; the width of one panel
+CAPTION = 18
 _GAP = 6
+_MARGIN = 10  # around a curve
 _DIM = 0.22  # brightness left to a patch whose token is gone
 
 
@@ -43,7 +46,7 @@ def tokens(
         ValueError: the tokens do not fill `grid`, or `sample` is not in the batch.
         OSError: the image cannot be read.
     """
-    picture = load_image(image).resize((_PANEL, _PANEL))
+    picture = load_image(image).resize((PANEL, PANEL))
     visual = visual if visual is not None else getattr(kept, "visual", None)
     masks = {layer: _visual_mask(mask, visual, sample) for layer, mask in sorted(kept.items())}
     row = [(title, picture)]
@@ -61,14 +64,59 @@ def tokens(
     return drawn
 
 
+def curve(
+    selection: tuple[Selection, torch.Tensor],
+    path: str | os.PathLike | None = None,
+    *,
+    sample: int = 0,
+) -> Image.Image:
+    """Draws the sorted scores of one picture and their knee: what comes up to it was kept.
+
+    Args:
+        selection: what `vtp_kernels.cls_inflection` returns: the Selection and the scores [B, N].
+            With `vtp_kernels.inflection` the pair is (its result, the curve it was given).
+        path: where to write the PNG; None writes nothing.
+        sample: row of the batch.
+
+    Returns:
+        The drawn curve. Scores that are no finite numbers are left out.
+
+    Raises:
+        TypeError: `selection` is no such pair.
+        ValueError: its parts do not belong together, or `sample` is not in the batch.
+    """
+    scores, above, count = _curve_of(selection, sample)
+    knee = count - above - 1
+    sheet = Image.new("RGB", (PANEL, PANEL), "white")
+    pen = ImageDraw.Draw(sheet)
+    low, high = (min(scores), max(scores)) if scores else (0.0, 0.0)
+    span, reach = PANEL - 2 * _MARGIN, (high - low) or 1.0
+
+    def place(rank: int, score: float) -> tuple[float, float]:
+        x = _MARGIN + span * rank / max(len(scores) - 1, 1)
+        return x, PANEL - _MARGIN - span * (score - low) / reach
+
+    pen.rectangle((_MARGIN, _MARGIN, PANEL - _MARGIN, PANEL - _MARGIN), outline="gainsboro")
+    if 0 <= knee < len(scores):
+        x, y = place(knee, scores[knee])
+        pen.line((x, _MARGIN, x, PANEL - _MARGIN), fill="crimson")
+        pen.ellipse((x - 4, y - 4, x + 4, y + 4), outline="crimson", width=2)
+    pen.line([place(rank, score) for rank, score in enumerate(scores)], fill="black", width=2)
+    note = f"{count} of {selection[1].shape[1]}, {low:.3g} to {high:.3g}"
+    pen.text((PANEL - _MARGIN - 6 * len(note), _MARGIN + 4), note, fill="black")
+    if path is not None:
+        sheet.save(Path(path))
+    return sheet
+
+
 def panels(row: list[tuple[str, Image.Image]]) -> Image.Image:
     """Puts captioned pictures side by side, all in one size."""
-    sheet = Image.new("RGB", (len(row) * (_PANEL + _GAP) - _GAP, _PANEL + _CAPTION + _GAP), "white")
+    sheet = Image.new("RGB", (len(row) * (PANEL + _GAP) - _GAP, PANEL + CAPTION + _GAP), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (caption, panel) in enumerate(row):
-        left = i * (_PANEL + _GAP)
+        left = i * (PANEL + _GAP)
         draw.text((left + 2, 2), caption, fill="black")
-        sheet.paste(panel.resize((_PANEL, _PANEL), Image.NEAREST), (left, _CAPTION))
+        sheet.paste(panel.resize((PANEL, PANEL), Image.NEAREST), (left, CAPTION))
     return sheet
 
 
@@ -98,6 +146,28 @@ def load_image(image) -> Image.Image:
         raise ValueError(
             f"image: {os.fspath(image)!r} cannot be read as a picture: {error}"
         ) from error
+
+
+def _curve_of(selection, sample: int) -> tuple[list[float], int, int]:
+    """Finite scores in falling order, how many are infinite, and how many tokens were kept."""
+    if not (
+        isinstance(selection, tuple)
+        and len(selection) == 2
+        and isinstance(selection[0], Selection)
+        and isinstance(selection[1], torch.Tensor)
+    ):
+        raise TypeError(
+            "selection: expected the pair (Selection, scores) that cls_inflection returns, got "
+            f"{type(selection).__name__}"
+        )
+    (_, counts), scores = selection
+    if scores.dim() != 2 or len(scores) != len(counts):
+        raise ValueError(f"selection: expected scores [{len(counts)}, N], got {list(scores.shape)}")
+    if not 0 <= sample < len(counts):
+        raise ValueError(f"sample: expected 0 to {len(counts) - 1}, got {sample}")
+    row = scores[sample].float()
+    finite = row[row.isfinite()].sort(descending=True)[0].tolist()
+    return finite, int(row.isposinf().sum()), int(counts[sample])
 
 
 def _visual_mask(mask: torch.Tensor, visual: torch.Tensor | None, sample: int) -> torch.Tensor:

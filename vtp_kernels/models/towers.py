@@ -1,8 +1,8 @@
 """Vision towers: where each family's keeps what is asked of it, and which rows show what.
 
 A tower that has a CLS token scores by it. Where there is none (SigLIP, Qwen) all tokens of the
-picture stand in for it: their mean, and the attention that they pay. All tokens of a crop are on its
-curve, those too that show padding around the picture and get no row.
+picture stand in for it: their mean, and the attention that they pay. All tokens of a crop are on
+its curve, those too that show padding around the picture and get no row.
 """
 
 from __future__ import annotations
