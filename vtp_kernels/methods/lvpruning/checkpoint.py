@@ -37,7 +37,7 @@ def save_checkpoint(
             tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].detach().cpu()
     folder.mkdir(parents=True, exist_ok=True)
     # The step is in the tensors' own metadata: one file, so that it cannot belong to another.
-    metadata = {"step": str(step), "settings": json.dumps(settings)}
+    metadata = {"run": json.dumps({"step": step, "settings": settings})}
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "new", metadata)
     os.replace(folder / "new", folder / TENSORS)
 
@@ -58,8 +58,8 @@ def load_checkpoint(
     if not path.is_file():
         return 0
     with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-        before = json.loads(metadata["settings"])
+        run = json.loads(file.metadata()["run"])
+        before = run["settings"]
         differ = [
             f"{name} was {before.get(name)!r} and is {settings.get(name)!r}"
             for name in sorted(before.keys() | settings.keys())
@@ -76,4 +76,4 @@ def load_checkpoint(
             optimizer.state[parameter] = {
                 m: t if m == "step" else t.to(parameter.device) for m, t in state.items()
             }
-    return int(metadata["step"])
+    return run["step"]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ __all__ = ["IGNORE", "Batch", "Collator", "Conversation", "Dataset", "LlavaConve
 IGNORE = -100
 """The label of tokens that are no answer."""
 PLACEHOLDER = "<image>"
+TOKEN_KINDS = ("token_type_ids", "mm_token_type_ids")  # 0 for text
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,10 @@ class Collator:
                 "processor: it has no chat_template, so there is no telling how questions and "
                 "answers are put to this model; set processor.chat_template"
             )
+        if processor.tokenizer.eos_token is None:
+            raise ValueError(
+                "processor: its tokenizer has no eos_token, so answers would have no end"
+            )
         self.processor = processor
 
     def __call__(self, conversations: Sequence[Conversation]) -> Batch:
@@ -145,12 +150,10 @@ class Collator:
             padding=True,
             padding_side="left",
         )
-        prompts = [
-            ids[mask.bool()].tolist()
-            for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
-        ]
+        mask = encoded["attention_mask"].bool()
         rows = []
-        for prompt, turns in zip(prompts, pieces, strict=True):
+        for ids, real, turns in zip(encoded["input_ids"], mask, pieces, strict=True):
+            prompt = ids[real].tolist()
             ids, labels = list(prompt), [IGNORE] * len(prompt)
             for number, (question, answer) in enumerate(turns):
                 if number:
@@ -158,8 +161,8 @@ class Collator:
                     ids, labels = ids + asked, labels + [IGNORE] * len(asked)
                 said = tokenizer(answer, add_special_tokens=False)["input_ids"]
                 ids, labels = ids + said, labels + said
-            rows.append((ids, labels, len(prompt)))
-        return self._padded(encoded, rows)
+            rows.append(_Row(ids, labels, len(prompt)))
+        return _batch(encoded, mask, rows, tokenizer)
 
     def _pieces(self, conversation: Conversation) -> list[tuple[str, str]]:
         """What is asked and answered, turn by turn, with all that the template puts around."""
@@ -183,27 +186,37 @@ class Collator:
             before, images = answered, []
         return pieces
 
-    def _padded(self, encoded: Any, rows: list[tuple[list[int], list[int], int]]) -> Batch:
-        tokenizer = self.processor.tokenizer
-        width = max(len(ids) for ids, _, _ in rows)
-        filler = tokenizer.pad_token_id
-        if filler is None:
-            filler = tokenizer.eos_token_id
 
-        def padded(values: list[list[int]], fill: int) -> Tensor:
-            return torch.tensor([row + [fill] * (width - len(row)) for row in values])
+class _Row(NamedTuple):
+    ids: list[int]
+    labels: list[int]
+    prompt: int  # the first so many are the prompt
 
-        inputs = dict(encoded)
-        columns = encoded["input_ids"].shape
-        for name, tensor in encoded.items():
-            if name not in ("input_ids", "attention_mask") and tensor.shape == columns:
-                raise NotImplementedError(
-                    f"processor: training does not know how to go on with {name} behind the prompt"
-                )
-        inputs["input_ids"] = padded([ids for ids, _, _ in rows], filler)
-        inputs["attention_mask"] = padded([[1] * len(ids) for ids, _, _ in rows], 0)
-        return Batch(
-            inputs=inputs,
-            labels=padded([labels for _, labels, _ in rows], IGNORE),
-            text=padded([[1] * prompt for _, _, prompt in rows], 0).bool(),
-        )
+
+def _batch(encoded: Any, mask: Tensor, rows: list[_Row], tokenizer: Any) -> Batch:
+    """Rows with padding behind them, and pictures as the processor made them with the prompts."""
+    width = max(len(row.ids) for row in rows)
+
+    def padded(values: list[list[int]], fill: int) -> Tensor:
+        return torch.tensor([row + [fill] * (width - len(row)) for row in values])
+
+    inputs = dict(encoded)
+    for name, tensor in encoded.items():
+        if name in TOKEN_KINDS:
+            inputs[name] = padded(
+                [kinds[real].tolist() for kinds, real in zip(tensor, mask, strict=True)], 0
+            )
+        elif name not in ("input_ids", "attention_mask") and tensor.shape == mask.shape:
+            raise NotImplementedError(
+                f"processor: training does not know how to go on with {name} behind the prompt"
+            )
+    filler = tokenizer.pad_token_id
+    if filler is None:
+        filler = tokenizer.eos_token_id
+    inputs["input_ids"] = padded([row.ids for row in rows], filler)
+    inputs["attention_mask"] = padded([[1] * len(row.ids) for row in rows], 0)
+    return Batch(
+        inputs=inputs,
+        labels=padded([row.labels for row in rows], IGNORE),
+        text=padded([[1] * row.prompt for row in rows], 0).bool(),
+    )
