@@ -316,6 +316,24 @@ def test_the_rate_rises_and_falls():
     assert 0 < rates[99] < 0.01 and rates[9:] == sorted(rates[9:], reverse=True)
 
 
+def test_noise_may_fall():
+    factors = [Recipe(final_noise=0.2).noise(step, 5) for step in range(5)]
+    assert factors == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    assert {Recipe().noise(step, 5) for step in range(5)} == {1.0}
+
+
+def test_without_noise_the_rank_decides(tmp_path, monkeypatch):
+    plain, noises = Choosing.decide, []
+
+    def look(self, layer, hidden):
+        noises.append(self.noise[layer].abs().sum().item())
+        return plain(self, layer, hidden)
+
+    monkeypatch.setattr(Choosing, "decide", look)
+    run(tmp_path, data=DATA[:12], final_noise=0.0, micro_batch=4)
+    assert len(noises) == 6 and noises[-2:] == [0.0, 0.0] and all(noises[:4])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

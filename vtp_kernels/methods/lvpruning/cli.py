@@ -36,6 +36,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "clip": (float, "largest norm of the gradient"),
     "ratio_weight": (float, "weight of the ratio loss"),
     "temperature": (float, "of the Gumbel softmax"),
+    "final_noise": (float, "factor of the Gumbel noise in the end"),
     "gradient": (str, "of dropped tokens: secant (what one would change) or tangent"),
     "precision": (str, f"one of {', '.join(PRECISIONS)}"),
     "seed": (int, "first weights, order of the data, noise"),

@@ -40,6 +40,11 @@ class Recipe:
         DynamicViT (arXiv 2106.02034) found for the same loss.
     temperature : float
         Of the Gumbel softmax. The paper does not say; 1 leaves the logits as they are.
+    final_noise : float
+        The Gumbel noise is multiplied by a factor that goes from 1 at the first step to this at the
+        last. 1 is the paper's. At 0 decisions end up by rank alone, as they are when pruning: where
+        it matters how many tokens of a kind are left, and not only which, drawing each by chance
+        teaches something else.
     gradient : "secant" | "tangent"
         What a dropped token's decision gets to know: what attention would change if the token came
         back, or the derivative at the point where it is gone. See `policy_attention`.
@@ -63,6 +68,7 @@ class Recipe:
     clip: float = 1.0
     ratio_weight: float = 2.0
     temperature: float = 1.0
+    final_noise: float = 1.0
     gradient: str = "secant"
     precision: str = "bf16"
     seed: int = 0
@@ -78,7 +84,7 @@ class Recipe:
                 raise ValueError(f"Recipe.{name}: expected an int of at least 1, got {value!r}")
         for name in ("learning_rate", "clip", "temperature"):
             self._check_number(name, above_zero=True)
-        for name in ("warmup", "weight_decay", "ratio_weight"):
+        for name in ("warmup", "weight_decay", "ratio_weight", "final_noise"):
             self._check_number(name, above_zero=False)
         for name, choices in (("precision", PRECISIONS), ("gradient", GRADIENTS)):
             if getattr(self, name) not in choices:
@@ -100,6 +106,10 @@ class Recipe:
             return self.learning_rate * (step + 1) / warm
         done = (step - warm) / max(1, steps - warm)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+    def noise(self, step: int, steps: int) -> float:
+        """What the Gumbel noise of that step is multiplied by."""
+        return 1 + (self.final_noise - 1) * step / max(1, steps - 1)
 
     def to_dict(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
