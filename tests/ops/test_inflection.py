@@ -177,6 +177,25 @@ def test_agrees_with_kneed(draw, backend, dtype):
                 assert count == (len(row) if knee is None else knee + 1)
 
 
+def test_agrees_with_kneed_on_a_thousand_random_curves(draw, backend):
+    """As they come: 50 lengths, 20 curves each of five kinds, of which one has its best scores
+    equal now and then; those are the walk's with the exact step."""
+    seen = 0
+    for _ in range(50):
+        curve = curves(draw, draw.integer(3, 120))[[0, 1, 2, 3, 5]].repeat(4, 1)
+        curve = curve + 1e-3 * draw.normal(*curve.shape)
+        got = vtp.inflection(curve, rule="kneedle", clip_quantile=1.0, backend=backend)
+        ranked = curve.double().sort(descending=True)[0].tolist()
+        for row, count in zip(ranked, got.counts.tolist(), strict=True):
+            if row[0] > row[1]:
+                knee = kneed_locator(row, 1.0).knee
+            else:
+                knee = kneedle(row, 1.0)
+            assert count == (len(row) if knee is None else knee + 1)
+            seen += 1
+    assert seen == 1000
+
+
 def test_mass_is_summed_as_the_reference_sums_it(draw, backend):
     """In float64, one by one from the best: where a great score comes first, the order of the small
     ones behind it decides what their sum is rounded to."""
