@@ -1,0 +1,292 @@
+"""InflectionPruning on the pocket LLaVA: settings of one split of questions, figures of another.
+
+    python benchmarks/pocket_llava/inflection.py --json out/inflection.json --picture out/it.png
+
+On the "calibration" split rules and both stages are tried. Two settings are taken: the
+best of those that leave at most 22 % of the visual tokens, mean over layers, and the thriftiest of
+those that lose at most a point of exact match. On the "test" split they stand beside the dense
+model, each rule alone, FastV and random pruning at as many tokens, VisiPruner, and a choice that no
+method can make: by the truth about where the objects are.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+if __package__ is None or __package__ == "":  # run as a file: make the source tree importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from vtp_kernels import plot
+from vtp_kernels.chat import chat_inputs
+from vtp_kernels.demo import load
+from vtp_kernels.machine import describe
+from vtp_kernels.methods import (
+    FastV,
+    InflectionPruning,
+    Method,
+    RandomPruning,
+    method_from_spec,
+)
+from vtp_kernels.models import prune
+from vtp_kernels.pocket_llava import scenes
+from vtp_kernels.pocket_llava.evaluate import evaluate, table
+from vtp_kernels.pocket_llava.model import TRAINED
+
+POINT, SHARE = 0.01, 0.22
+# Stage 1 alone, by source and rule.
+RULES = [
+    InflectionPruning(source, rule, llm_layers=())
+    for source in ("attention", "similarity")
+    for rule in ("chord", "kneedle", "iqr", "mass")
+]
+# What is calibrated: stage 1 alone; both stages with at most 22 % of the tokens; with little loss.
+GRID = [
+    *RULES[:4],
+    *(
+        InflectionPruning(
+            "attention",
+            min_keep=176,
+            llm_layers=(1,),
+            visual_keep=0.2,
+            text_keep=text,
+            score_without_rope=without_rope,
+        )
+        for text, without_rope in ((1.0, True), (1.0, False), (0.75, True))
+    ),
+    *(
+        InflectionPruning(
+            "attention", min_keep=least, llm_layers=(layer,), visual_keep=keep, text_keep=1.0
+        )
+        for least, layer, keep in ((96, 2, 0.35), (56, 4, 0.5))
+    ),
+    *(
+        InflectionPruning(
+            "attention", "mass", mass=mass, llm_layers=layers, visual_keep=keep, text_keep=1.0
+        )
+        for mass, layers, keep in (
+            (0.95, (), 0.5),
+            (0.95, (2,), 0.75),
+            (0.95, (4,), 0.5),
+            (0.97, (2,), 0.75),
+        )
+    ),
+]
+VISIPRUNER = (
+    "visipruner:stages=middle+deep,shallow_layers=1,fusion_threshold=0.9995,token_threshold=0.025"
+)
+
+
+def label(method: Method) -> str:
+    """The method as it is written on a command line, with what is not the default."""
+    changed = []
+    for name, value in method.to_dict().items():
+        if name != "method" and value != getattr(type(method), name):
+            text = "+".join(map(str, value)) if isinstance(value, list) else str(value).lower()
+            changed.append(f"{name}={text}")
+    return f"{method.name}:{','.join(changed)}" if changed else method.name
+
+
+def best_within(rows: list[dict], share: float) -> int:
+    """The row with most right answers of those that leave at most that share of the tokens."""
+    good = [i for i, row in enumerate(rows) if row["visual_tokens_share"] <= share]
+    return max(good, key=lambda i: (rows[i]["exact_match"], -rows[i]["visual_tokens_share"]))
+
+
+def thriftiest(rows: list[dict], dense: dict, loss: float) -> int:
+    """The row with fewest tokens of those that lose at most so much; else that losing least."""
+    good = [i for i, row in enumerate(rows) if row["exact_match"] >= dense["exact_match"] - loss]
+    if good:
+        return min(good, key=lambda i: rows[i]["visual_tokens_share"])
+    return max(range(len(rows)), key=lambda i: rows[i]["exact_match"])
+
+
+def rivals(share: float, depth: int) -> list[Method]:
+    """FastV and random pruning that leave that share of the tokens, mean over layers."""
+    keep = max((share * depth - 1) / (depth - 1), 0.0)  # FastV: all of them in layer 0
+    return [FastV(1, round(keep, 3)), RandomPruning(0, round(share, 3))]
+
+
+@dataclass(frozen=True)
+class Objects(Method):
+    """Keeps the patches that show some of an object, and others by chance, `keep` in all. It is
+    told where objects are, picture by picture, in the order of the questions."""
+
+    split: str
+    keep: int
+    asked: list[int] = field(default_factory=lambda: [0])
+
+    def decision_layers(self, depth):
+        return (0,)
+
+    def decide(self, layer, rows):
+        scores = torch.zeros(rows.visual.shape)
+        for b in range(len(scores)):
+            coverage = scenes.scene(self.split, self.asked[0]).coverage.max(0)
+            chance = torch.rand(coverage.size, generator=torch.Generator().manual_seed(b))
+            scores[b, rows.visual[b]] = torch.from_numpy(coverage > 0).flatten() + chance
+            self.asked[0] += 1
+        return rows.keep_visual([self.keep] * len(scores), scores)
+
+    def to_dict(self):
+        return {"method": "objects", "keep": self.keep}
+
+
+class Results:
+    """What was measured goes into the file row by row, so that a run that was cut off goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.known = path, {}
+        if path.exists():
+            stored = json.loads(path.read_text())
+            for row in stored["calibration"] + stored["rows"]:
+                self.known[row["method"], row["split"], row["questions"]] = row
+
+    def row(self, key: tuple[str, str, int], measure: Callable[[], dict]) -> dict:
+        if key not in self.known:
+            self.known[key] = measure()
+            self.write({"calibration": [], "rows": list(self.known.values())})
+        return self.known[key]
+
+    def write(self, result: dict) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+# --- picture ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Watch(InflectionPruning):
+    """Notes the curve of each picture and its knee."""
+
+    seen: list = field(default_factory=list)
+
+    def decide(self, layer, rows):
+        if layer == 0:
+            self.seen.append(rows.vision.inflection(self.source, **self.knee))
+        return super().decide(layer, rows)
+
+
+def draw(model, processor, index: int, chosen: InflectionPruning, rows: list[dict], path: Path):
+    """Curves and knees of one picture by both sources, and what stays; the answers of all rows."""
+    case = next(itertools.islice(scenes.cases("test", index + 1), index, None))
+    picture = Image.fromarray(case.scene.image)
+    inputs = chat_inputs(processor, [picture], [case.question.text]).to(model.device)
+    lines = []
+    for source in ("attention", "similarity"):
+        panels = [(f"{source}: {case.question.text}", picture)]
+        for rule in ("chord", "kneedle", "iqr", "mass"):
+            watch = Watch(source, rule, llm_layers=())
+            with torch.inference_mode(), prune(model, watch) as run:
+                model(**inputs, logits_to_keep=1)
+            kept = plot.tokens(picture, run.report().kept, title=rule)
+            panels += [(rule, plot.curve(watch.seen[0])), (rule, kept)]
+        lines.append(plot.panels(panels[:1] + panels[1::2]))
+        lines.append(plot.panels(panels[:1] + [(r, last_panel(p)) for r, p in panels[2::2]]))
+    with torch.inference_mode(), prune(model, chosen) as run:
+        model(**inputs, logits_to_keep=1)
+    lines.append(plot.tokens(picture, run.report().kept, title="both stages"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot.stack([chart(rows), *lines], path)
+
+
+def last_panel(drawn: Image.Image) -> Image.Image:
+    side = plot.PANEL
+    return drawn.crop((drawn.width - side, plot.CAPTION, drawn.width, plot.CAPTION + side))
+
+
+def chart(rows: list[dict], size: tuple[int, int] = (1144, 420)) -> Image.Image:
+    """Exact match against the share of tokens, a point a row, with its name."""
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    left, right, top, bottom = 50, size[0] - 20, 14, size[1] - 34
+    floor = min(row["exact_match"] for row in rows) // 0.1 / 10
+
+    def place(share: float, match: float) -> tuple[float, float]:
+        height = (match - floor) / (1.0 - floor)
+        return left + share * (right - left), bottom - height * (bottom - top)
+
+    for tenth in range(11):
+        x, _ = place(tenth / 10, 1.0)
+        pen.line((x, top, x, bottom), fill="gainsboro")
+        pen.text((x - 8, bottom + 6), f"{10 * tenth} %", fill="black")
+    for tenth in range(round(10 * floor), 11):
+        _, y = place(0, tenth / 10)
+        pen.line((left, y, right, y), fill="gainsboro")
+        pen.text((8, y - 6), f"{10 * tenth} %", fill="black")
+    pen.text((left, bottom + 20), "visual tokens, mean over layers; exact match", fill="black")
+    for number, row in enumerate(rows):
+        x, y = place(row["visual_tokens_share"], row["exact_match"])
+        pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=_color(row["method"]))
+        name = row["method"].replace("inflection:", "").replace("llm_layers=", "")
+        short = name if len(name) < 60 else name[:57] + "..."
+        # Names of points that lie close together go to different heights.
+        at = (x + 6, y - 12 + 11 * (number % 3)) if x < right - 330 else (x - 12, y + 8)
+        pen.text(at, short if x < right - 330 else name.partition(":")[0], fill="black")
+    return sheet
+
+
+def _color(method: str) -> str:
+    colors = {
+        "inflection": "crimson",
+        "fastv": "blue",
+        "random": "gray",
+        "objects": "green",
+    }
+    return colors.get(method.partition(":")[0], "black")
+
+
+# --- all of it ----------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--calibration", type=int, default=400, help="questions to calibrate on")
+    parser.add_argument("--questions", type=int, default=2000, help="questions to report")
+    parser.add_argument("--batch", type=int, default=40)
+    parser.add_argument("--example", type=int, default=1, help="which question is drawn")
+    parser.add_argument("--visipruner", default=VISIPRUNER, help="its setting to compare with")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--picture", type=Path, required=True)
+    args = parser.parse_args()
+    model, processor = load(TRAINED, device="cpu", dtype="float32")
+
+    results = Results(args.json)
+
+    def ask(method: Method | None, split: str, count: int, name: str | None = None) -> dict:
+        name = name or ("none" if method is None else label(method))
+        return results.row(
+            (name, split, count),
+            lambda: evaluate(model, processor, method, count, args.batch, split, name),
+        )
+
+    def test(method: Method | None, name: str | None = None) -> dict:
+        return ask(method, "test", args.questions, name)
+
+    dense = ask(None, "calibration", args.calibration)
+    tried = [ask(method, "calibration", args.calibration) for method in GRID]
+    chosen = GRID[best_within(tried, SHARE)]
+    gentle = GRID[thriftiest(tried, dense, POINT)]
+    rows = [test(None), test(chosen), test(gentle)]
+    share = rows[1]["visual_tokens_share"]
+    rows += [test(method) for method in rivals(share, model.config.text_config.num_hidden_layers)]
+    keep = round(share * scenes.GRID**2)
+    rows.append(test(Objects("test", keep), f"objects:{keep}"))
+    rows.append(test(method_from_spec(args.visipruner), args.visipruner))
+    rows += [test(method) for method in RULES if method not in (chosen, gentle)]
+    print(table(rows))
+    draw(model, processor, args.example, chosen, rows, args.picture)
+    results.write({"calibration": [dense, *tried], "rows": rows, **describe()})
+
+
+if __name__ == "__main__":
+    main()
