@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,20 +63,9 @@ GRID = [
     ),
     *(
         InflectionPruning(
-            "attention", min_keep=least, llm_layers=(layer,), visual_keep=keep, text_keep=1.0
-        )
-        for least, layer, keep in ((96, 2, 0.35), (56, 4, 0.5))
-    ),
-    *(
-        InflectionPruning(
             "attention", "mass", mass=mass, llm_layers=layers, visual_keep=keep, text_keep=1.0
         )
-        for mass, layers, keep in (
-            (0.95, (), 0.5),
-            (0.95, (2,), 0.75),
-            (0.95, (4,), 0.5),
-            (0.97, (2,), 0.75),
-        )
+        for mass, layers, keep in ((0.95, (), 0.5), (0.95, (2,), 0.75))
     ),
 ]
 VISIPRUNER = (
@@ -203,33 +193,33 @@ def last_panel(drawn: Image.Image) -> Image.Image:
 
 
 def chart(rows: list[dict], size: tuple[int, int] = (1144, 420)) -> Image.Image:
-    """Exact match against the share of tokens, a point a row, with its name."""
+    """Exact match against the share of tokens: a numbered point a row, and their names beside."""
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
-    left, right, top, bottom = 50, size[0] - 20, 14, size[1] - 34
+    left, right, top, bottom = 50, 560, 14, size[1] - 40
     floor = min(row["exact_match"] for row in rows) // 0.1 / 10
 
     def place(share: float, match: float) -> tuple[float, float]:
-        height = (match - floor) / (1.0 - floor)
+        height = (match - floor) / max(1.0 - floor, 0.1)
         return left + share * (right - left), bottom - height * (bottom - top)
 
     for tenth in range(11):
         x, _ = place(tenth / 10, 1.0)
         pen.line((x, top, x, bottom), fill="gainsboro")
-        pen.text((x - 8, bottom + 6), f"{10 * tenth} %", fill="black")
+        pen.text((x - 10, bottom + 6), f"{10 * tenth} %", fill="black")
     for tenth in range(round(10 * floor), 11):
         _, y = place(0, tenth / 10)
         pen.line((left, y, right, y), fill="gainsboro")
         pen.text((8, y - 6), f"{10 * tenth} %", fill="black")
-    pen.text((left, bottom + 20), "visual tokens, mean over layers; exact match", fill="black")
-    for number, row in enumerate(rows):
+    pen.text((left, bottom + 22), "exact match, by visual tokens (mean over layers)", fill="black")
+    for number, row in enumerate(rows, 1):
         x, y = place(row["visual_tokens_share"], row["exact_match"])
-        pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=_color(row["method"]))
-        name = row["method"].replace("inflection:", "").replace("llm_layers=", "")
-        short = name if len(name) < 60 else name[:57] + "..."
-        # Names of points that lie close together go to different heights.
-        at = (x + 6, y - 12 + 11 * (number % 3)) if x < right - 330 else (x - 12, y + 8)
-        pen.text(at, short if x < right - 330 else name.partition(":")[0], fill="black")
+        color = _color(row["method"])
+        pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
+        pen.text((x + 5, y - 12 if number % 2 else y + 1), str(number), fill=color)
+        name = row["method"].replace(",", ", ").removesuffix(", llm_layers=")
+        lines = textwrap.wrap(f"{number}. {name}", 92, subsequent_indent="    ")
+        pen.text((right + 20, top + 26 * (number - 1)), "\n".join(lines), fill=color)
     return sheet
 
 

@@ -191,7 +191,7 @@ class PromptVision:
         chosen = torch.zeros(pictures, tokens + 1, dtype=torch.bool, device=indices.device)
         chosen.scatter_(1, torch.where(indices < 0, tokens, indices), True)
         flat = pad(chosen[:, :tokens].reshape(-1), (0, 1), value=True)
-        return flat[self.shows]  # -1 is the last one
+        return flat.to(self.shows.device)[self.shows]  # -1 is the last one
 
     def at_most(self, tokens: int) -> list[int]:
         """Rows that a prompt has left if no picture keeps more than so many tokens."""
