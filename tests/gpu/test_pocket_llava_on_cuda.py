@@ -10,13 +10,18 @@ from PIL import Image
 
 from vtp_kernels.chat import chat_inputs, greedy_answers
 from vtp_kernels.demo import load, pocket_methods
-from vtp_kernels.methods import FastV
+from vtp_kernels.methods import FastV, InflectionPruning
 from vtp_kernels.models import prune
 from vtp_kernels.pocket_llava import scenes
 from vtp_kernels.pocket_llava.evaluate import evaluate
 from vtp_kernels.pocket_llava.model import TRAINED
 
-METHODS = {"dense": None, **pocket_methods()}
+METHODS = {
+    "dense": None,
+    **pocket_methods(),
+    "inflection": InflectionPruning("attention", llm_layers=(2, 4)),
+    "inflection with padding": InflectionPruning(max_keep=96, llm_layers=(2, 4)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +73,22 @@ def test_native_keeps_what_the_reference_keeps(float32_models, questions, name):
         for backend in ("native", "reference")
     )
     assert got == want
+
+
+def test_inflection_with_max_keep_waits_for_nothing(float32_models, questions):
+    class Watched(InflectionPruning):
+        def decide(self, layer, rows):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return super().decide(layer, rows)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    for source in ("similarity", "attention"):
+        settings = {"max_keep": 64, "llm_layers": (2, 4)}
+        want = outcome(*float32_models["cuda"], questions, InflectionPruning(source, **settings))
+        got = outcome(*float32_models["cuda"], questions, Watched(source, **settings))
+        assert got == want
 
 
 @pytest.mark.parametrize("method", (None, FastV(layer=2, keep=0.5)), ids=("dense", "FastV"))

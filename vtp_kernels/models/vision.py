@@ -86,7 +86,8 @@ class VisionWatch:
         @functools.wraps(original)
         def get_image_features(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind(*args, **kwargs).arguments
-            return self._encode(original, given | given.pop("kwargs", {}), args, kwargs)
+            more = given.pop("kwargs", {})
+            return self._encode(original, given | more, args, kwargs)
 
         base.get_image_features = get_image_features
         if self.source == "attention":
