@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from pruning_methods import NAMES, pruning_method
 from tiny_llava import batch, one, prompt, three, tiny_llava
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
@@ -149,6 +150,56 @@ def test_supported_models():
     families = vtp.supported_models()
     assert families["llava"]["architectures"] == ["LlavaForConditionalGeneration"]
     assert {"fastv", "pyramiddrop", "random", "schedule"} <= set(families["llava"]["methods"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_method_leaves_anything_behind(model, name, tmp_path, monkeypatch):
+    """Not when it is removed, and not when a call breaks off in the middle, at whatever layer."""
+    inputs, before, weights = three(), traces(model), list(model.state_dict())
+    dense = model.generate(**inputs, **GREEDY)
+    method = pruning_method(name, model, tmp_path)
+    layers = model.model.language_model.layers
+    with vtp.prune(model, method) as run:
+        assert traces(model) != before and list(model.state_dict()) == weights
+        pruned, report = model.generate(**inputs, **GREEDY), str(run.report())
+        for layer in (0, 2, 4, 5):
+            monkeypatch.setattr(layers[layer].mlp, "forward", interrupt)
+            for call in (model, model.generate):
+                with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+                    call(**inputs)
+            monkeypatch.undo()
+            assert torch.equal(model.generate(**inputs, **GREEDY), pruned)
+            assert str(run.report()) == report
+        monkeypatch.setattr(layers[4].mlp, "forward", interrupt)
+        with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+            model(**inputs)
+        monkeypatch.undo()
+    assert traces(model) == before and list(model.state_dict()) == weights
+    assert torch.equal(model.generate(**inputs, **GREEDY), dense)
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt("stop")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_threads_do_not_meet_whatever_the_method(model, name, tmp_path):
+    prompts = [one(), three(), batch(prompt(2, 4, 6), seed=5)]
+    with vtp.prune(model, pruning_method(name, model, tmp_path)):
+        expected = [model.generate(**inputs, **GREEDY) for inputs in prompts]
+        outputs = [[] for _ in prompts]
+
+        def work(i):
+            for _ in range(2):
+                outputs[i].append(model.generate(**prompts[i], **GREEDY))
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for wanted, got in zip(expected, outputs, strict=True):
+        assert len(got) == 2 and all(torch.equal(wanted, output) for output in got)
 
 
 def test_two_models_at_once(model):

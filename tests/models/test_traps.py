@@ -12,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_flash_attention_utils import _is_packed_sequence
 
 import vtp_kernels as vtp
+from vtp_kernels.methods.passive import PassiveVisual
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 DETAILS = {"return_dict_in_generate": True, "output_logits": True}
@@ -47,13 +48,21 @@ def what_layers_get(model, run):
     return seen
 
 
+class Everything(vtp.InflectionPruning):
+    """Rows leave, the vision tower is watched, and a module stands in for an attention."""
+
+    def passive_layers(self, depth):
+        return {0: PassiveVisual("merge", "skip", renormalize=True)}
+
+
 def test_trap_1_compiled_before_pruning():
+    method = Everything("attention", llm_layers=(2,))
     model, inputs = tiny_llava("sdpa", num_hidden_layers=3), one()
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         dense = model(**inputs).logits
         torch.testing.assert_close(compiled(**inputs).logits, dense)
-        with vtp.prune(compiled, vtp.FastV(1)):  # the wrapper may be given as well as the model
+        with vtp.prune(compiled, method):  # the wrapper may be given as well as the model
             expected = model(**inputs).logits
             torch.testing.assert_close(compiled(**inputs).logits, expected)
         assert expected.shape != dense.shape
