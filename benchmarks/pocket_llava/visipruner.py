@@ -35,14 +35,12 @@ from vtp_kernels.pocket_llava.model import TRAINED
 
 POINT = 0.01
 GRID = [
-    VisiPruner(("middle",), 0, fusion_threshold=fusion, token_threshold=threshold, min_keep=least)
-    for fusion in (1.0, 0.9999, 0.999)
-    for threshold in (0.0104, 0.0112)
-    for least in (32, 48)
+    VisiPruner(("middle",), 0, 0.9999, threshold, min_keep=32)
+    for threshold in (0.0112, 0.0114, 0.0116, 0.0118)
 ]
 # What the other two stages cost: the exit, and a passive layer 0.
 GRID += [
-    VisiPruner(("middle", "deep"), 0, 0.9999, 0.0112, min_keep=48),
+    VisiPruner(("middle", "deep"), 0, 0.9999, 0.0112, min_keep=32),
     VisiPruner(STAGES, 1, 0.9995, 0.02),
 ]
 RIVALS: tuple[Callable[[float], Method], ...] = (
@@ -134,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--calibration", type=int, default=1000, help="questions to calibrate on")
+    parser.add_argument("--calibration", type=int, default=2000, help="questions to calibrate on")
     parser.add_argument("--questions", type=int, default=2000, help="questions to report")
     parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--example", type=int, default=1, help="which question is drawn")
