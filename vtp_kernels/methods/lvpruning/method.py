@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,13 +103,17 @@ class LVPruning(Method, name="lvpruning"):
         if self.modules_path is None:
             shape = Shape(config.hidden_size, config.hidden_size, self.layers)
         else:
-            shape = read_fit(self.modules_path).shape
+            shape = self._shape
         if shape.hidden_size != config.hidden_size:
             raise ValueError(
                 f"LVPruning.modules_path {self.modules_path}: these deciders are for another "
                 f"model: hidden size {shape.hidden_size}, the model's is {config.hidden_size}"
             )
         return shape.flops(text, visual)
+
+    @functools.cached_property
+    def _shape(self) -> Shape:
+        return read_fit(self.modules_path).shape
 
     def decide(self, layer: int, rows: PromptRows) -> Kept | None:
         counts = [
