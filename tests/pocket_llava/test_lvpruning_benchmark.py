@@ -74,7 +74,11 @@ def test_deciders_are_trained_and_measured(monkeypatch, tmp_path):
     result = json.loads(json_file.read_text())
     kinds = [row["method"].split(",")[0].split(":")[0] for row in result["rows"]]
     assert kinds == ["none", "lvpruning", "random", "last token", "fastv"]
-    assert len(result["trainings"]) == 2
+    trainings = [label for label in result["asked"] if label.startswith("lvpruning:")]
+    assert trainings == ["lvpruning:seed-0:0.5,0.3,0.1", "lvpruning:seed-3:0.5,0.3,0.1"]
+    monkeypatch.setattr(lvpruning, "evaluate", None)  # a second run asks nothing anew
+    lvpruning.main()
+    assert json.loads(json_file.read_text())["rows"] == result["rows"]
 
 
 @pytest.mark.parametrize("folder", sorted(lvpruning.DECIDERS.glob("seed-*")), ids=lambda x: x.name)
