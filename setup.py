@@ -5,17 +5,24 @@ Environment:
     VTP_CUDA_ARCHS, or TORCH_CUDA_ARCH_LIST: GPU architectures, as "8.0;9.0;12.0+PTX".
     CUDA_HOME: the CUDA toolkit.
     MAX_JOBS: how many compilers run at once.
+    SOURCE_DATE_EPOCH: the time that a wheel's files carry; the same tree then gives the same bytes.
+
+A wheel's version says what is inside, as in 0.1.0+cu130.sm90.sm120ptx or 0.1.0+cpu, so that several
+can lie in one folder. The package itself, and its source distribution, are 0.1.0.
 """
 
+import functools
 import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).parent.resolve()
 OLDEST_TORCH = (2, 10)  # the stable ABI version the library targets, see CMakeLists.txt
@@ -67,12 +74,13 @@ def find_nvcc() -> str | None:
     return shutil.which("/usr/local/cuda/bin/nvcc")
 
 
-def check_nvcc(nvcc: str):
+def nvcc_release(nvcc: str) -> tuple[int, int]:
     text = subprocess.check_output([nvcc, "--version"], text=True)
     version = tuple(map(int, re.search(r"release (\d+)\.(\d+)", text).groups()))
     if version < OLDEST_NVCC:
         found, oldest = (".".join(map(str, v)) for v in (version, OLDEST_NVCC))
         stop(f"{nvcc} is {found}, nvcc >= {oldest} is needed; VTP_BUILD=cpu builds without it")
+    return version
 
 
 def cuda_archs(nvcc: str) -> list[str]:
@@ -84,23 +92,64 @@ def cuda_archs(nvcc: str) -> list[str]:
             break
     else:
         return [arch for arch in DEFAULT_ARCHS.split(";") if arch.removesuffix("+PTX") in known]
-    wanted = re.split(r"[;,\s]+", os.environ[variable].strip(";, "))
-    for arch in wanted:
-        if arch.removesuffix("+PTX") not in known:
-            stop(f"{variable} names {arch!r}; {nvcc} has {' '.join(known)}, each also with +PTX")
-    return wanted
+    suffixes = {}  # an architecture named twice is built once, with PTX if either says so
+    for wanted in re.split(r"[;,\s]+", os.environ[variable].strip(";, ")):
+        arch = wanted.removesuffix("+PTX")
+        if arch not in known:
+            stop(f"{variable} names {wanted!r}; {nvcc} has {' '.join(known)}, each also with +PTX")
+        suffixes[arch] = suffixes.get(arch) or wanted.removeprefix(arch)
+    return [arch + suffix for arch, suffix in suffixes.items()]
 
 
-def cuda_options(mode: str) -> list[str]:
-    """CMake's options for the CUDA kernels; none for a build without them."""
-    nvcc = None if mode == "cpu" else find_nvcc()
-    if nvcc is None:
-        if mode == "cuda":
-            stop("VTP_BUILD=cuda, but there is no nvcc; set CUDA_HOME to the CUDA toolkit")
+@dataclass(frozen=True)
+class Cuda:
+    """What the CUDA kernels are built with, and for."""
+
+    nvcc: str
+    release: tuple[int, int]
+    archs: list[str]
+
+    @property
+    def name(self) -> str:
+        """As in cu130.sm90.sm120ptx."""
+        archs = ("sm" + arch.lower().replace(".", "").replace("+", "") for arch in self.archs)
+        return ".".join(["cu" + "".join(map(str, self.release)), *archs])
+
+
+@functools.cache
+def cuda() -> Cuda | None:
+    """None for a build without CUDA kernels."""
+    mode = build_mode()
+    nvcc = None if mode in ("cpu", "none") else find_nvcc()
+    if nvcc is not None:
+        return Cuda(nvcc, nvcc_release(nvcc), cuda_archs(nvcc))
+    if mode == "cuda":
+        stop("VTP_BUILD=cuda, but there is no nvcc; set CUDA_HOME to the CUDA toolkit")
+    return None
+
+
+def cuda_options() -> list[str]:
+    """CMake's options for the CUDA kernels."""
+    if (found := cuda()) is None:
         return ["-DVTP_CUDA_ARCHS="]
-    check_nvcc(nvcc)
-    archs = ";".join(cuda_archs(nvcc))
-    return [f"-DVTP_CUDA_ARCHS={archs}", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+    return [f"-DVTP_CUDA_ARCHS={';'.join(found.archs)}", f"-DCMAKE_CUDA_COMPILER={found.nvcc}"]
+
+
+def parallel_jobs() -> str:
+    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    if not jobs.isdecimal() or int(jobs) == 0:
+        stop(f"MAX_JOBS={jobs!r}, expected how many compilers may run at once, such as 2")
+    return jobs
+
+
+class WheelVersion(egg_info):
+    """Adds to the version of a wheel, and of nothing else, what is inside."""
+
+    def finalize_options(self):
+        makes = {"bdist_wheel", "dist_info", "editable_wheel"} & set(self.distribution.commands)
+        if makes and build_mode() != "none":
+            self.tag_build = "+" + (cuda().name if cuda() else "cpu")
+        super().finalize_options()
 
 
 class CMakeBuild(build_ext):
@@ -113,15 +162,15 @@ class CMakeBuild(build_ext):
         folder = ROOT / "build" / "editable" if self.editable_mode else self.build_temp
         build_dir = Path(folder).resolve()
         target_dir = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        jobs = parallel_jobs()
         configure = [
             *(cmake, "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target_dir}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DVTP_VERSION={self.distribution.get_version()}",
-            *cuda_options(build_mode()),
+            "-DVTP_EXTENSION=ON",
+            *cuda_options(),
         ]
         for command in (configure, [cmake, "--build", str(build_dir), "--parallel", jobs]):
             if (status := subprocess.call(command)) != 0:
@@ -131,6 +180,6 @@ class CMakeBuild(build_ext):
 native = build_mode() != "none"
 setup(
     ext_modules=[Extension("vtp_kernels._C", [], py_limited_api=True)] if native else [],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "egg_info": WheelVersion},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if native else {},
 )

@@ -1,6 +1,7 @@
 // Which GPUs this library has code for.
+#include <cuda_runtime.h>
+
 #include "cuda_ops.h"
-#include "vtp/platform.cuh"
 
 namespace vtp::cuda {
 namespace {
@@ -12,17 +13,18 @@ __global__ void probe() {}
 
 const char* architectures() { return VTP_CUDA_ARCHS; }
 
-const char* why_no_image(int device) {
+Image image(int device) {
   int current = 0;
+  cudaFuncAttributes attributes = {};
   cudaError_t status = cudaGetDevice(&current);
   if (status == cudaSuccess) status = cudaSetDevice(device);
   if (status == cudaSuccess) {
-    cudaFuncAttributes attributes;
     status = cudaFuncGetAttributes(&attributes, probe);
     cudaSetDevice(current);
   }
   cudaGetLastError();  // asking must leave no error behind for the next launch
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  if (status != cudaSuccess) return {0, 0, cudaGetErrorString(status)};
+  return {attributes.binaryVersion, attributes.ptxVersion, nullptr};
 }
 
 }  // namespace vtp::cuda

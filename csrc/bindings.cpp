@@ -79,21 +79,22 @@ class CudaMemory {
 
 // ---- About the library --------------------------------------------------------------------------
 
-// Whether the kernels run on CUDA device `index`: "", or why not.
-std::string why_no_cuda_image(int64_t index) {
+// What the kernels run from on CUDA device `index`: {machine, ptx, ""}, as in cuda::Image, or
+// {0, 0, why nothing does}.
+std::tuple<int64_t, int64_t, std::string> cuda_image(int64_t index) {
 #ifdef VTP_WITH_CUDA
-  const char* reason = cuda::why_no_image(static_cast<int>(index));
-  return reason ? reason : "";
+  const cuda::Image image = cuda::image(static_cast<int>(index));
+  return {image.machine, image.ptx, image.why ? image.why : ""};
 #else
   (void)index;
-  return "the native library was built without CUDA";
+  return {0, 0, "the native library was built without CUDA"};
 #endif
 }
 
 std::string build_info() {
   std::ostringstream json;
-  json << "{\"version\": \"" VTP_VERSION "\", \"compiler\": \"" VTP_COMPILER "\", \"cpu_isa\": \""
-       << cpu::isa_name() << "\", \"cuda\": ";
+  json << "{\"version\": \"" VTP_VERSION "\", \"libtorch\": \"" VTP_TORCH_TARGET
+          "\", \"compiler\": \"" VTP_COMPILER "\", \"cpu_isa\": \"" << cpu::isa_name() << "\", \"cuda\": ";
 #ifdef VTP_WITH_CUDA
   json << "\"" VTP_CUDA_COMPILER "\", \"cuda_archs\": [";
   std::istringstream names(cuda::architectures());
@@ -114,7 +115,7 @@ std::string build_info() {
 STABLE_TORCH_LIBRARY(vtp_kernels, m) {
   vtp::define_ops(m);
   m.def("build_info() -> str");
-  m.def("why_no_cuda_image(int device) -> str");
+  m.def("cuda_image(int device) -> (int, int, str)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vtp_kernels, CPU, m) { vtp::implement_ops<vtp::Cpu>(m); }
@@ -127,7 +128,7 @@ STABLE_TORCH_LIBRARY_IMPL(vtp_kernels, CUDA, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(vtp_kernels, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&vtp::build_info));
-  m.impl("why_no_cuda_image", TORCH_BOX(&vtp::why_no_cuda_image));
+  m.impl("cuda_image", TORCH_BOX(&vtp::cuda_image));
 }
 
 PyMODINIT_FUNC PyInit__C() {

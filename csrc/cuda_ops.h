@@ -33,7 +33,13 @@ VTP_CUDA_OP(compact_rows_in_place, CompactRows)
 // The architectures compiled in, separated by commas: "8.0,9.0,12.0+PTX".
 const char* architectures();
 
-// Whether one of them runs on this device, as the driver sees it: null, or what it answered.
-const char* why_no_image(int device);
+// What the driver takes for a device. Every image is compiled from PTX of its own architecture:
+// where the two differ, the driver has compiled the PTX of an older one.
+struct Image {
+  int machine = 0, ptx = 0;   // 90: compute capability 9.0
+  const char* why = nullptr;  // there is none, in the driver's words
+};
+
+Image image(int device);
 
 }  // namespace vtp::cuda

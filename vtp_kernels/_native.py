@@ -6,6 +6,7 @@ or a libtorch older than the library's target, is no error: the reference serves
 
 import importlib
 import json
+from typing import NamedTuple
 
 import torch
 
@@ -35,7 +36,8 @@ except ImportError as error:
     missing = f"the native library does not load with torch {torch.__version__}: {error}"
 
 
-#: What the library says about itself: version, compiler, cpu_isa, cuda, cuda_archs. Empty without.
+#: What the library says about itself: version, libtorch (the oldest it loads with),
+#: compiler, cpu_isa, cuda (the compiler of its CUDA kernels), cuda_archs. Empty without.
 build: dict = json.loads(torch.ops.vtp_kernels.build_info()) if missing is None else {}
 
 
@@ -54,17 +56,47 @@ kernels = frozenset(
     (op, key.lower()) for op in OPS for key in ("CPU", "CUDA") if _has_kernel(op, key)
 )
 
+
+class Image(NamedTuple):
+    """What the driver takes the library's CUDA kernels from, for one device.
+
+    Attributes:
+        machine: the compute capability the machine code is for, 90 for 9.0.
+        ptx: that of the PTX it was compiled from: another one if the driver has compiled it.
+        why: None, or why the kernels cannot run there.
+    """
+
+    machine: int
+    ptx: int
+    why: str | None
+
+    def __str__(self) -> str:
+        if self.why is not None:
+            return f"none: {self.why}"
+        if self.machine == self.ptx:
+            return f"sm_{self.machine}"
+        return f"PTX of sm_{self.ptx}, compiled by the driver for sm_{self.machine}"
+
+
 #: What the driver answered for CUDA devices asked about so far, by index.
-_images: dict[int, str | None] = {}
+_images: dict[int, Image] = {}
 
 
-@torch.compiler.assume_constant_result
-def why_no_image(index: int) -> str | None:
-    """Why the library's CUDA kernels cannot run on that device, or None if they can.
+def image(index: int) -> Image:
+    """What runs on that CUDA device, if anything does.
 
     Asks the driver rather than compare compute capabilities: it alone knows which image, or which
     PTX, it would take.
     """
+    if missing is not None:
+        return Image(0, 0, missing)
     if index not in _images:
-        _images[index] = torch.ops.vtp_kernels.why_no_cuda_image(index) or None
+        machine, ptx, why = torch.ops.vtp_kernels.cuda_image(index)
+        _images[index] = Image(machine, ptx, why or None)
     return _images[index]
+
+
+@torch.compiler.assume_constant_result
+def why_no_image(index: int) -> str | None:
+    """Why the library's CUDA kernels cannot run on that device, or None if they can."""
+    return image(index).why

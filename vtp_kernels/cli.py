@@ -1,4 +1,4 @@
-"""The command line: `python -m vtp_kernels demo | run | info | flops | lvpruning`."""
+"""The command line: `python -m vtp_kernels demo | run | info | selftest | flops | lvpruning`."""
 
 import argparse
 import json
@@ -12,11 +12,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     try:
-        args.command(args)
+        status = args.command(args)
     except (OSError, ValueError, TypeError, NotImplementedError, ImportError) as error:
         print(f"vtp-kernels {args.name}: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.add_argument("--json", action="store_true")
     info.set_defaults(command=_info)
+
+    selftest = commands.add_parser(
+        "selftest", help="every op on every backend here against the reference, in seconds"
+    )
+    selftest.add_argument("--seed", type=_count, help="of the random inputs (default: another)")
+    selftest.set_defaults(command=_selftest)
 
     flops = commands.add_parser(
         "flops", help="what methods save in a model's prefill, from its configuration alone"
@@ -139,6 +145,12 @@ def _run(args: argparse.Namespace) -> None:
 def _info(args: argparse.Namespace) -> None:
     info = vtp.info()
     print(json.dumps(info.to_dict(), indent=2) if args.json else info)
+
+
+def _selftest(args: argparse.Namespace) -> int:
+    from vtp_kernels import selftest
+
+    return selftest.main(args.seed)
 
 
 def _flops(args: argparse.Namespace) -> None:

@@ -20,8 +20,11 @@ class Info:
         versions: of vtp_kernels, Python and packages; None: not installed.
         devices: "cpu" and GPUs as "cuda:0", each with a description.
         native: None if the native library is loaded, else why not.
-        build: what the native library says of itself: version, compiler, cpu_isa, cuda_archs, and
-            cuda, the compiler of the CUDA kernels (None: built without).
+        build: what the native library says of itself: version, libtorch (the oldest torch that its
+            binary loads with), compiler, cpu_isa, cuda_archs, and cuda, the compiler of the CUDA
+            kernels (None: built without).
+        images: {"cuda:0": "sm_90"}: what of the library each GPU's driver would run: machine code
+            for that architecture, PTX that it compiles, or "none" and why.
         backends: {device: {op: {backend: None if it can serve, else why not}}}.
     """
 
@@ -29,6 +32,7 @@ class Info:
     devices: dict[str, str]
     native: str | None
     build: dict[str, str | list[str] | None]
+    images: dict[str, str]
     backends: dict[str, dict[str, dict[str, str | None]]]
 
     def to_dict(self) -> dict:
@@ -50,6 +54,7 @@ class Info:
         lines = [" · ".join(versions)]
         lines += [f"{device}: {description}" for device, description in self.devices.items()]
         lines.append("native library: " + (self.native or self._build()))
+        lines += [f"image for {device}: {image}" for device, image in self.images.items()]
         tables: dict[str, list[str]] = {}
         for device in self.backends:
             tables.setdefault(self._table(device), []).append(device)
@@ -101,6 +106,11 @@ def info() -> Info:
         devices=devices,
         native=_native.missing,
         build=_native.build,
+        images={
+            device: str(_native.image(torch.device(device).index))
+            for device in devices
+            if device != "cpu"
+        },
         backends={
             device: {
                 op: {backend: why_not(op, backend, device) for backend in BACKENDS} for op in _OPS

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ def test_needs_libtorch():
     """libtorch.so is what leads to libtorch_cuda.so, where the current stream's symbol lives."""
     needed = re.findall(r"NEEDED.*\[(.+)\]", output_of("readelf", "-d", LIBRARY))
     assert "libtorch.so" in needed
-    assert not [name for name in needed if name.startswith(("libpython", "libtorch_python"))]
+    foreign = ("libpython", "libtorch_python", "libcudart", "libcuda.")  # the runtime is linked in
+    assert not [name for name in needed if name.startswith(foreign)]
 
 
 def test_exports_nothing_but_its_init_function():
@@ -47,11 +49,18 @@ def test_uses_only_stable_interfaces():
     assert any(name.startswith("aoti_torch_") for name in undefined)
 
 
+def oldest_torch() -> str:
+    """As packages are told: torch>=2.10."""
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    return re.search(r'"torch>=([\d.]+)"', text)[1]
+
+
 def test_build_info():
     info = json.loads(torch.ops.vtp_kernels.build_info())
     assert info["version"] == vtp_kernels.__version__
     assert info["compiler"] and info["cpu_isa"] in ("generic", "avx2", "avx512")
     assert isinstance(info["cuda_archs"], list)
+    assert info["libtorch"] == oldest_torch()
 
 
 @pytest.mark.parametrize("isa", ["generic", "mmx"])

@@ -24,7 +24,9 @@ def gpus(monkeypatch):
     monkeypatch.setattr(_native, "missing", None)
     monkeypatch.setattr(_native, "kernels", kernels)
     monkeypatch.setattr(_native, "build", {"cuda_archs": ["8.0", "9.0"]})
-    monkeypatch.setattr(_native, "_images", {0: None, 1: NO_IMAGE, 2: NO_IMAGE})
+    no_image = _native.Image(0, 0, NO_IMAGE)
+    images = {0: _native.Image(90, 90, None), 1: no_image, 2: no_image}
+    monkeypatch.setattr(_native, "_images", images)
     reasons = {"cuda:0": None, "cuda:1": None, "cuda:2": "it rains"}
     monkeypatch.setattr(_triton, "_reasons", reasons)
     monkeypatch.delenv("VTP_BACKEND", raising=False)
@@ -96,7 +98,24 @@ def test_the_driver_is_asked_for_an_image(monkeypatch):
     monkeypatch.setattr(_native, "_images", {})
     index = torch.cuda.device_count()  # one that is not there
     reason = _native.why_no_image(index)
-    assert reason and _native._images == {index: reason}
+    assert reason and _native._images == {index: _native.Image(0, 0, reason)}
+
+
+@pytest.mark.parametrize(
+    "image, said",
+    [
+        ((90, 90, None), "sm_90"),
+        ((130, 120, None), "PTX of sm_120, compiled by the driver for sm_130"),
+        ((0, 0, NO_IMAGE), f"none: {NO_IMAGE}"),
+    ],
+)
+def test_an_image_says_where_it_comes_from(image, said):
+    assert str(_native.Image(*image)) == said
+
+
+def test_without_a_library_there_is_no_image(monkeypatch):
+    monkeypatch.setattr(_native, "missing", "it rains")
+    assert str(_native.image(0)) == "none: it rains"
 
 
 # --- Triton is asked to run a kernel ------------------------------------------------------------
@@ -156,6 +175,20 @@ def test_info_is_a_table_of_ops_and_backends_with_reasons():
     assert (_native.missing or "native library: loaded") in page
     if _native.missing is None:
         assert data["build"]["version"] == vtp.__version__  # else the library is of another tree
+        assert f"libtorch {data['build']['libtorch']}, " in page
+    assert set(data["images"]) == set(data["devices"]) - {"cpu"}
+
+
+def test_info_tells_the_image_of_each_gpu(gpus, monkeypatch):
+    properties = SimpleNamespace(name="Imaginary", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    info = vtp.info()
+    assert info.images == {"cuda:0": "sm_90", "cuda:1": f"none: {NO_IMAGE}"}
+    page = str(info)
+    assert "cuda:0: Imaginary (sm_90)\n" in page
+    assert f"image for cuda:0: sm_90\nimage for cuda:1: none: {NO_IMAGE}\n" in page
 
 
 def test_info_shows_gpus_that_are_alike_together(gpus):
@@ -164,7 +197,7 @@ def test_info_shows_gpus_that_are_alike_together(gpus):
         for i in (0, 1, 2)
     }
     backends["cuda:3"] = backends["cuda:0"]
-    page = str(Info({"vtp_kernels": "1"}, {}, "not built", {}, backends))
+    page = str(Info({"vtp_kernels": "1"}, {}, "not built", {}, {}, backends))
     alike, triton_alone, neither = page.split("\non ")[1:]
     assert alike.startswith("cuda:0, cuda:3:\n")
     assert "  select_topk         runs       can        can\n" in alike

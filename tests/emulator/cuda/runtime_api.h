@@ -61,12 +61,12 @@ cudaError_t cudaFuncSetAttribute(Kernel* /*kernel*/, cudaFuncAttribute, int /*va
 }
 
 struct cudaFuncAttributes {
-  int numRegs, maxThreadsPerBlock;
+  int numRegs, maxThreadsPerBlock, binaryVersion, ptxVersion;
 };
 
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel* /*kernel*/) {
-  *attributes = {0, 1024};
+  *attributes = {0, 1024, 0, 0};
   return cudaSuccess;
 }
 
