@@ -4,8 +4,8 @@ import pytest
 import torch
 from masked_reference import MaskedReference
 from pruning_methods import NAMES, ONLY_ROWS_LEAVE, pruning_method
-from test_generation import DETAILS, GREEDY, assert_same
-from tiny_llava import IMAGE
+from test_generation import DETAILS, GREEDY, assert_same, next_turn
+from tiny_llava import ENCODES_FIRST, IMAGE, prompt
 from tiny_models import FAMILIES, VIDEO
 
 import vtp_kernels as vtp
@@ -73,6 +73,40 @@ def test_rows_that_leave_are_as_if_masked(models, inputs, name, attention, tmp_p
     with MaskedReference(models["eager"], dict.fromkeys(kept), given=kept):
         reference = models["eager"].generate(**inputs, **GREEDY, **DETAILS)
     assert_same(pruned, reference)
+
+
+PYRAMID = vtp.PyramidDrop((2, 4), (0.5, 0.25))
+
+
+@pytest.mark.skipif(not ENCODES_FIRST, reason="hands beams the wrong pictures, pruned or not")
+def test_beams(family, models):
+    inputs = family.batch(models["sdpa"], *BATCHES["padded"])
+    settings = GREEDY | DETAILS | {"num_beams": 2}
+    with vtp.prune(models["sdpa"], PYRAMID):
+        pruned = models["sdpa"].generate(**inputs, **settings)
+    with MaskedReference(models["eager"], {2: 0.5, 4: 0.25}):
+        reference = models["eager"].generate(**inputs, **settings)
+    assert torch.equal(pruned.sequences, reference.sequences)
+
+
+def test_a_further_turn_of_text(family, models):
+    inputs = family.batch(models["sdpa"], *BATCHES["padded"])
+    turns = [prompt(0, n, seed=n) for n in (2, 5, 0, 7)]
+    settings = GREEDY | DETAILS | {"suppress_tokens": [IMAGE, VIDEO]}
+
+    def talk(model):
+        first = model.generate(**inputs, **settings)
+        more = next_turn(first.sequences, inputs["attention_mask"], turns)
+        if family.types:
+            types = inputs["mm_token_type_ids"]
+            added = more["input_ids"].shape[1] - types.shape[1]
+            more["mm_token_type_ids"] = torch.nn.functional.pad(types, (0, added))
+        return model.generate(**more, past_key_values=first.past_key_values, **settings)
+
+    with vtp.prune(models["sdpa"], PYRAMID):
+        pruned = talk(models["sdpa"])
+    with MaskedReference(models["eager"], {2: 0.5, 4: 0.25}):
+        assert_same(pruned, talk(models["eager"]))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ONLY_ROWS_LEAVE])
