@@ -20,6 +20,7 @@ FILES = {
     "accuracy.json": "amd-epyc-2-cores",
     "bench.json": "amd-epyc-2-cores",
     "demo.json": "amd-epyc-2-cores",
+    "lvpruning.json": "intel-xeon-2-cores",
     "visipruner.json": "intel-xeon-2-cores",
 }
 
@@ -30,6 +31,10 @@ def accuracy() -> str:
 
 def visipruner() -> str:
     return accuracy_table(_read("visipruner.json")["rows"])
+
+
+def lvpruning() -> str:
+    return accuracy_table(_read("lvpruning.json")["rows"])
 
 
 def demo() -> str:
@@ -43,7 +48,9 @@ def ops() -> str:
 
 
 def machine() -> str:
-    described = [_read(name) for name in ("accuracy.json", "bench.json", "visipruner.json")]
+    described = [
+        _read(name) for name in ("accuracy.json", "bench.json", "lvpruning.json", "visipruner.json")
+    ]
     where = {
         f"{d['machine']['cpu']}, {d['machine']['cores']} cores, torch {d['versions']['torch']}, "
         f"transformers {d['versions']['transformers']}"
@@ -56,6 +63,7 @@ BLOCKS = {
     "accuracy": accuracy,
     "demo": demo,
     "ops": ops,
+    "lvpruning": lvpruning,
     "machine": machine,
     "visipruner": visipruner,
 }
