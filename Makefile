@@ -6,6 +6,7 @@ READY  := $(VENV)/.ready
 BUILT  := $(VENV)/.built
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/* csrc/*/*)
 TEST_ARGS ?=
+WHEEL_CHECK_ARGS ?=
 # Triton's kernels on a CPU: the interpreter has to be chosen before Triton is imported.
 INTERPRETED_TESTS = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops -k cpu-triton
 METHODS ?= none fastv:2:0.5 fastv:2:0.22 pyramiddrop:2=0.5,4=0.25,6=0.125 schedule:4=0.22 \
@@ -55,6 +56,9 @@ evaluate: $(BUILT) ## exact match of the small LLaVA, dense and pruned, on 2,000
 
 wheel: $(READY) ## a wheel for the architectures in VTP_CUDA_ARCHS, in dist/
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+wheel-check: $(READY) ## such a wheel, looked into and run in new environments with several torch
+	$(BIN)/python tests/build/wheel_check.py $(WHEEL_CHECK_ARGS)
 
 clean: ## everything that was built, the virtual environment too
 	rm -rf $(VENV) build dist out vtp_kernels/*.so *.egg-info
