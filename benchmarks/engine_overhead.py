@@ -4,9 +4,9 @@
 
 Hooks run, rows are scored, chosen and copied, and masks are made, but every row stays: what is
 slower than the model alone is overhead. "keep all" has three stages that gather all rows, "score,
-keep all" ranks by attention before each too (all but one token stays at each). A LLaVA of LLaVA-1.5's
-proportions with random weights, one picture and 64 tokens of text; a vision tower as small as can
-be, so that it hides nothing.
+keep all" ranks by attention before each too (all but one token stays at each). A LLaVA of the
+proportions of LLaVA-1.5 with random weights, one picture and 64 tokens of text; a vision tower as
+small as can be, so that it hides nothing.
 
 Both take turns, prefill and decoding apart; ratios are medians over the turns, with the middle half
 of them in brackets. The model alone stands beside itself as well: that is the noise. On a CPU the
