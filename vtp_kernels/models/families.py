@@ -139,6 +139,7 @@ FAMILIES = {
         architectures=("Qwen2_5_VLForConditionalGeneration",),
         text_models=("qwen2_5_vl_text",),
         grid_positions=True,
+        limits=("InflectionPruning: source='attention' is not known of its vision tower",),
     ),
     "qwen3_vl": Family(
         architectures=("Qwen3VLForConditionalGeneration",),
