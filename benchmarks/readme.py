@@ -20,6 +20,7 @@ FILES = {
     "accuracy.json": "amd-epyc-2-cores",
     "bench.json": "amd-epyc-2-cores",
     "demo.json": "amd-epyc-2-cores",
+    "inflection.json": "intel-xeon-2-cores",
     "lvpruning.json": "intel-xeon-2-cores",
     "visipruner.json": "intel-xeon-2-cores",
 }
@@ -37,6 +38,10 @@ def lvpruning() -> str:
     return accuracy_table(_read("lvpruning.json")["rows"])
 
 
+def inflection() -> str:
+    return accuracy_table(_read("inflection.json")["rows"])
+
+
 def demo() -> str:
     stored = _read("demo.json")
     rows = [Row(**row) for row in stored["rows"]]
@@ -48,9 +53,8 @@ def ops() -> str:
 
 
 def machine() -> str:
-    described = [
-        _read(name) for name in ("accuracy.json", "bench.json", "lvpruning.json", "visipruner.json")
-    ]
+    methods = ("inflection.json", "lvpruning.json", "visipruner.json")
+    described = [_read(name) for name in ("accuracy.json", "bench.json", *methods)]
     where = {
         f"{d['machine']['cpu']}, {d['machine']['cores']} cores, torch {d['versions']['torch']}, "
         f"transformers {d['versions']['transformers']}"
@@ -62,6 +66,7 @@ def machine() -> str:
 BLOCKS = {
     "accuracy": accuracy,
     "demo": demo,
+    "inflection": inflection,
     "ops": ops,
     "lvpruning": lvpruning,
     "machine": machine,
