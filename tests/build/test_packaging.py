@@ -1,34 +1,52 @@
-"""Builds from the source tree: what VTP_BUILD says, wheels that stand alone, errors of one line."""
+"""Builds: what VTP_BUILD says, names that tell, wheels that stand alone, errors of one line."""
 
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+VERSION = "0.1.0"
 
 
-def build(mode: str, *command: str, **environment: str) -> subprocess.CompletedProcess:
+def build(
+    mode: str, *command: str, source: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *command],
-        cwd=ROOT,
+        cwd=source,
         env={**os.environ, "VTP_BUILD": mode, **environment},
         capture_output=True,
         text=True,
     )
 
 
-def wheel(mode: str, folder: Path) -> Path:
+def wheel(mode: str, folder: Path, source: Path = ROOT) -> Path:
     # Away from the tree: neither build/ nor the egg-info of an editable install is touched.
     temporary = ("egg_info", "--egg-base", folder, "build", "--build-base", folder / "build")
     command = ("setup.py", "-q", *temporary, "bdist_wheel", "--dist-dir", folder / "dist")
-    run = build(mode, *map(str, command))
+    run = build(mode, *map(str, command), source=source, SOURCE_DATE_EPOCH="1700000000")
     assert run.returncode == 0, run.stderr[-4000:]
     (path,) = (folder / "dist").glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """The source distribution, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    command = ("setup.py", "-q", "egg_info", "--egg-base", folder, "sdist", "--dist-dir", folder)
+    run = build("cpu", *map(str, command))
+    assert run.returncode == 0, run.stderr[-4000:]
+    (path,) = folder.glob("*.tar.gz")
+    assert path.name == f"vtp_kernels-{VERSION}.tar.gz"
+    with tarfile.open(path) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / f"vtp_kernels-{VERSION}"
 
 
 def run_from(path: Path, folder: Path, code: str) -> str:
@@ -56,19 +74,22 @@ print(_native.missing)
 """
 
 
-def test_wheel_stands_alone(tmp_path):
-    path = wheel("cpu", tmp_path)
-    assert "-cp310-abi3-linux_" in path.name
+def test_wheel_of_the_source_distribution_stands_alone(source, tmp_path):
+    path = wheel("cpu", tmp_path, source)
+    assert path.name.startswith(f"vtp_kernels-{VERSION}+cpu-cp310-abi3-linux_")
     names = zipfile.ZipFile(path).namelist()
     assert "vtp_kernels/_C.abi3.so" in names
-    assert "vtp_kernels/pocket_llava/__init__.py" in names
+    package = (ROOT / "vtp_kernels", ROOT / "benchmarks" / "pocket_llava")
+    modules = [file for folder in package for file in folder.rglob("*.py")]
+    assert {file.name for file in modules} <= {name.rsplit("/", 1)[-1] for name in names}
+    assert [name for name in names if name.startswith("vtp_kernels/pocket_llava/trained/")]
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "csrc/"))]
     assert run_from(path, tmp_path, SELECT.format(site=str(tmp_path))) == "None"
 
 
 def test_pure_python_wheel(tmp_path):
     path = wheel("none", tmp_path)
-    assert path.name.endswith("-py3-none-any.whl")
+    assert path.name == f"vtp_kernels-{VERSION}-py3-none-any.whl"
     assert not [name for name in zipfile.ZipFile(path).namelist() if name.endswith(".so")]
     assert "not built" in run_from(path, tmp_path, SELECT.format(site=str(tmp_path)))
 
@@ -102,6 +123,32 @@ def toolkit(folder: Path, release: str) -> str:
     )
     nvcc.chmod(0o755)
     return str(folder)
+
+
+@pytest.mark.parametrize(
+    "mode, archs, version",
+    [
+        ("cpu", "9.0", VERSION + "+cpu"),
+        ("none", "9.0", VERSION),
+        ("cuda", "9.0", VERSION + "+cu130.sm90"),
+        ("auto", "8.0;9.0a;12.0+PTX", VERSION + "+cu130.sm80.sm90a.sm120ptx"),
+        ("cuda", "9.0+PTX,8.0 9.0", VERSION + "+cu130.sm90ptx.sm80"),
+    ],
+)
+def test_a_version_says_what_is_inside(mode, archs, version, tmp_path):
+    environment = {"CUDA_HOME": toolkit(tmp_path, "13.0"), "VTP_CUDA_ARCHS": archs}
+    command = ("setup.py", "-q", "dist_info", "--output-dir", str(tmp_path))
+    run = build(mode, *command, **environment)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert [path.name for path in tmp_path.glob("*.dist-info")] == [
+        f"vtp_kernels-{version}.dist-info"
+    ]
+
+
+@pytest.mark.parametrize("jobs", ["0", "many", "-1"])
+def test_jobs_that_are_no_number(jobs, tmp_path):
+    message = error_of(build_kernels("cpu", tmp_path, MAX_JOBS=jobs))
+    assert message.startswith(f"vtp_kernels: MAX_JOBS={jobs!r}, expected how many")
 
 
 def test_cuda_without_a_toolkit(tmp_path):
