@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import vtp_kernels as vtp
 from benchmarks.published import published_fastv
-from vtp_kernels.demo import load, pruned
+from vtp_kernels.demo import load, pocket_methods, pruned
 from vtp_kernels.machine import describe
 from vtp_kernels.methods import (
     FastV,
@@ -50,13 +50,6 @@ PAPERS: dict[str, Method] = {
         decision="fixed",
         schedule=Schedule({15: 0}, score="contribution"),
     ),
-    "random": RandomPruning(0, 0.5),
-}
-#: For the small LLaVA's eight.
-POCKET: dict[str, Method] = {
-    "FastV": FastV(2, 0.5),
-    "PyramidDrop": PyramidDrop((3, 5, 6), (0.5, 0.25, 0.125)),
-    "VisiPruner": VisiPruner(("middle",), 0, 0.9999, 0.0112, min_keep=48),
     "random": RandomPruning(0, 0.5),
 }
 
@@ -355,7 +348,7 @@ def main() -> None:
         from vtp_kernels.pocket_llava.model import TRAINED
 
         model, processor = load(TRAINED, device=args.device)
-        methods = POCKET
+        methods = pocket_methods()
     else:
         cuda = torch.device(args.device).type == "cuda"
         model = random_model(args.model, args.device, torch.bfloat16 if cuda else torch.float32)

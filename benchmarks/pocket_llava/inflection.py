@@ -11,10 +11,8 @@ method can make: by the truth about where the objects are.
 
 import argparse
 import itertools
-import json
 import sys
 import textwrap
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +37,7 @@ from vtp_kernels.models import prune
 from vtp_kernels.pocket_llava import scenes
 from vtp_kernels.pocket_llava.evaluate import evaluate, table
 from vtp_kernels.pocket_llava.model import TRAINED
+from vtp_kernels.pocket_llava.results import Results, label
 
 POINT, SHARE = 0.01, 0.22
 # Stage 1 alone, by source and rule. Similarities may be negative: a share of their sum says little.
@@ -72,18 +71,9 @@ GRID = [
     ),
 ]
 VISIPRUNER = (
-    "visipruner:stages=middle+deep,shallow_layers=1,fusion_threshold=0.9995,token_threshold=0.025"
+    "visipruner:stages=middle,shallow_layers=0,fusion_threshold=0.9999,token_threshold=0.0114,"
+    "min_keep=32"
 )
-
-
-def label(method: Method) -> str:
-    """The method as it is written on a command line, with what is not the default."""
-    changed = []
-    for name, value in method.to_dict().items():
-        if name != "method" and value != getattr(type(method), name):
-            text = "+".join(map(str, value)) if isinstance(value, list) else str(value).lower()
-            changed.append(f"{name}={text}")
-    return f"{method.name}:{','.join(changed)}" if changed else method.name
 
 
 def best_within(rows: list[dict], share: float) -> int:
@@ -129,27 +119,6 @@ class Objects(Method):
 
     def to_dict(self):
         return {"method": "objects", "keep": self.keep}
-
-
-class Results:
-    """What was measured goes into the file row by row, so that a run that was cut off goes on."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.known = path, {}
-        if path.exists():
-            stored = json.loads(path.read_text())
-            for row in stored["calibration"] + stored["rows"]:
-                self.known[row["method"], row["split"], row["questions"]] = row
-
-    def row(self, key: tuple[str, str, int], measure: Callable[[], dict]) -> dict:
-        if key not in self.known:
-            self.known[key] = measure()
-            self.write({"calibration": [], "rows": list(self.known.values())})
-        return self.known[key]
-
-    def write(self, result: dict) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 # --- picture ------------------------------------------------------------------------------------

@@ -27,10 +27,9 @@ from vtp_kernels.methods.lvpruning import Recipe, train
 from vtp_kernels.methods.lvpruning.files import DESCRIPTION, load_deciders, read_fit, save_deciders
 from vtp_kernels.pocket_llava import scenes
 from vtp_kernels.pocket_llava.evaluate import evaluate, table
-from vtp_kernels.pocket_llava.model import TRAINED
+from vtp_kernels.pocket_llava.model import DECIDERS, TRAINED
 from vtp_kernels.pocket_llava.questions import PocketQuestions
 
-DECIDERS = Path(__file__).parent / "deciders"
 QUESTIONS = 3200
 # A quarter of the model's depth where the paper has a quarter of its own, and so on. A decider as
 # wide as the model would cost more than one of its layers; this one costs a tenth of that.

@@ -19,6 +19,7 @@ from . import scenes
 
 TOKEN = {word: index for index, word in enumerate(scenes.VOCABULARY)}
 TRAINED = Path(__file__).parent / "trained"
+DECIDERS = Path(__file__).parent / "deciders"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }} "
     "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image> "

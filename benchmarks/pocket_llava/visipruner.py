@@ -3,16 +3,16 @@
     python benchmarks/pocket_llava/visipruner.py --json out/visipruner.json --picture out/it.png
 
 The published thresholds are those of a model of 32 layers. Here some are tried on the "calibration"
-split; of those that lose no more than a point of exact match, the one that saves most is taken. On
-the "test" split it stands beside the dense model and methods that save as many FLOPs.
+split, and two are taken: of those that lose no more than a point of exact match, the one that saves
+most; and of those that save what the paper does, the one that loses least. On the "test" split they
+stand beside the dense model, and methods that save as many FLOPs as the first of them.
 """
 
 import argparse
 import itertools
-import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,8 +32,11 @@ from vtp_kernels.models import prune
 from vtp_kernels.pocket_llava import scenes
 from vtp_kernels.pocket_llava.evaluate import evaluate, table
 from vtp_kernels.pocket_llava.model import TRAINED
+from vtp_kernels.pocket_llava.results import Results, label
 
 POINT = 0.01
+# The paper's 53.9 %, and what may be lost of it from one split to the other.
+SAVING = 0.539 + 0.015
 GRID = [
     VisiPruner(("middle",), 0, 0.9999, threshold, min_keep=32)
     for threshold in (0.0112, 0.0114, 0.0116, 0.0118)
@@ -51,23 +54,20 @@ RIVALS: tuple[Callable[[float], Method], ...] = (
 )
 
 
-def label(method: Method) -> str:
-    """The method with those of its settings that are not the default."""
-    changed = []
-    for setting in fields(method):
-        value = getattr(method, setting.name)
-        if value != setting.default:
-            value = "+".join(value) if setting.name == "stages" else value
-            changed.append(f"{setting.name}={value}")
-    return f"{method.name}:{','.join(changed)}" if changed else method.name
-
-
 def best(rows: list[dict], dense: dict) -> int:
     """The row that saves most at no more than a point lost; if all lose more, that losing least."""
     good = [i for i, row in enumerate(rows) if row["exact_match"] >= dense["exact_match"] - POINT]
     if good:
         return max(good, key=lambda i: rows[i]["prefill_flops_reduction"])
     return max(range(len(rows)), key=lambda i: rows[i]["exact_match"])
+
+
+def thrifty(rows: list[dict]) -> int:
+    """The row that loses least of those that save what the paper does; else that saving most."""
+    good = [i for i, row in enumerate(rows) if row["prefill_flops_reduction"] >= SAVING]
+    if good:
+        return max(good, key=lambda i: rows[i]["exact_match"])
+    return max(range(len(rows)), key=lambda i: rows[i]["prefill_flops_reduction"])
 
 
 def as_thrifty(make: Callable[[float], Method], config, text: int, saved: float) -> Method:
@@ -140,26 +140,29 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, required=True)
     args = parser.parse_args()
     model, processor = load(TRAINED, device="cpu", dtype="float32")
+    results = Results(args.json)
 
     def ask(method: Method | None, split: str, count: int) -> dict:
         name = "none" if method is None else label(method)
-        return evaluate(model, processor, method, count, args.batch, split, name)
+        return results.row(
+            (name, split, count),
+            lambda: evaluate(model, processor, method, count, args.batch, split, name),
+        )
 
     dense = ask(None, "calibration", args.calibration)
     tried = [ask(method, "calibration", args.calibration) for method in GRID]
-    chosen = best(tried, dense)
+    chosen = dict.fromkeys((best(tried, dense), thrifty(tried)))  # may be the same
     case = next(scenes.cases("test", 1))
     inputs = chat_inputs(processor, [Image.fromarray(case.scene.image)], [case.question.text])
     text = inputs["input_ids"].shape[1] - scenes.GRID**2
-    rows = [ask(method, "test", args.questions) for method in (None, GRID[chosen])]
+    methods = [None, *(GRID[i] for i in chosen)]
+    rows = [ask(method, "test", args.questions) for method in methods]
     saved = rows[1]["prefill_flops_reduction"]
     config = model.config.text_config
     rows += [ask(as_thrifty(make, config, text, saved), "test", args.questions) for make in RIVALS]
     print(table(rows))
-    draw(model, processor, GRID[chosen], args.example, args.picture)
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    result = {"calibration": [dense, *tried], "rows": rows, **describe()}
-    args.json.write_text(json.dumps(result, indent=2) + "\n")
+    draw(model, processor, methods[1], args.example, args.picture)
+    results.write({"calibration": [dense, *tried], "rows": rows, **describe()})
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def test_published_code_stands_in_the_table_of_one_prompt():
 def test_methods_fit_their_models():
     for method in end_to_end.PAPERS.values():
         method.check_model(32)
-    for method in end_to_end.POCKET.values():
+    for method in end_to_end.pocket_methods().values():
         method.check_model(8)
 
 

@@ -24,6 +24,12 @@ def test_the_most_thrifty_of_those_that_lose_little_is_taken():
     assert visipruner.best(rows, row(1.1, 0)) == 0  # all lose more than a point
 
 
+def test_the_gentlest_of_those_that_save_what_the_paper_does_is_taken():
+    rows = [row(0.99, 0.4), row(0.98, 0.56), row(0.97, 0.6)]
+    assert visipruner.thrifty(rows) == 1
+    assert visipruner.thrifty(rows[:1]) == 0  # none saves as much
+
+
 def test_labels_name_what_is_not_the_default():
     assert visipruner.label(VisiPruner()) == "visipruner"
     method = VisiPruner(("middle", "deep"), shallow_layers=1)
