@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from code_generation import find_nvcc
 
 ROOT = Path(__file__).parents[2]
 CONSUMER = Path(__file__).with_name("consumer")
@@ -32,19 +33,36 @@ def configure(source: Path, folder: Path, **options: str | Path) -> None:
     cmake("-S", source, "-B", folder, "-G", "Ninja", *defined)
 
 
-def test_a_program_uses_the_installed_kernels(tmp_path):
-    library, installed, program = (tmp_path / name for name in ("library", "installed", "program"))
-    # Debug compiles fast. Nothing of Python or torch may be asked for.
-    configure(ROOT, library, CMAKE_BUILD_TYPE="Debug", Python_EXECUTABLE="/nonexistent")
+def install(folder: Path, **options: str | Path) -> Path:
+    """Where the libraries are installed, moved away from where they were installed to."""
+    library, installed = folder / "library", folder / "installed"
+    # Nothing of Python or torch may be asked for.
+    configure(ROOT, library, Python_EXECUTABLE="/nonexistent", **options)
     cmake("--build", library)
     cmake("--install", library, "--prefix", installed)
+    return installed.rename(folder / "moved")
+
+
+def build_consumer(folder: Path, installed: Path) -> Path:
+    configure(CONSUMER, folder / "program", CMAKE_PREFIX_PATH=installed)
+    cmake("--build", folder / "program")
+    return folder / "program"
+
+
+def test_a_program_uses_the_installed_kernels(tmp_path):
+    installed = install(tmp_path, CMAKE_BUILD_TYPE="Debug")  # compiles fast
     files = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
     assert {"include/vtp_kernels/arguments.h", "include/vtp_kernels/cpu/ops.h"} <= files
     assert [name for name in files if name.endswith("libvtp_kernels_cpu.a")]
+    program = build_consumer(tmp_path, installed)
+    assert subprocess.check_output([program / "consumer"], text=True) == "2 of 4: 1 3\n"
+    assert not (program / "cuda_consumer").exists()
 
-    # Moved away, it is found all the same.
-    moved = installed.rename(tmp_path / "moved")
-    configure(CONSUMER, program, CMAKE_PREFIX_PATH=moved)
-    cmake("--build", program)
-    output = subprocess.check_output([program / "consumer"], text=True)
-    assert output == "2 of 4: 1 3\n"
+
+@pytest.mark.skipif(find_nvcc() is None, reason="no nvcc here")
+def test_a_program_uses_the_installed_cuda_kernels(tmp_path):
+    """It links, and asks the library what does not take a GPU."""
+    options = {"VTP_CUDA_ARCHS": "9.0", "CMAKE_CUDA_COMPILER": find_nvcc()}
+    program = build_consumer(tmp_path, install(tmp_path, **options))
+    output = subprocess.check_output([program / "cuda_consumer"], text=True)
+    assert output.startswith("for 9.0, workspace aligned, device 0: ")
