@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks.end_to_end import Row as EndToEndRow
+from benchmarks.end_to_end import table as end_to_end_table
 from benchmarks.harness import Timing, summary
 from benchmarks.pocket_llava.evaluate import table as accuracy_table
 from vtp_kernels.demo import Comparison, Row
@@ -19,7 +21,8 @@ RESULTS = Path(__file__).parent / "results"
 FILES = {
     "accuracy.json": "amd-epyc-2-cores",
     "bench.json": "amd-epyc-2-cores",
-    "demo.json": "amd-epyc-2-cores",
+    "demo.json": "intel-xeon-2-cores",
+    "end_to_end.json": "intel-xeon-2-cores",
     "inflection.json": "intel-xeon-2-cores",
     "lvpruning.json": "intel-xeon-2-cores",
     "visipruner.json": "intel-xeon-2-cores",
@@ -56,6 +59,10 @@ def demo() -> str:
     return f"```\n{Comparison(stored['prompts'], rows, stored['expected'])}\n```"
 
 
+def end_to_end() -> str:
+    return end_to_end_table([EndToEndRow(**row) for row in _read("end_to_end.json")["rows"]])
+
+
 def ops() -> str:
     return summary([Timing(**row) for row in _read("bench.json")["rows"]])
 
@@ -74,6 +81,7 @@ def machine() -> str:
 BLOCKS = {
     "accuracy": accuracy,
     "demo": demo,
+    "end_to_end": end_to_end,
     "inflection": inflection,
     "ops": ops,
     "lvpruning": lvpruning,
