@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -147,6 +147,17 @@ def check_depth(layer: int, depth: int, where: str) -> None:
             f"{where}: there is no layer {layer}, the model has {depth} decoder layers "
             f"(0 to {depth - 1})"
         )
+
+
+def parse_settings(arguments: str, readers: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
+    """`FIELD=VALUE,...` of a command-line spec as keyword arguments; `readers` by field."""
+    settings: dict[str, Any] = {}
+    for pair in arguments.split(","):
+        name, equals, value = pair.partition("=")
+        if not equals or name not in readers:
+            raise ValueError(f"expected FIELD=VALUE with one of {sorted(readers)}, got {pair!r}")
+        settings[name] = readers[name](value)
+    return settings
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vtp_kernels.ops.inflection import check_rule
 
-from .base import Method, check_depth
+from .base import Method, check_depth, parse_settings
 from .budget import check_keep, check_layer, visual_budget
 from .scorers import text as attention_from_text
 
@@ -185,24 +185,16 @@ class InflectionPruning(Method, name="inflection"):
     @classmethod
     def from_spec(cls, arguments: str) -> InflectionPruning:
         """`FIELD=VALUE,...`, as in `inflection:source=attention,llm_layers=2+4,visual_keep=knee`"""
-        settings: dict[str, Any] = {}
-        for pair in arguments.split(","):
-            name, equals, value = pair.partition("=")
-            if not equals or name not in _FIELDS:
-                raise ValueError(
-                    f"expected FIELD=VALUE with one of {sorted(_FIELDS)}, got {pair!r}"
-                )
-            settings[name] = _value(name, value)
-        return cls(**settings)
+        return cls(**parse_settings(arguments, _FIELDS))
 
 
-_FIELDS = frozenset(field.name for field in fields(InflectionPruning))
+def _layers(text: str) -> tuple[int, ...]:
+    """2+4"""
+    return tuple(int(layer) for layer in text.split("+") if layer)
 
 
-def _value(name: str, text: str) -> Any:
-    """A setting as it is written on the command line: 3, 0.5, true, none, 2+4, a word."""
-    if name == "llm_layers":
-        return tuple(int(layer) for layer in text.split("+") if layer)
+def _value(text: str) -> Any:
+    """3, 0.5, true, none, or a word."""
     words = {"none": None, "true": True, "false": False}
     if text in words:
         return words[text]
@@ -212,6 +204,10 @@ def _value(name: str, text: str) -> Any:
         except ValueError:
             continue
     return text
+
+
+# How a setting is written on the command line.
+_FIELDS = {field.name: _value for field in fields(InflectionPruning)} | {"llm_layers": _layers}
 
 
 class Course:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .base import Method, check_depth
+from .base import Method, check_depth, parse_settings
 from .budget import check_layer
 from .passive import PassiveVisual
 from .schedule import Schedule
@@ -195,15 +195,7 @@ class VisiPruner(Method, name="visipruner"):
     @classmethod
     def from_spec(cls, arguments: str) -> VisiPruner:
         """`FIELD=VALUE,...`, as in `visipruner:fusion_threshold=0.99,shallow_attention=skip`"""
-        settings: dict[str, Any] = {}
-        for pair in arguments.split(","):
-            name, equals, value = pair.partition("=")
-            if not equals or name not in _FIELDS:
-                raise ValueError(
-                    f"expected FIELD=VALUE with one of {sorted(_FIELDS)}, got {pair!r}"
-                )
-            settings[name] = _FIELDS[name](value)
-        return cls(**settings)
+        return cls(**parse_settings(arguments, _FIELDS))
 
 
 def _stages(text: str) -> tuple[str, ...]:
