@@ -147,7 +147,7 @@ def test_how_many_stay(keep, tokens, stay):
 
 def test_a_method_of_one_s_own():
     @dataclass(frozen=True)
-    class Everything(Method, name="everything"):
+    class Everything(Method, key="everything"):
         layer: int = 1
 
         def decision_layers(self, depth):

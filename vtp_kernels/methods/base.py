@@ -7,7 +7,7 @@ hooks nor caches; the engine shows it the prompt's rows and carries out what it 
 A new method is a subclass in a file of its own:
 
     @dataclass(frozen=True)
-    class KeepLongest(Method, name="keeplongest"):
+    class KeepLongest(Method, key="keeplongest"):
         layer: int = 4
         keep: int = 64
 
@@ -42,11 +42,12 @@ class Method(ABC):
 
     name: ClassVar[str]
 
-    def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
+    # `key`, for `name` is what Python 3.10 calls an argument of its own here.
+    def __init_subclass__(cls, key: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if name is not None:
-            cls.name = name
-            METHODS[name] = cls
+        if key is not None:
+            cls.name = key
+            METHODS[key] = cls
 
     # ---- what the engine asks ----------------------------------------------------------------
 

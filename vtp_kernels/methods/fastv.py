@@ -10,7 +10,7 @@ __all__ = ["FastV"]
 
 
 @dataclass(frozen=True)
-class FastV(ScheduledMethod, name="fastv"):
+class FastV(ScheduledMethod, key="fastv"):
     """Before `layer` runs, keep the visual tokens that the last prompt token attends to most.
 
     Parameters

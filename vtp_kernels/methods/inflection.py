@@ -23,7 +23,7 @@ RULE = ("rule", "min_keep", "max_keep", "clip_quantile", "sensitivity", "mass")
 
 
 @dataclass(frozen=True)
-class InflectionPruning(Method, name="inflection"):
+class InflectionPruning(Method, key="inflection"):
     """Two stages, training-free. The paper's rule, layers and ratios are not public, and there is
     no code: what follows is our reading of it.
 

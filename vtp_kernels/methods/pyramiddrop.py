@@ -10,7 +10,7 @@ __all__ = ["PyramidDrop"]
 
 
 @dataclass(frozen=True)
-class PyramidDrop(ScheduledMethod, name="pyramiddrop"):
+class PyramidDrop(ScheduledMethod, key="pyramiddrop"):
     """At each of `layers`, keep that share of the visual tokens, ranked by the last prompt token.
 
     Parameters

@@ -11,7 +11,7 @@ __all__ = ["RandomPruning"]
 
 
 @dataclass(frozen=True)
-class RandomPruning(ScheduledMethod, name="random"):
+class RandomPruning(ScheduledMethod, key="random"):
     """Before `layer` runs, keep visual tokens by chance.
 
     The choice depends on the seed and on how many visual tokens the prompt has, on nothing else: a

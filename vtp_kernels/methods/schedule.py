@@ -86,7 +86,7 @@ class ScheduledMethod(Method):
 
 
 @dataclass(frozen=True)
-class Schedule(ScheduledMethod, name="schedule"):
+class Schedule(ScheduledMethod, key="schedule"):
     """Keep fixed numbers of visual tokens from given layers on.
 
     Parameters

@@ -28,7 +28,7 @@ DECISIONS = ("exact", "pipelined", "fixed")
 
 
 @dataclass(frozen=True)
-class VisiPruner(Method, name="visipruner"):
+class VisiPruner(Method, key="visipruner"):
     """Three stages, each of which may be left out. The defaults are those of the published code.
 
     Shallow (section 3.6), layers 0 to `shallow_layers` - 1: text takes nothing from visual tokens.

@@ -33,7 +33,7 @@ def kept_tokens(ratio: float, visual_tokens: int) -> int:
 
 
 @dataclass(frozen=True)
-class LVPruning(Method, name="lvpruning"):
+class LVPruning(Method, key="lvpruning"):
     """Before each of `layers`, a trained decider keeps a share of the prompt's visual tokens.
 
     A decider looks at the rows that enter the layer: each visual row attends to the prompt's text
