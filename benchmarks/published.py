@@ -42,13 +42,12 @@ def published_fastv(model: nn.Module, layer: int, keep: float) -> Iterator[None]
             hidden = args[0]
             bool(hidden[0, 0, 0].isnan())  # the host waits for the device
             if index == layer:
-                state["kept"] = _kept(state["scores"], visual["rows"], keep, hidden.shape[1])
-            if "kept" in state:
-                if index == layer:
-                    hidden = hidden[:, state["kept"]]
-                kwargs["position_embeddings"] = tuple(
-                    x[:, state["kept"]] for x in kwargs["position_embeddings"]
-                )
+                kept = _kept(state["scores"], visual["rows"], keep, hidden.shape[1])
+                hidden = hidden[:, kept]
+                embeddings = kwargs["position_embeddings"]
+                state["embeddings"] = tuple(x[:, kept] for x in embeddings)
+            if index >= layer:
+                kwargs["position_embeddings"] = state["embeddings"]
                 kwargs["attention_mask"] = kwargs["position_ids"] = None
             return (hidden, *args[1:]), kwargs
 
