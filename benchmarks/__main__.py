@@ -6,14 +6,12 @@ Writes a Markdown table to the screen and, with --json, the timings, the machine
 import argparse
 import dataclasses
 import importlib
-import json
 from pathlib import Path
 
 import torch
 
 from benchmarks import chart, harness
 from vtp_kernels import reference
-from vtp_kernels.machine import describe
 
 OPS = tuple(reference.__all__)
 
@@ -40,9 +38,7 @@ def main() -> None:
         chart.draw(timings, args.plot)
     if args.json:
         rows = [dataclasses.asdict(timing) for timing in timings]
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"rows": rows, "copy_bytes_per_second": bandwidth, **describe()}
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        harness.write(args.json, {"rows": rows, "copy_bytes_per_second": bandwidth})
 
 
 if __name__ == "__main__":

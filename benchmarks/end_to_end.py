@@ -15,7 +15,6 @@ as published code does it, too: see published.py.
 
 import argparse
 import contextlib
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -26,9 +25,9 @@ import torch
 from tqdm import tqdm
 
 import vtp_kernels as vtp
+from benchmarks import harness
 from benchmarks.published import published_fastv
 from vtp_kernels.demo import load, pocket_methods, pruned
-from vtp_kernels.machine import describe
 from vtp_kernels.methods import (
     FastV,
     Method,
@@ -362,9 +361,7 @@ def main() -> None:
         rows += measure(args.model, model, inputs, methods, args.repeats, args.decode_steps)
     print(table(rows))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"rows": [asdict(x) for x in rows], **describe()}
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        harness.write(args.json, {"rows": [asdict(x) for x in rows]})
 
 
 if __name__ == "__main__":

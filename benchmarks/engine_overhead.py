@@ -15,7 +15,6 @@ clock is the process's own, which other programs disturb less.
 
 import argparse
 import contextlib
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -26,8 +25,8 @@ import torch
 from tqdm import tqdm
 
 import vtp_kernels as vtp
+from benchmarks import harness
 from benchmarks.end_to_end import Clock as DeviceClock
-from vtp_kernels.machine import describe
 
 PATCHES, TEXT = 24, 64  # 576 visual tokens
 #: (width, layers) of the language model; LLaVA-1.5-7B is (4096, 32).
@@ -184,9 +183,7 @@ def main() -> None:
         rows += measure(size, model, inputs, args.turns, args.steps)
     print(table(rows))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"rows": [asdict(x) for x in rows], **describe()}
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        harness.write(args.json, {"rows": [asdict(x) for x in rows]})
 
 
 if __name__ == "__main__":

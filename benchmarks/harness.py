@@ -10,13 +10,17 @@ does, without the host's time to launch it. What waits for the device cannot be 
 timed call by call, between events too, and marked.
 """
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from vtp_kernels.machine import describe
 
 ROTATION_BYTES = 96 * 2**20  # more than the last-level cache of the machines this runs on
 MOST_SETS = 16
@@ -236,6 +240,12 @@ def summary(timings: list[Timing]) -> str:
             f"| {min(ratios):.2f} to {max(ratios):.1f} | {', '.join(rows[0].speedup)} |"
         )
     return "\n".join(lines)
+
+
+def write(path: Path, result: dict) -> None:
+    """A result file: what was found, with the machine, the versions and the commit."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**result, **describe()}, indent=2) + "\n")
 
 
 def assert_equal(ours, theirs) -> None:

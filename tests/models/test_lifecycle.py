@@ -182,24 +182,29 @@ def interrupt(*args, **kwargs):
     raise KeyboardInterrupt("stop")
 
 
+def assert_threads_do_not_meet(model, prompts, times):
+    """A thread a batch of prompts says `times` times what is said without the others."""
+    expected = [model.generate(**inputs, **GREEDY) for inputs in prompts]
+    outputs = [[] for _ in prompts]
+
+    def work(i):
+        for _ in range(times):
+            outputs[i].append(model.generate(**prompts[i], **GREEDY))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for wanted, got in zip(expected, outputs, strict=True):
+        assert len(got) == times and all(torch.equal(wanted, output) for output in got)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_threads_do_not_meet_whatever_the_method(model, name, tmp_path):
     prompts = [one(), three(), batch(prompt(2, 4, 6), seed=5)]
     with vtp.prune(model, pruning_method(name, model, tmp_path)):
-        expected = [model.generate(**inputs, **GREEDY) for inputs in prompts]
-        outputs = [[] for _ in prompts]
-
-        def work(i):
-            for _ in range(2):
-                outputs[i].append(model.generate(**prompts[i], **GREEDY))
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for wanted, got in zip(expected, outputs, strict=True):
-        assert len(got) == 2 and all(torch.equal(wanted, output) for output in got)
+        assert_threads_do_not_meet(model, prompts, times=2)
 
 
 def test_two_models_at_once(model):
@@ -218,20 +223,7 @@ def test_two_models_at_once(model):
 def test_two_threads_on_one_model(model):
     prompts = [one(), three(), batch(prompt(2, 4, 6)), batch(prompt(0, 4, 6))]
     with vtp.prune(model, METHOD):
-        expected = [model.generate(**inputs, **GREEDY) for inputs in prompts]
-        outputs = [[] for _ in prompts]
-
-        def work(i):
-            for _ in range(3):
-                outputs[i].append(model.generate(**prompts[i], **GREEDY))
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for wanted, got in zip(expected, outputs, strict=True):
-        assert len(got) == 3 and all(torch.equal(wanted, output) for output in got)
+        assert_threads_do_not_meet(model, prompts, times=3)
 
 
 def test_a_method_of_one_s_own_sees_the_rows(model):
