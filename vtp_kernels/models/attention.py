@@ -9,7 +9,8 @@ and gradients, devices and dtypes are those of the one set of weights. It may be
 
 from __future__ import annotations
 
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,14 @@ from .projections import project, rotate
 __all__ = ["PassiveVisualAttention", "ScoringAttention", "SomeRowsAttention"]
 
 
-class StandIn(nn.Module):
-    """Has the children of the module it stands in for, `replaced`."""
+class StandIn(nn.Module, ABC):
+    """Has the children of the module it stands in for, `replaced`, which runs unless more is asked.
+
+    forward() takes the arguments of `replaced`, and besides, by name, those of OPTIONS: these are
+    for `attend`, and where the first of them is None, `replaced` itself runs.
+    """
+
+    OPTIONS: ClassVar[tuple[str, ...]]
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
@@ -34,6 +41,29 @@ class StandIn(nn.Module):
         for name, child in attention.named_children():
             self.add_module(name, child)
         self.__dict__["replaced"] = attention  # not as a child: its children are here already
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        given = {
+            "hidden_states": hidden_states,
+            "position_embeddings": position_embeddings,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+        }
+        options = {name: kwargs.pop(name) for name in self.OPTIONS if name in kwargs}
+        if options.get(self.OPTIONS[0]) is None:
+            return self.replaced(**given, **kwargs)
+        return self.attend(**given, **options, **kwargs)
+
+    @abstractmethod
+    def attend(self, **given: Any) -> tuple[Tensor, Tensor | None]:
+        """What the stand-in does where more is asked, given all arguments by name."""
 
 
 class PassiveVisualAttention(StandIn):
@@ -55,33 +85,25 @@ class PassiveVisualAttention(StandIn):
         False for padding. The attention mask is not looked at.
     """
 
+    OPTIONS = ("visual", "past", "valid")
+
     def __init__(
         self, attention: nn.Module, passive: PassiveVisual, backend: str | None = None
     ) -> None:
         super().__init__(attention)
         self.passive, self.backend = passive, backend
 
-    def forward(
+    def attend(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Any = None,
-        past_key_values: Any = None,
-        *,
-        visual: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Any,
+        visual: Tensor,
         past: int = 0,
         valid: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+        **_: Any,
+    ) -> tuple[Tensor, None]:
         attention = self.replaced
-        if visual is None:
-            return attention(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
         query, key, value = (
             project(attention, name, hidden_states) for name in ("q_proj", "k_proj", "v_proj")
         )
@@ -92,11 +114,11 @@ class PassiveVisualAttention(StandIn):
             key, value = key[:, :, :keys], value[:, :, :keys]  # a static cache has more room
         # Every key needs its query: those that came before are computed along.
         query, visual = pad(query, (0, 0, past, 0)), pad(visual, (past, 0))
-        output = self._attend(query, key, value, visual, valid)[:, :, past:]
+        output = self._passive(query, key, value, visual, valid)[:, :, past:]
         output = output.transpose(1, 2).reshape(*hidden_states.shape[:2], -1)
         return attention.o_proj(output), None
 
-    def _attend(
+    def _passive(
         self, query: Tensor, key: Tensor, value: Tensor, visual: Tensor, valid: Tensor | None
     ) -> Tensor:
         passive = self.passive
@@ -133,24 +155,20 @@ class SomeRowsAttention(StandIn):
     which are handed to `attention` with any padding in front. The cache gets their keys alone.
     """
 
+    OPTIONS = ("rows", "silent")
+
     def __init__(self, attention: nn.Module, backend: str | None = None) -> None:
         super().__init__(attention)
         self.backend = backend
 
-    def forward(
+    def attend(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Any = None,
-        past_key_values: Any = None,
-        *,
-        rows: Selection | None = None,
-        silent: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        kwargs |= {"attention_mask": attention_mask, "past_key_values": past_key_values}
-        if rows is None:
-            return self.replaced(hidden_states, position_embeddings=position_embeddings, **kwargs)
+        position_embeddings: tuple[Tensor, Tensor],
+        rows: Selection,
+        silent: Tensor,
+        **given: Any,
+    ) -> tuple[Tensor, None]:
         batch, length, width = hidden_states.shape
         cos, sin = (x.expand(batch, *x.shape[1:]) for x in position_embeddings)
         # Row 0 is one more, which takes what nobody is to get.
@@ -159,7 +177,7 @@ class SomeRowsAttention(StandIn):
         some, cos, sin, places = compact_rows(
             (hidden_states, cos, sin, places), *rows, align="right", backend=self.backend
         )
-        output, _ = self.replaced(some, position_embeddings=(cos, sin), **kwargs)
+        output, _ = self.replaced(some, position_embeddings=(cos, sin), **given)
         everything = output.new_zeros(batch, length + 1, width)
         everything.scatter_(1, places[..., None].expand(-1, -1, width), output)
         return everything[:, 1:], None
@@ -189,34 +207,24 @@ class ScoringAttention(StandIn):
     rows and heads of a softmax over all that a row sees, 0 off the candidates.
     """
 
+    OPTIONS = ("candidates", "rows", "past", "valid")
+
     def __init__(self, attention: nn.Module, backend: str | None = None) -> None:
         super().__init__(attention)
         self.backend = backend
 
-    def forward(
+    def attend(
         self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Any = None,
-        past_key_values: Any = None,
-        *,
-        candidates: Tensor | None = None,
+        candidates: Tensor,
         rows: slice = slice(-1, None),
         past: int = 0,
         valid: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        given = {
-            "hidden_states": hidden_states,
-            "position_embeddings": position_embeddings,
-            "past_key_values": past_key_values,
-        }
-        output, weights = self.replaced(**given, attention_mask=attention_mask, **kwargs)
-        if candidates is None:
-            return output, weights
+        **given: Any,
+    ) -> tuple[Tensor, Tensor]:
+        output, _ = self.replaced(**given)
         seen = Observation(self.replaced, given)
-        first, last, _ = rows.indices(hidden_states.shape[1])
-        positions = torch.arange(past + first, past + last, device=hidden_states.device)
+        first, last, _ = rows.indices(candidates.shape[1])
+        positions = torch.arange(past + first, past + last, device=candidates.device)
         query = seen.queries(rows)
         scores = attention_scores(
             query,

@@ -158,27 +158,19 @@ class PolicyAttention(StandIn):
         False for padding. The attention mask is not looked at. There must be no cache.
     """
 
-    def forward(
+    OPTIONS = ("policy", "valid", "secant")
+
+    def attend(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Any = None,
-        past_key_values: Any = None,
-        *,
-        policy: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Any,
+        policy: Tensor,
         valid: Tensor | None = None,
         secant: bool = True,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+        **_: Any,
+    ) -> tuple[Tensor, None]:
         attention = self.replaced
-        if policy is None:
-            return attention(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
         if past_key_values is not None:
             raise ValueError("past_key_values: a policy is for training, call with use_cache=False")
         query, key, value = (
