@@ -399,6 +399,59 @@ def test_calibrate_needs_pictures(model):
         vtp.calibrate(model, [batch(prompt(0, 5, seed=0))], vtp.VisiPruner(shallow_layers=3))
 
 
+REFUSED = {
+    "text leaves": (
+        vtp.InflectionPruning(None, llm_layers=(2,)),
+        "contribution",
+        "method: InflectionPruning lets text leave before layer 2",
+    ),
+    "before layer 0": (
+        vtp.InflectionPruning("similarity", llm_layers=()),
+        "contribution",
+        "method: InflectionPruning lets tokens leave before layer 0.*'contribution' cannot",
+    ),
+    "chance before layer 0": (
+        vtp.RandomPruning(0, 0.5),
+        "last_token",
+        "method: RandomPruning lets tokens leave before layer 0.*'last_token' cannot",
+    ),
+    "score": (vtp.FastV(2, 0.5), "best", "Schedule.score: got 'best'"),
+    "layer": (vtp.FastV(40, 0.5), "last_token", "FastV.layer: there is no layer 40"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_calibrate_refuses_what_no_schedule_can_do(model, case):
+    """Before a prompt runs, but for what only a prompt can tell."""
+    method, score, message = REFUSED[case]
+    before = [len(layer._forward_pre_hooks) for layer in model.model.language_model.layers]
+    samples = [one()] if case == "text leaves" else iter(lambda: pytest.fail("a prompt ran"), None)
+    with pytest.raises(ValueError, match=message):
+        vtp.calibrate(model, samples, method, score=score)
+    hooks = [len(layer._forward_pre_hooks) for layer in model.model.language_model.layers]
+    assert hooks == before
+
+
+@pytest.mark.parametrize(
+    "method, score",
+    [
+        (vtp.InflectionPruning("similarity", llm_layers=(), min_keep=2), "random"),
+        (vtp.InflectionPruning(None, llm_layers=(3,), text_keep=1.0), "text"),
+        (vtp.RandomPruning(0, 0.5), "random"),
+        (vtp.PyramidDrop((2, 5), (0.5, 0.25)), "last_token"),
+    ],
+)
+def test_calibrate_serves_methods_that_prune_pictures_alone(model, method, score):
+    """On one prompt the schedule keeps as many tokens in every layer as the method."""
+    schedule = vtp.calibrate(model, [one()], method, score=score)
+    counts = []
+    for at_work in (method, schedule):
+        with vtp.prune(model, at_work) as run, torch.no_grad():
+            model(**one())
+        counts.append(run.report().visual_tokens_per_layer)
+    assert counts[0] == counts[1] and counts[0][-1] < [16]
+
+
 # --- settings -----------------------------------------------------------------------------------
 
 

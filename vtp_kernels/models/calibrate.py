@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from vtp_kernels.methods import Method, Schedule
+from vtp_kernels.methods.scorers import SCORERS
 
+from .families import parts_of
 from .handle import prune
 
 __all__ = ["calibrate"]
@@ -41,8 +43,19 @@ def calibrate(
     Raises
     ------
     ValueError
-        If no prompt has an image, or as `apply` and Schedule.
+        If no prompt has an image; if the method lets text leave, which no schedule does
+        (InflectionPruning), or anything before layer 0, where there is nothing yet for `score` to
+        look at; or as `apply` and Schedule.
     """
+    Schedule({}, score=score)  # these two refuse what cannot be before a prompt runs
+    prune(model, method, backend=backend).remove()
+    name = type(method).__name__
+    if SCORERS[score].needs_attention and 0 in method.decision_layers(len(parts_of(model).layers)):
+        raise ValueError(
+            f"method: {name} lets tokens leave before layer 0, and a schedule that ranks them by "
+            f"{score!r} cannot: there is no attention yet to look at. Use score='random', or a "
+            "method that begins later"
+        )
     shares: list[list[float]] = []
     for batch in batches:
         with torch.inference_mode(), prune(model, method, backend=backend) as run:
@@ -51,6 +64,12 @@ def calibrate(
                 report = run.report()
             except RuntimeError:  # no call with images
                 continue
+        lost_text = [event["layer"] for event in report.events if "text_after" in event]
+        if lost_text:
+            raise ValueError(
+                f"method: {name} lets text leave before layer {lost_text[0]}, and a schedule is "
+                "for visual tokens alone: it would not do what the method does"
+            )
         visual = report.kept.visual.sum(1).tolist()
         for b, count in enumerate(visual):
             if count:
