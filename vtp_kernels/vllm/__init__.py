@@ -1,0 +1,44 @@
+"""Pruned LLaVA-1.5 and LLaVA-NeXT in vLLM, as a plugin: vLLM itself stays as it is.
+
+    VLLM_PLUGINS=vtp_kernels vllm serve llava-hf/llava-1.5-7b-hf \\
+        --mm-processor-kwargs '{"images_kwargs": {"vtp": {"keep": 144, "score": "attention"}}}'
+
+Every image then takes `keep` rows of the prompt and of the KV cache, chosen by the CLS token of the
+vision tower before the projector; see `Budget` for the settings. A request may lower the number by
+`mm_processor_kwargs` of its own. For a number that differs from image to image, see `encode`.
+
+Nothing of vLLM is imported here, and nothing is registered unless `VLLM_PLUGINS` names the plugin.
+"""
+
+import importlib
+import os
+
+from .budget import Budget
+
+__all__ = ["Budget", "Encoder", "encode", "register"]
+
+PLUGIN = "vtp_kernels"
+MODELS = {
+    "LlavaForConditionalGeneration": "vtp_kernels.vllm.llava:PrunedLlava",
+    "LlavaNextForConditionalGeneration": "vtp_kernels.vllm.llava_next:PrunedLlavaNext",
+}
+
+
+def register() -> None:
+    """What vLLM calls in each of its processes, by the entry point in `vllm.general_plugins`.
+
+    Without `VLLM_PLUGINS` vLLM calls every plugin that is installed; being installed is not being
+    asked for. The classes are imported when a model of theirs is loaded.
+    """
+    if PLUGIN not in os.environ.get("VLLM_PLUGINS", "").split(","):
+        return
+    from vllm import ModelRegistry
+
+    for architecture, place in MODELS.items():
+        ModelRegistry.register_model(architecture, place)
+
+
+def __getattr__(name: str):
+    if name not in ("Encoder", "encode"):
+        raise AttributeError(f"module 'vtp_kernels.vllm' has no attribute {name!r}")
+    return getattr(importlib.import_module("vtp_kernels.vllm.encoder"), name)

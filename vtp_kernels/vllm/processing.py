@@ -1,0 +1,125 @@
+"""vLLM's side of the processor: the settings, and as many placeholders as tokens will stay.
+
+vLLM fixes how many rows an image takes before the vision tower has seen it. The mixins stand in
+front of vLLM's own classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.multimodal.hasher import MultiModalHasher
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import ImageEmbeddingItems
+from vllm.multimodal.processing import PromptUpdate
+
+from .budget import KEY, SCORES, Budget, without_budget
+
+__all__ = ["BudgetInfo", "BudgetProcessor"]
+
+
+class BudgetInfo:
+    """In front of a `ProcessingInfo` of vLLM.
+
+    Attributes
+    ----------
+    budget : Budget or None
+        What the engine was started with.
+    """
+
+    def __init__(self, ctx: Any) -> None:
+        self.mm_config = ctx.model_config.get_multimodal_config()
+        super().__init__(replace(ctx, model_config=_WithoutBudget(ctx.model_config)))
+        self.budget = Budget.of(self.mm_config.mm_processor_kwargs)
+        if self.budget is not None:
+            self.budget.check_model(self.get_hf_config(), self.get_max_image_tokens())
+
+    def budget_for(self, mm_processor_kwargs: Mapping[str, Any]) -> Budget | None:
+        """What holds for a request. vLLM set memory aside for images of the engine's budget, so a
+        request may lower it, and not lift it."""
+        budget = Budget.of(self.mm_config.merge_mm_processor_kwargs(mm_processor_kwargs))
+        if budget == self.budget:
+            return budget
+        if budget is not None:
+            budget.check_model(self.get_hf_config(), self.get_max_image_tokens())
+        if self.budget is not None and (budget is None or budget.keep > self.budget.keep):
+            asked = "all tokens" if budget is None else budget.keep
+            raise ValueError(
+                f"{KEY}.keep: a request may not ask for more than the engine's {self.budget.keep}, "
+                f"got {asked}"
+            )
+        return budget
+
+
+class _WithoutBudget:
+    """A model's configuration in vLLM as ever, but that transformers is not told the settings."""
+
+    def __init__(self, model_config: Any) -> None:
+        self._model_config = model_config
+        self.multimodal_config = copy(model_config.get_multimodal_config())
+        self.multimodal_config.mm_processor_kwargs = without_budget(
+            self.multimodal_config.mm_processor_kwargs
+        )
+
+    def get_multimodal_config(self) -> Any:
+        return self.multimodal_config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model_config, name)
+
+
+class BudgetProcessor:
+    """In front of a `MultiModalProcessor` of vLLM."""
+
+    info: BudgetInfo
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        # vLLM leaves out what the engine was started with: engines that share a cache would take
+        # each other's images.
+        hashes = super()._get_mm_hashes(inputs)
+        budget = self.info.budget_for(inputs.hf_processor_mm_kwargs)
+        if budget is None or "image" not in hashes:
+            return hashes
+        algorithm = self.info.mm_config.mm_hasher_algorithm
+        return hashes | {
+            "image": [
+                MultiModalHasher.hash_kwargs(algorithm, image=key, **{KEY: budget.to_dict()})
+                for key in hashes["image"]
+            ]
+        }
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
+        budget = self.info.budget_for(hf_kwargs)
+        data = super()._apply_hf_processor_main(mm_items, without_budget(hf_kwargs))
+        if budget is not None and "pixel_values" in data:
+            data[KEY] = torch.tensor([budget.keep, SCORES.index(budget.score)])
+        return data
+
+    def _get_mm_fields_config(
+        self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        config = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
+        if KEY in hf_inputs:
+            # Shared: vLLM encodes images of different budgets one budget after the other.
+            count = len(hf_inputs["pixel_values"])
+            config[KEY] = MultiModalFieldConfig.shared("image", count, keep_on_cpu=True)
+        return config
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
+    ) -> Sequence[PromptUpdate]:
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        budget = self.info.budget_for(hf_processor_mm_kwargs)
+        if budget is None or isinstance(mm_items.get("image"), ImageEmbeddingItems):
+            return updates
+        return [_cut(update, budget.keep) for update in updates]
+
+
+def _cut(update: Any, keep: int) -> PromptUpdate:
+    """An image's placeholders, no more than `keep`."""
+    placeholders = update.replacement
+    return replace(update, replacement=lambda item: placeholders(item)[:keep])
