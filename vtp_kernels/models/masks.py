@@ -11,9 +11,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    flash_attention_mask,
+)
 
-__all__ = ["causal_mask", "mask_of", "padding_of", "right_aligned", "valid_keys"]
+__all__ = [
+    "causal_mask",
+    "mask_of",
+    "padding_of",
+    "right_aligned",
+    "takes_keys_by_mask",
+    "valid_keys",
+]
+
+
+def takes_keys_by_mask(config: Any) -> bool:
+    """Whether a model's attention reads the keys that its mask has a column for, not all there are.
+
+    So does FlashAttention. With a static cache it needs a mask in any case, to leave out unused
+    slots, but transformers (5.23) makes none where there is no padding.
+    """
+    return ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation) is flash_attention_mask
 
 
 def causal_mask(
@@ -45,6 +65,9 @@ def causal_mask(
     rows = hidden.shape[1]
     if kind == "sdpa" and rows == 1 and not static:
         return None if valid is None else valid[:, None, None, :]
+    if static and takes_keys_by_mask(config):
+        seen = int(past) + rows  # read from the device; unpadding waits for it in every layer
+        valid = hidden.new_ones(len(hidden), seen).bool() if valid is None else valid[:, :seen]
     empty = isinstance(past, int) and past == 0
     return ALL_MASK_ATTENTION_FUNCTIONS[kind](
         batch_size=hidden.shape[0],

@@ -28,7 +28,14 @@ from .counts import Counts, added, on_host
 from .families import ModelParts
 from .forgetting import Text, forget_visual
 from .limits import check_prefill
-from .masks import causal_mask, mask_of, padding_of, right_aligned, valid_keys
+from .masks import (
+    causal_mask,
+    mask_of,
+    padding_of,
+    right_aligned,
+    takes_keys_by_mask,
+    valid_keys,
+)
 from .observation import Observation
 from .positions import close_up
 from .report import PrefillRecord, StageRecord
@@ -91,9 +98,12 @@ class Prefill:
         self.decision_layers = frozenset(method.decision_layers(len(parts.layers)))
         self.forgetful_layers = frozenset(method.forgetful_layers(len(parts.layers)))
         self.passive_layers = method.passive_layers(len(parts.layers))
-        # Whether layer 0, for whose keys the model makes its mask, has fewer than others.
-        self.uneven = bool(self.forgetful_layers) or any(
-            passive.leaves_one for passive in self.passive_layers.values()
+        # Whether the model's own masks do not serve even before rows leave: layer 0, for whose keys
+        # it makes them, has fewer than others, or they would let unused slots be read.
+        self.uneven = (
+            bool(self.forgetful_layers)
+            or any(passive.leaves_one for passive in self.passive_layers.values())
+            or (is_static(cache) and takes_keys_by_mask(parts.text.config))
         )
         self.memory: dict[str, Any] = {}  # the method's own
 
