@@ -1,6 +1,6 @@
 """Trains the pocket LLaVA from a seed: `python -m benchmarks.pocket_llava.train`.
 
-Two stages, as LLaVA has them.
+Three stages; the first two are those of LLaVA.
 
 Tower: the vision tower alone. Linear heads read shape, colour, row and column off every patch of
 the feature layer; the *same* shape and colour heads read off the CLS token which of them are in the
@@ -11,6 +11,11 @@ All: everything, on short questions. Many questions share one picture in one seq
 the picture and itself only (a block mask), so that no question can be answered from another's
 answer. Muon for the language model's matrices, AdamW for the rest; pictures of 2 objects first,
 then more.
+
+Fewer: the language model and the projector go on with as many patches as the lot says, those of the
+objects among them. Without it the model counts objects by setting them against the background, and
+miscounts as soon as background leaves; a model of billions of parameters is not that brittle.
+`--only fewer` runs this stage alone, on the weights in `--out`.
 """
 
 import argparse
@@ -24,6 +29,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from vtp_kernels.demo import load
+
 from . import scenes
 from .model import TOKEN, TRAINED, new_model, pixels, processor
 
@@ -35,6 +42,9 @@ PLACES = ("top", "bottom", "left", "right")
 WORDS = [TOKEN[word] for word in (*scenes.SHAPES, *scenes.COLOR_NAMES, *PLACES)]
 # relations take longest to learn and counting least
 KIND_SHARES = {"color": 0.22, "shape": 0.22, "place": 0.2, "count": 0.08, "relation": 0.28}
+# of the last stage: counting is what depends on how many patches there are
+FEWER_SHARES = {"color": 0.15, "shape": 0.15, "place": 0.15, "count": 0.35, "relation": 0.2}
+FEWEST_PATCHES = 32
 
 
 class Heads(torch.nn.Module):
@@ -120,7 +130,11 @@ def show(scene: scenes.Scene, rng: np.random.Generator, count: int) -> list[int]
 
 
 def pack(
-    batch: list[scenes.Scene], rng: np.random.Generator, questions: int, patches: int = PATCHES
+    batch: list[scenes.Scene],
+    rng: np.random.Generator,
+    questions: int,
+    patches: int = PATCHES,
+    shares: dict[str, float] = KIND_SHARES,
 ) -> dict[str, torch.Tensor]:
     """One row per picture: <s> image question answer </s> question answer </s> ...
 
@@ -135,7 +149,7 @@ def pack(
         owner, kinds = [0] * prefix, [-1] * prefix
         shown.append(show(scene, rng, patches))
         positions = [0] + [1 + patch for patch in shown[-1]]
-        asked_kinds = rng.choice(list(KIND_SHARES), questions, p=list(KIND_SHARES.values()))
+        asked_kinds = rng.choice(list(shares), questions, p=list(shares.values()))
         for number, kind in enumerate(asked_kinds, start=1):
             question = scenes.ask(scene, rng, str(kind))
             asked = [TOKEN[word] for word in question.text.split()]
@@ -191,14 +205,16 @@ def forward(model, images: torch.Tensor, packed: dict[str, torch.Tensor]):
 
 
 @torch.no_grad()
-def accuracy(model, device: str, pictures: int = 64, questions: int = 10) -> dict[str, float]:
+def accuracy(
+    model, device: str, patches: int = PATCHES, pictures: int = 64, questions: int = 10
+) -> dict[str, float]:
     """Share of questions with every answer token right, teacher-forced, on unseen pictures."""
     model.eval()
     right, asked = np.zeros(len(scenes.KINDS)), np.zeros(len(scenes.KINDS))
     for start in range(0, pictures, 32):
         batch = [scenes.scene("calibration", start + i) for i in range(32)]
         rng = scenes.generator("calibration", 1_000_000 + start)
-        packed = on_device(pack(batch, rng, questions), device)
+        packed = on_device(pack(batch, rng, questions, patches), device)
         logits, _, _ = forward(model, pixels([s.image for s in batch]).to(device), packed)
         labels = packed["labels"][:, 1:]
         wrong = (logits[:, :-1].argmax(-1) != labels) & (labels != IGNORE)
@@ -326,6 +342,30 @@ def train_all(model, heads, args, log) -> None:
             save(model, args.out)
 
 
+def train_fewer(model, args, log) -> None:
+    model.model.vision_tower.requires_grad_(False)
+    modules = (model.model.language_model, model.model.multi_modal_projector)
+    optimizer = Optimizer([(module, 1.0) for module in modules])
+    for step in range(args.fewer_steps):
+        first = 20_000_000 + step * args.batch
+        batch = [scenes.scene("train", first + i) for i in range(args.batch)]
+        rng = scenes.generator("train", 2_000_000_000 + step)
+        # as many steps between 32 and 64 patches as between 128 and 256
+        patches = round(FEWEST_PATCHES * (PATCHES / FEWEST_PATCHES) ** rng.random())
+        packed = on_device(pack(batch, rng, args.questions, patches, FEWER_SHARES), args.device)
+        logits, _, _ = forward(model, pixels([s.image for s in batch]).to(args.device), packed)
+        labels = packed["labels"][:, 1:].flatten()
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels, ignore_index=IGNORE)
+        loss.backward()
+        optimizer.step(learning_rate(step, args.fewer_steps, args.fewer_lr))
+        if step % 25 == 0:
+            log(stage="fewer", step=step, patches=patches, loss=round(loss.item(), 4))
+        if step % 100 == 99 or step == args.fewer_steps - 1:
+            for patches in (PATCHES, 128, 64, FEWEST_PATCHES):
+                right = accuracy(model, args.device, patches)
+                log(stage="fewer", step=step, patches=patches, accuracy=right)
+
+
 def save(model, folder: Path) -> None:
     """float16 on disk, 13 MB; the evaluation reads it back into float32."""
     state = {name: tensor.half() for name, tensor in model.state_dict().items()}
@@ -344,18 +384,26 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--questions", type=int, default=24)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--fewer-steps", type=int, default=400)
+    parser.add_argument("--fewer-lr", type=float, default=5e-4)
+    parser.add_argument("--only", choices=["fewer"], help="go on from the weights in --out")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    model, heads = new_model(), Heads(128)
-    model.to(args.device).train(), heads.to(args.device)
     started = time.time()
 
     def log(**entry):
         print(json.dumps({"seconds": round(time.time() - started, 1), **entry}), flush=True)
 
-    train_tower(model, heads, args, log)
-    train_all(model, heads, args, log)
+    if args.only is None:
+        model, heads = new_model(), Heads(128)
+        model.to(args.device).train(), heads.to(args.device)
+        train_tower(model, heads, args, log)
+        train_all(model, heads, args, log)
+        save(model, args.out)
+    # from what was saved: the same with --only
+    model = load(args.out, device=args.device)[0].float().train()
+    train_fewer(model, args, log)
     save(model, args.out)
 
 

@@ -38,12 +38,12 @@ POINT = 0.01
 # The paper's 53.9 %, and what may be lost of it from one split to the other.
 SAVING = 0.539 + 0.015
 GRID = [
-    VisiPruner(("middle",), 0, 0.9999, threshold, min_keep=32)
-    for threshold in (0.0112, 0.0114, 0.0116, 0.0118)
+    VisiPruner(("middle",), 0, 0.9999, threshold, min_keep=40)
+    for threshold in (0.013, 0.015, 0.018, 0.022)
 ]
 # What the other two stages cost: the exit, and a passive layer 0.
 GRID += [
-    VisiPruner(("middle", "deep"), 0, 0.9999, 0.0112, min_keep=32),
+    VisiPruner(("middle", "deep"), 0, 0.9999, 0.018, min_keep=40),
     VisiPruner(STAGES, 1, 0.9995, 0.02),
 ]
 RIVALS: tuple[Callable[[float], Method], ...] = (

@@ -57,10 +57,7 @@ def test_runs_and_goes_on_where_it_was_cut_off(monkeypatch, tmp_path):
     assert len(asked) == len(set(asked)) + 3  # "none" and the rule on two splits; one asked again
     result = json.loads((tmp_path / "it.json").read_text())
     kinds = [x["method"].split(":")[0] for x in result["rows"]]
-    assert kinds == [
-        *("none", "inflection", "inflection", "fastv", "random", "objects", "visipruner"),
-        "inflection",
-    ]
+    assert kinds == "none inflection fastv random objects visipruner inflection".split()
     assert [x["split"] for x in result["calibration"]] == ["calibration"] * 2
     objects = next(x for x in result["rows"] if x["method"].startswith("objects"))
     share = result["rows"][1]["visual_tokens_share"]

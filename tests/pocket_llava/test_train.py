@@ -39,7 +39,7 @@ def test_packed_logits_are_those_of_each_question_alone(pictures):
             begin = end + 1
 
 
-@pytest.mark.parametrize("count", [64, 128, 256])
+@pytest.mark.parametrize("count", [32, 64, 128, 256])
 def test_shown_patches_hold_every_object(pictures, count):
     for picture in pictures:
         shown = train.show(picture, np.random.default_rng(0), count)
@@ -63,12 +63,28 @@ def test_patch_targets_name_the_object_that_covers_the_patch(pictures):
 
 
 def test_a_short_run_learns_and_saves_a_loadable_model(tmp_path, monkeypatch, capsys):
-    arguments = "--tower-steps 26 --tower-batch 4 --steps 26 --batch 2 --questions 4 --device cpu"
-    monkeypatch.setattr(sys, "argv", ["train", *arguments.split(), "--out", str(tmp_path)])
+    sizes = "--tower-steps 26 --tower-batch 4 --steps 26 --fewer-steps 2 --batch 2 --questions 4"
+    arguments = ["train", *sizes.split(), "--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
     train.main()
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[0] == "{"]
+    lines = logged(capsys)
     tower = [line["heads"] for line in lines if line["stage"] == "tower"]
-    losses = [line["loss"] for line in lines if line["stage"] == "all"]
+    losses = [line["loss"] for line in lines if line["stage"] == "all" and "loss" in line]
     assert tower[-1] < tower[0] and losses[-1] < losses[0]
     model, _ = load(tmp_path, device="cpu")
     assert model.config.text_config.vocab_size == len(TOKEN)
+
+    before = model.state_dict()
+    monkeypatch.setattr(sys, "argv", [*arguments, "--only", "fewer", "--fewer-lr", "1e-2"])
+    train.main()
+    lines = logged(capsys)
+    assert {line["stage"] for line in lines} == {"fewer"}
+    assert [line["patches"] for line in lines if "accuracy" in line] == [256, 128, 64, 32]
+    after = load(tmp_path, device="cpu")[0].state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("language_model" in name for name in changed)
+    assert not any("vision_tower" in name for name in changed)
+
+
+def logged(capsys) -> list[dict]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[0] == "{"]
