@@ -1,6 +1,6 @@
-"""Run once in the environment of `make vllm-check`: vLLM's CPU build takes a torch without CUDA, and
-package indexes have torchvision for CUDA only. Its Python part serves, once the two operators are
-there that it describes; what they would compute is asked for by no model here."""
+"""Run once in the environment of `make vllm-check`. vLLM's CPU build takes a torch without CUDA,
+and package indexes have torchvision for CUDA only. Its Python part serves, once the operators that
+it describes are there; no model here asks what they would compute."""
 
 import importlib.util
 from pathlib import Path

@@ -55,7 +55,7 @@ class Budget:
         kwargs = mm_processor_kwargs or {}
         if KEY in kwargs:
             raise ValueError(
-                f"mm_processor_kwargs: {KEY!r} belongs in {SCOPE!r}, as in "
+                f"{KEY}: expected within {SCOPE!r} of mm_processor_kwargs, as in "
                 f'{{"{SCOPE}": {{"{KEY}": {{"keep": 144}}}}}}'
             )
         scope = kwargs.get(SCOPE)

@@ -34,10 +34,13 @@ def shares(keep: int, tokens: list[int]) -> list[int]:
     >>> shares(10, [576, 576, 1])
     [5, 4, 1]
     """
-    left, views, found = min(keep, sum(tokens)), len(tokens), [0] * len(tokens)
-    for view in sorted(range(views), key=lambda view: (tokens[view], -view)):
-        found[view] = min(tokens[view], left // views)
-        left, views = left - found[view], views - 1
+    found, left = [0] * len(tokens), min(keep, sum(tokens))
+    while left:
+        views = [view for view, count in enumerate(tokens) if found[view] < count]
+        share = max(left // len(views), 1)
+        for view in views[:left]:
+            more = min(share, tokens[view] - found[view])
+            found[view], left = found[view] + more, left - more
     return found
 
 

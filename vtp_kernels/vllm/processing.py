@@ -34,9 +34,16 @@ class BudgetInfo:
     def __init__(self, ctx: Any) -> None:
         self.mm_config = ctx.model_config.get_multimodal_config()
         super().__init__(replace(ctx, model_config=_WithoutBudget(ctx.model_config)))
-        self.budget = Budget.of(self.mm_config.mm_processor_kwargs)
-        if self.budget is not None:
-            self.budget.check_model(self.get_hf_config(), self.get_max_image_tokens())
+        try:
+            self.budget = Budget.of(self.mm_config.mm_processor_kwargs)
+            self._check(self.budget)
+        except ValueError as error:
+            # vLLM takes a ValueError here for a model that reads no images, and goes on without.
+            raise RuntimeError(f"mm_processor_kwargs: {error}") from error
+
+    def _check(self, budget: Budget | None) -> None:
+        if budget is not None:
+            budget.check_model(self.get_hf_config(), self.get_max_image_tokens())
 
     def budget_for(self, mm_processor_kwargs: Mapping[str, Any]) -> Budget | None:
         """What holds for a request. vLLM set memory aside for images of the engine's budget, so a
@@ -44,8 +51,7 @@ class BudgetInfo:
         budget = Budget.of(self.mm_config.merge_mm_processor_kwargs(mm_processor_kwargs))
         if budget == self.budget:
             return budget
-        if budget is not None:
-            budget.check_model(self.get_hf_config(), self.get_max_image_tokens())
+        self._check(budget)
         if self.budget is not None and (budget is None or budget.keep > self.budget.keep):
             asked = "all tokens" if budget is None else budget.keep
             raise ValueError(

@@ -1,0 +1,117 @@
+"""The settings of the vLLM plugin, and that being installed changes nothing. No vLLM needed."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from vtp_kernels import vllm as plugin
+from vtp_kernels.vllm.budget import Budget, without_budget
+
+
+def kwargs(**settings):
+    return {"images_kwargs": {"vtp": settings}}
+
+
+def config(tower="clip_vision_model", layer=-2, strategy="default"):
+    return SimpleNamespace(
+        vision_config=SimpleNamespace(model_type=tower, num_hidden_layers=6),
+        vision_feature_layer=layer,
+        vision_feature_select_strategy=strategy,
+    )
+
+
+def test_settings_are_read_from_where_vllm_carries_them():
+    assert Budget.of(kwargs(keep=64)) == Budget(64, "attention")
+    assert Budget.of(kwargs(keep=64, score="similarity")) == Budget(64, "similarity")
+    for nothing in (None, {}, {"size": 1}, {"images_kwargs": {"size": 1}}, {"images_kwargs": None}):
+        assert Budget.of(nothing) is None
+    assert Budget.of({"images_kwargs": {"vtp": None}}) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"vtp": {"keep": 64}}, ValueError, "expected within 'images_kwargs'"),
+        ({"images_kwargs": {"vtp": 64}}, TypeError, "expected a mapping"),
+        (kwargs(score="attention"), ValueError, "vtp.keep: .* got nothing"),
+        (kwargs(keep=64, ratio=0.5), ValueError, "there is no ratio"),
+        (kwargs(keep=0), ValueError, "vtp.keep: expected at least 1, got 0"),
+        (kwargs(keep=0.5), TypeError, "vtp.keep: expected an int, got 0.5"),
+        (kwargs(keep=True), TypeError, "vtp.keep: expected an int, got True"),
+        (kwargs(keep=64, score="norm"), ValueError, "vtp.score: .* got 'norm'"),
+    ],
+)
+def test_bad_settings_are_named(given, error, message):
+    with pytest.raises(error, match=message):
+        Budget.of(given)
+
+
+def test_settings_must_fit_the_model():
+    Budget(256).check_model(config(), 256)
+    Budget(1, "similarity").check_model(config(layer=0), 256)
+    with pytest.raises(ValueError, match="at most 256 tokens, got 257"):
+        Budget(257).check_model(config(), 256)
+    with pytest.raises(NotImplementedError, match="'siglip_vision_model', which has no CLS"):
+        Budget(64).check_model(config(tower="siglip_vision_model"), 256)
+    with pytest.raises(NotImplementedError, match="got 'full'"):
+        Budget(64).check_model(config(strategy="full"), 256)
+    with pytest.raises(NotImplementedError, match="one vision_feature_layer"):
+        Budget(64).check_model(config(layer=[-2, -4]), 256)
+    for layer in (0, -7):
+        with pytest.raises(ValueError, match="before the first layer"):
+            Budget(64).check_model(config(layer=layer), 256)
+
+
+def test_transformers_is_not_told():
+    assert without_budget(None) == {}
+    assert without_budget(kwargs(keep=1)) == {}
+    given = {"images_kwargs": {"vtp": {"keep": 1}, "size": 2}, "device": "cpu"}
+    assert without_budget(given) == {"images_kwargs": {"size": 2}, "device": "cpu"}
+    assert given["images_kwargs"]["vtp"] == {"keep": 1}
+
+
+class Registry:
+    def __init__(self):
+        self.models = {}
+
+    def register_model(self, architecture, place):
+        self.models[architecture] = place
+
+
+@pytest.mark.parametrize(
+    ("plugins", "asked"),
+    [(None, False), ("", False), ("lora", False), ("vtp_kernels", True), ("a,vtp_kernels", True)],
+)
+def test_nothing_is_registered_unless_asked_for(monkeypatch, plugins, asked):
+    registry = Registry()
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))
+    if plugins is None:
+        monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    plugin.register()
+    assert registry.models == (plugin.MODELS if asked else {})
+
+
+def test_the_entry_point_leads_to_it_and_its_places_exist():
+    root = Path(__file__).parents[2]
+    text = (root / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.split('[project.entry-points."vllm.general_plugins"]\n')[1]
+    assert section.startswith(f'{plugin.PLUGIN} = "vtp_kernels.vllm:register"\n')
+    for place in plugin.MODELS.values():
+        module, name = place.split(":")
+        source = (root / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+        assert f"\nclass {name}(" in source
+
+
+def test_the_entry_point_imports_neither_vllm_nor_transformers():
+    code = (
+        "import sys, vtp_kernels.vllm as plugin\n"
+        "plugin.register()\n"
+        "print(sorted({'vllm', 'transformers'} & {name.split('.')[0] for name in sys.modules}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
