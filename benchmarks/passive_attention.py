@@ -1,10 +1,15 @@
-"""passive_attention beside eager attention whose weights are zeroed afterwards, as published."""
+"""passive_attention beside eager attention whose weights are zeroed afterwards, as published, and
+beside fused attention called twice: once with visual values of 0, for the text."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 import vtp_kernels as vtp
+from benchmarks import installed
 from benchmarks.harness import Case
 from benchmarks.shapes import Shape, randn, shapes, visual_mask
 
@@ -18,6 +23,23 @@ def eager(query, key, value, visual):
     weights = logits.masked_fill(future, -math.inf).softmax(-1)
     dropped = ~visual[:, None, :, None] & visual[:, None, None, :]
     return weights.masked_fill(dropped, 0).to(value.dtype) @ value
+
+
+def twice(attend: Callable) -> Callable:
+    def attend_twice(query, key, value, visual):
+        rows = visual[:, None, :, None]
+        for_text = attend(query, key, value.masked_fill(rows, 0))
+        return torch.where(rows, attend(query, key, value), for_text)
+
+    return attend_twice
+
+
+def rivals(shape: Shape, device: str) -> dict[str, Callable]:
+    grouped = shape.heads != shape.kv_heads
+    sdpa = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=grouped)
+    fused = {"SDPA": sdpa, **installed.causal_attention(device, shape.dtype)}
+    named = {f"{name} twice": twice(attend) for name, attend in fused.items()}
+    return {"torch eager": eager, **named}
 
 
 def case(shape: Shape, device: str) -> Case:
@@ -42,7 +64,7 @@ def case(shape: Shape, device: str) -> Case:
         shape.batch * heads_read * shape.length * shape.dim * shape.dtype.itemsize,
         make,
         ours,
-        {"torch eager": eager},
+        rivals(shape, device),
         lambda a, b: torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance),
     )
 

@@ -1,8 +1,10 @@
-"""select_topk beside torch: stable argsort, the first k, sorted back into their original order."""
+"""select_topk beside torch: stable argsort, the first k, sorted back into their original order; and
+topk, which leaves open who wins among equals, on scores of which no two are equal."""
 
 import torch
 
 import vtp_kernels as vtp
+from benchmarks import installed
 from benchmarks.harness import Case, assert_equal
 
 
@@ -12,14 +14,24 @@ def eager(scores, k):
     return order[:, :k].sort(dim=1).values
 
 
+def topk(scores, k):
+    return scores.topk(k, dim=1).indices.sort(dim=1).values
+
+
+def unequal(batch: int, length: int, device: str) -> torch.Tensor:
+    """float32 [B, N]: softmax of as many different logits from 0 to 8."""
+    rank = torch.rand(batch, length, device=device).argsort(1)
+    return (rank * (8 / length)).softmax(1)
+
+
 def case(batch: int, length: int, k: int, device: str) -> Case:
     return Case(
         "select_topk",
         f"B={batch}, N={length}, k={k}",
         batch * (4 * length + 8 * k),
-        lambda: (torch.rand(batch, length, device=device).softmax(1), k),
+        lambda: (unequal(batch, length, device), k),
         lambda scores, k: vtp.select_topk(scores, k).indices,
-        {"torch eager": eager},
+        {"torch eager": eager, "torch.topk": topk, **installed.topk(device)},
         assert_equal,
     )
 

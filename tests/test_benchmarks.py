@@ -6,13 +6,14 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image, ImageColor
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import chart, compare, gpu_check, harness, shapes
+from benchmarks import chart, compare, gpu_check, harness, installed, shapes
 from vtp_kernels.machine import describe
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +28,34 @@ def test_op_and_rivals_agree_on_the_first_case(op):
     with torch.no_grad():
         for rival in case.rivals.values():
             case.check(case.ours(*inputs), rival(*inputs))
+
+
+def test_packages_that_are_installed_are_rivals(monkeypatch):
+    """Stand-ins with the calling conventions of the packages, since these want a GPU."""
+
+    def flash_attn_func(q, k, v, causal):
+        rows = (x.transpose(1, 2) for x in (q, k, v))
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            *rows, is_causal=causal, enable_gqa=True
+        )
+        return attended.transpose(1, 2)
+
+    assert not installed.topk("cpu") and not installed.causal_attention("cpu", torch.bfloat16)
+    for name, functions in {
+        "flashinfer": {"top_k": lambda scores, k: torch.topk(scores, k)},
+        "flash_attn": {"flash_attn_func": flash_attn_func},
+    }.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__spec__="here", **functions))
+    (topk,) = installed.topk("cuda").values()
+    scores = torch.rand(3, 50)
+    assert topk(scores, 7).tolist() == scores.topk(7).indices.sort().values.tolist()
+    (attend,) = installed.causal_attention("cuda", torch.bfloat16).values()
+    q, k, v = torch.randn(2, 4, 9, 8), *torch.randn(2, 2, 2, 9, 8)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=True
+    )
+    torch.testing.assert_close(attend(q, k, v), expected)
+    assert not installed.causal_attention("cuda", torch.float32)  # has 16-bit kernels alone
 
 
 @pytest.fixture
