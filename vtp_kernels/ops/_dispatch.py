@@ -26,7 +26,10 @@ def why_not(
     op: str, backend: str, device: torch.device | str, dtype: torch.dtype | None = None
 ) -> str | None:
     """Why `backend` cannot run `op` on tensors of that device and dtype, or None if it can."""
-    device = torch.device(device)
+    return _why_not(op, backend, torch.device(device), dtype)
+
+
+def _why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
     if backend == "triton":
         return _why_not_triton(device, dtype)
     if backend == "native":
@@ -75,8 +78,10 @@ def choose(op: str, x: Tensor, backend: str | None) -> str:
     """
     backend = backend or os.environ.get("VTP_BACKEND") or None
     if backend is None:
-        backends = default_backends(x.device)
-        return next(b for b in backends if why_not(op, b, x.device, x.dtype) is None)
+        device, dtype = x.device, x.dtype
+        for default in default_backends(device):
+            if _why_not(op, default, device, dtype) is None:
+                return default
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
     reason = why_not(op, backend, x.device, x.dtype)
