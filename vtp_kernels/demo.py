@@ -159,10 +159,10 @@ def pocket_methods() -> dict:
     from vtp_kernels.pocket_llava.model import DECIDERS
 
     return {
-        "VisiPruner": VisiPruner(("middle",), 0, 0.9999, 0.018, min_keep=40),
-        "LVPruning": LVPruning(DECIDERS / "seed-1", (1, 2, 4), (0.6, 0.4, 0.2)),
+        "VisiPruner": VisiPruner(("middle",), 0, 0.9999, 0.022, min_keep=40),
+        "LVPruning": LVPruning(DECIDERS / "seed-1", (1, 2, 4), (0.6, 0.4, 0.1)),
         "Inflection": InflectionPruning(
-            "attention", "iqr", min_keep=48, llm_layers=(2,), visual_keep=0.5, text_keep=1.0
+            "attention", "kneedle", min_keep=32, llm_layers=(2,), visual_keep=0.75, text_keep=1.0
         ),
         "FastV": FastV(layer=2, keep=0.5),
         "PyramidDrop": PyramidDrop(layers=(3, 5, 6), keep=(0.5, 0.25, 0.125)),
