@@ -1,0 +1,216 @@
+"""A small LLaVA-NeXT with random weights in vLLM: the rows that stay, against a choice by hand."""
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vLLM: run by `make vllm-check`")
+
+import asking
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+from vllm import SamplingParams
+
+from vtp_kernels.models.towers import CroppedTower
+from vtp_kernels.vllm.choice import shares
+
+IMAGE, EDGE, PATCHES = 99, 56, 16
+GRIDS = [[56, 112], [112, 56], [112, 112]]
+SIZES = [(112, 112), (100, 40), (30, 100), (57, 111)]  # width, height
+MOST = 88  # of 112 x 112: the whole, four crops, and eight lines that end
+NEW = 6
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=EDGE,
+        patch_size=14,
+        projection_dim=32,
+    )
+    text = LlamaConfig(
+        vocab_size=100,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    config = LlavaNextConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        image_grid_pinpoints=GRIDS,
+        image_seq_length=PATCHES,
+    )
+    model = LlavaNextForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.12)
+        model.model.image_newline.normal_(0, 0.5)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@pytest.fixture(scope="module")
+def processor():
+    words = {str(i): i for i in range(IMAGE)} | {"<image>": IMAGE}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessorPil(
+            size={"shortest_edge": EDGE},
+            crop_size={"height": EDGE, "width": EDGE},
+            image_grid_pinpoints=GRIDS,
+        ),
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            pad_token="0",
+            bos_token="1",
+            eos_token="2",
+            unk_token="0",
+            additional_special_tokens=["<image>"],
+        ),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(model, processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("next")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def next_engine(folder):
+    return asking.llm(folder, max_model_len=400)
+
+
+def drawing(size, seed):
+    width, height = size
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def rows_that_stay(model, inputs, keep, score):
+    """The rows of one image, [keep or all, C], chosen with nothing but torch."""
+    pixels, sizes = inputs["pixel_values"], inputs["image_sizes"]
+    dense = model.get_image_features(pixels, sizes).pooler_output[0]
+    views = pixels.shape[1]
+    model.set_attn_implementation("eager")
+    seen = model.model.vision_tower(
+        pixels.flatten(0, 1), output_hidden_states=True, output_attentions=True
+    )
+    model.set_attn_implementation("sdpa")
+    hidden = seen.hidden_states[-2]
+    if score == "attention":
+        scores = seen.attentions[-2][:, :, 0, 1:].mean(1)
+    else:
+        scores = torch.nn.functional.cosine_similarity(hidden[:, 1:], hidden[:, :1], dim=-1)
+    shows = CroppedTower(model.model)._shows({"image_sizes": sizes}, views, PATCHES).tolist()
+    assert len(shows) == len(dense)
+    if keep >= len(shows):
+        return dense
+    shown = [[t for t in shows if t // PATCHES == view and t >= 0] for view in range(views)]
+    chosen = set()
+    for share, tokens in zip(shares(keep, list(map(len, shown))), shown, strict=True):
+        chosen |= set(sorted(tokens, key=lambda t: -scores.view(-1)[t].item())[:share])
+    lines = [row for row, token in enumerate(shows) if token < 0][: keep - len(chosen)]
+    stays = [row for row, token in enumerate(shows) if token in chosen or row in lines]
+    assert len(stays) == keep
+    return dense[stays]
+
+
+@torch.no_grad()
+def expected(model, processor, images, keep, score):
+    """Greedy tokens after `5 <image>... 7 8`, by transformers, in contiguous positions."""
+    embed = model.get_input_embeddings()
+    rows = [
+        rows_that_stay(model, processor.image_processor(image, return_tensors="pt"), keep, score)
+        for image in images
+    ]
+    parts = [embed(torch.tensor([5])), *rows, embed(torch.tensor([7, 8]))]
+    embeddings = torch.cat(parts)[None]
+    ids = model.generate(
+        inputs_embeds=embeddings,
+        attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.long),
+        max_new_tokens=NEW,
+        do_sample=False,
+    )
+    return ids[0].tolist(), [len(image) for image in rows]
+
+
+def generate(engine, images, keep, score):
+    request = {
+        "prompt": "5 " + "<image> " * len(images) + "7 8",
+        "multi_modal_data": {"image": images},
+        **asking.budget(keep, score),
+    }
+    sampling = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
+    return engine.generate([request], sampling, use_tqdm=False)[0]
+
+
+@pytest.mark.parametrize("score", ["attention", "similarity"])
+@pytest.mark.parametrize("keep", [10, 41, 84, MOST])
+def test_rows_that_stay(next_engine, model, processor, keep, score):
+    """84 is more than 112 x 112 has patches: some of its lines end. Others have fewer rows."""
+    for seed, size in enumerate(SIZES):
+        image = drawing(size, seed)
+        tokens, rows = expected(model, processor, [image], keep, score)
+        output = generate(next_engine, [image], keep, score)
+        assert output.prompt_token_ids.count(IMAGE) == rows[0]
+        assert list(output.outputs[0].token_ids) == tokens, size
+
+
+def test_images_of_several_sizes_in_one_prompt(next_engine, model, processor):
+    images = [drawing(size, seed) for seed, size in enumerate(SIZES[:3])]
+    for keep in (13, MOST):
+        tokens, rows = expected(model, processor, images, keep, "attention")
+        output = generate(next_engine, images, keep, "attention")
+        assert output.prompt_token_ids.count(IMAGE) == sum(rows)
+        assert list(output.outputs[0].token_ids) == tokens
+        assert tokens != expected(model, processor, images, 25, "attention")[0] or keep == MOST
+
+
+def test_an_engine_with_a_budget(folder, next_engine):
+    small = asking.llm(folder, max_model_len=400, **asking.budget(20, "similarity"))
+    for seed, size in enumerate(SIZES):
+        ours, theirs = (
+            generate(small, [drawing(size, seed)], None, None),
+            generate(next_engine, [drawing(size, seed)], 20, "similarity"),
+        )
+        assert ours.prompt_token_ids == theirs.prompt_token_ids
+        assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
+
+
+def test_more_than_any_image_has_is_refused(folder):
+    with pytest.raises(RuntimeError, match=f"at most {MOST} tokens, got {MOST + 1}"):
+        asking.llm(folder, max_model_len=400, **asking.budget(MOST + 1))
