@@ -4,6 +4,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 BUILT  := $(VENV)/.built
+VLLM_VENV  ?= .venv-vllm
+VLLM_BIN   := $(VLLM_VENV)/bin
+VLLM_READY := $(VLLM_VENV)/.ready
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/* csrc/*/*)
 TEST_ARGS ?=
 WHEEL_CHECK_ARGS ?=
@@ -13,7 +16,8 @@ METHODS ?= none fastv:2:0.5 fastv:2:0.22 pyramiddrop:2=0.5,4=0.25,6=0.125 schedu
 	random:0.5 random:0.22
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-compare bench-model gpu-check evaluate wheel clean
+.PHONY: help demo test lint bench bench-compare bench-model bench-vllm gpu-check evaluate wheel \
+	wheel-check vllm-check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -25,6 +29,15 @@ $(READY): constraints.txt
 
 $(BUILT): $(READY) $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+# Without its native part, which is in the tree: that of $(BUILT) is for any torch.
+$(VLLM_READY): tests/vllm_check/requirements.txt tests/vllm_check/make_importable.py pyproject.toml
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet --requirement tests/vllm_check/requirements.txt
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM_BIN)/python tests/vllm_check/make_importable.py
+	VTP_BUILD=none $(VLLM_BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 demo: $(BUILT) ## a trained small LLaVA answers about a picture, dense and pruned
@@ -60,5 +73,11 @@ wheel: $(READY) ## a wheel for the architectures in VTP_CUDA_ARCHS, in dist/
 wheel-check: $(READY) ## such a wheel, looked into and run in new environments with several torch
 	$(BIN)/python tests/build/wheel_check.py $(WHEEL_CHECK_ARGS)
 
+vllm-check: $(BUILT) $(VLLM_READY) ## the vLLM plugin in vLLM's CPU build, offline and behind its server
+	$(VLLM_BIN)/python -m pytest --confcutdir=tests/vllm_check tests/vllm_check $(TEST_ARGS)
+
+bench-vllm: $(BUILT) $(VLLM_READY) ## the small LLaVA in vLLM, dense and pruned
+	$(VLLM_BIN)/python -m benchmarks.serving --json out/vllm.json
+
 clean: ## everything that was built, the virtual environment too
-	rm -rf $(VENV) build dist out vtp_kernels/*.so *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist out vtp_kernels/*.so *.egg-info
