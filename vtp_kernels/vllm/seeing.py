@@ -64,5 +64,5 @@ class PrunedImages:
         query, key = (states.view(shape).transpose(1, 2) for states in (query, key))
         scores = attention_of_cls(query, key, attention.scale)
         if attention.tp_size > 1:  # or ranks would keep different tokens
-            scores = tensor_model_parallel_all_reduce(scores) / attention.tp_size
+            scores = tensor_model_parallel_all_reduce(scores.contiguous()) / attention.tp_size
         return hidden, scores
