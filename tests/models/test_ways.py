@@ -9,11 +9,11 @@ import copy
 
 import pytest
 import torch
+from compiled_decoding import Graphs, compiled_decoding
 from masked_reference import MaskedReference
 from pruning_methods import NAMES, ONLY_ROWS_LEAVE, pruning_method
 from test_generation import DETAILS, GREEDY, assert_same, next_turn
 from tiny_llava import IMAGE, batch, one, prompt, three, tiny_llava
-from transformers import StaticCache
 
 import vtp_kernels as vtp
 
@@ -161,31 +161,19 @@ def test_no_image_passes_untouched(models, run, greedy):
     assert str(run.report()) == before
 
 
-@torch.no_grad()
-def test_compiled_decoding_with_a_static_cache():
-    """Decoding knows nothing of methods but what they left; here layer 0 has fewer keys than layer
-    2, and layer 3 fewer again. Evenly short layers are among the traps."""
-    model, given = tiny_llava("sdpa", num_hidden_layers=4), three()
-    method = vtp.VisiPruner(shallow_layers=1, shallow_attention="skip", fusion_threshold=1.1)
-    compiled, steps = torch.compile(model, backend="eager"), {}
-    with vtp.prune(model, method) as run:
-        for decode in (model, compiled):
-            cache = StaticCache(config=model.config, max_cache_len=80)
-            model(**given, past_key_values=cache)
-            steps[decode] = []
-            for n in (1, 2):
-                mask = torch.nn.functional.pad(given["attention_mask"], (0, n), value=1)
-                output = decode(
-                    input_ids=torch.full((4, 1), 5),
-                    attention_mask=mask,
-                    position_ids=mask.sum(1, keepdim=True) - 1,
-                    past_key_values=cache,
-                )
-                steps[decode].append(output.logits)
-    keys = run.report().kv_tokens_per_layer
-    assert keys[0] != keys[2] != keys[3]
-    for a, b in zip(*steps.values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+def test_compiled_decoding(models, run, greedy):
+    """One graph serves all steps, and the next prompt, if rows leave before the same layers."""
+    expected, kept = greedy["padded"]
+    graphs = Graphs()
+    assert_same(generate(models, three(), **compiled_decoding()), expected)
+    assert_kept(run.report().kept, kept)
+    assert len(graphs) == 1
+    others = batch(prompt(2, 9, 5), prompt(1, 7, 6), prompt(3, 6, 7), prompt(0, 8, 8), seed=3)
+    assert_same(
+        generate(models, others, **compiled_decoding()),
+        generate(models, others, cache_implementation="static"),
+    )
+    assert len(graphs) == len({tuple(kept), tuple(run.report().kept)})
 
 
 # --- beside a reference in which nothing leaves ---------------------------------------------------

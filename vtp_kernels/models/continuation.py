@@ -23,7 +23,8 @@ class Continuation:
         self.parts = parts
         self.cache = cache
         self.static = is_static(cache)
-        self.inputs: dict[int, dict[str, Any]] = {}
+        self.keys: KeyRows | None = None  # those of the layer before, and its inputs
+        self.inputs: dict[str, Any] = {}
 
     @classmethod
     def open(
@@ -46,9 +47,11 @@ class Continuation:
     def enter(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         keys = self.cache.vtp.layers[layer]
         if keys is not None:
-            if id(keys) not in self.inputs:
-                self.inputs[id(keys)] = self._inputs_of(keys, layer, hidden, arguments)
-            arguments.update(self.inputs[id(keys)])
+            # Not by id(): compiled code would be good for this one cache, and made anew for the
+            # next prompt.
+            if keys is not self.keys:
+                self.keys, self.inputs = keys, self._inputs_of(keys, layer, hidden, arguments)
+            arguments.update(self.inputs)
         return hidden
 
     def _inputs_of(
