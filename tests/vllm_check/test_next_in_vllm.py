@@ -24,6 +24,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from vllm import SamplingParams
 
 from vtp_kernels.models.towers import CroppedTower
+from vtp_kernels.vllm.budget import SCORES
 from vtp_kernels.vllm.choice import shares
 
 IMAGE, EDGE, PATCHES = 99, 56, 16
@@ -73,8 +74,7 @@ def model():
     return model
 
 
-@pytest.fixture(scope="module")
-def processor():
+def new_processor():
     words = {str(i): i for i in range(IMAGE)} | {"<image>": IMAGE}
     tokenizer = Tokenizer(WordLevel(words, unk_token="0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -100,11 +100,18 @@ def processor():
 
 
 @pytest.fixture(scope="module")
-def folder(model, processor, tmp_path_factory):
+def folder(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("next")
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    new_processor().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    """As vLLM has it: which of the image processors of its kind it loads depends on what there is,
+    and they do not scale alike."""
+    return LlavaNextProcessor.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +125,10 @@ def drawing(size, seed):
     return Image.fromarray(noise)
 
 
-def rows_that_stay(model, inputs, keep, score):
-    """The rows of one image, [keep or all, C], chosen with nothing but torch."""
+@torch.no_grad()
+def rows_that_stay(model, processor, image, keep, score):
+    """The rows of one image, [keep or all, C], by transformers and a choice with torch alone."""
+    inputs = processor.image_processor(image, return_tensors="pt")
     pixels, sizes = inputs["pixel_values"], inputs["image_sizes"]
     dense = model.get_image_features(pixels, sizes).pooler_output[0]
     views = pixels.shape[1]
@@ -147,73 +156,66 @@ def rows_that_stay(model, inputs, keep, score):
     return dense[stays]
 
 
-@torch.no_grad()
-def expected(model, processor, images, keep, score):
-    """By transformers, in contiguous positions, after `5 <image>... 7 8`: logarithms of the next
-    token's probabilities, and the rows of each image."""
-    embed = model.get_input_embeddings()
-    rows = [
-        rows_that_stay(model, processor.image_processor(image, return_tensors="pt"), keep, score)
-        for image in images
-    ]
-    parts = [embed(torch.tensor([5])), *rows, embed(torch.tensor([7, 8]))]
-    logits = model(inputs_embeds=torch.cat(parts)[None]).logits[0, -1]
-    return logits.log_softmax(-1), [len(image) for image in rows]
-
-
-def next_token(engine, images, keep, score):
-    """By vLLM: {token: logarithm of its probability}, and how many rows all images took."""
+def next_token(engine, images, **more):
+    """What may come after `5 <image>... 7 8`: {token: logarithm of its probability}; and how many
+    rows all images took."""
     request = {
         "prompt": "5 " + "<image> " * len(images) + "7 8",
         "multi_modal_data": {"image": images},
-        **asking.budget(keep, score),
+        **more,
     }
     sampling = SamplingParams(temperature=0, max_tokens=1, logprobs=BEST)
     output = engine.generate([request], sampling, use_tqdm=False)[0]
     found = {token: seen.logprob for token, seen in output.outputs[0].logprobs[0].items()}
-    assert len(found) >= BEST
     return found, output.prompt_token_ids.count(IMAGE)
 
 
-def difference(found, logprobs):
-    return max(abs(value - logprobs[token].item()) for token, value in found.items())
+def rows_in_vllm(engine, processor, images, keep, score):
+    """What the model in vLLM makes of a batch of images, padded to the one with most crops."""
+    inputs = processor.image_processor(images, return_tensors="pt")
+    budget = torch.tensor([keep, SCORES.index(score)])
+    with torch.inference_mode():
+        return engine.apply_model(lambda served: served.embed_multimodal(**inputs, vtp=budget))[0]
+
+
+def difference(found, other):
+    return max(abs(found[token] - other[token]) for token in found.keys() & other.keys())
 
 
 @pytest.mark.parametrize("score", ["attention", "similarity"])
 @pytest.mark.parametrize("keep", [10, 41, 84, MOST])
 def test_rows_that_stay(next_engine, model, processor, keep, score):
-    """84 is more than 112 x 112 has patches: some of its lines end. Others have fewer rows."""
-    for seed, size in enumerate(SIZES):
-        image = drawing(size, seed)
-        logprobs, rows = expected(model, processor, [image], keep, score)
-        found, count = next_token(next_engine, [image], keep, score)
-        assert count == rows[0]
-        assert difference(found, logprobs) < 1e-3
-        if keep < MOST // 2:  # that much tells one choice from another
-            other = {"attention": "similarity", "similarity": "attention"}[score]
-            others, _ = expected(model, processor, [image], keep, other)
-            assert difference(found, others) > 1e-2
+    """Of images of several sizes, in one batch that pads them: as of each alone. 84 is more than
+    112 x 112 has patches, so that some of its lines end; the others have fewer rows."""
+    images = [drawing(size, seed) for seed, size in enumerate(SIZES)]
+    found = rows_in_vllm(next_engine, processor, images, keep, score)
+    for rows, image in zip(found, images, strict=True):
+        expected = rows_that_stay(model, processor, image, keep, score)
+        torch.testing.assert_close(rows, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_images_of_several_sizes_in_one_prompt(next_engine, model, processor):
+@pytest.mark.parametrize("keep", [13, MOST])
+def test_prompts_have_these_rows(next_engine, processor, keep):
+    """The next token is what it is after the same rows as embeddings."""
     images = [drawing(size, seed) for seed, size in enumerate(SIZES[:3])]
-    for keep in (13, MOST):
-        logprobs, rows = expected(model, processor, images, keep, "attention")
-        found, count = next_token(next_engine, images, keep, "attention")
-        assert count == sum(rows)
-        assert difference(found, logprobs) < 1e-3
+    rows = rows_in_vllm(next_engine, processor, images, keep, "attention")
+    expected, count = next_token(next_engine, [image.clone() for image in rows])
+    assert count == sum(map(len, rows))
+    found, found_count = next_token(next_engine, images, **asking.budget(keep))
+    assert found_count == count
+    assert difference(found, expected) < 1e-3
+    others = [image.flip(0).contiguous() for image in rows]
+    assert difference(next_token(next_engine, others)[0], expected) > 1e-2
 
 
 def test_a_budget_of_the_engine(folder, next_engine):
     small = asking.llm(folder, max_model_len=400, **asking.budget(20, "similarity"))
     for seed, size in enumerate(SIZES):
-        ours, ours_rows = next_token(small, [drawing(size, seed)], None, None)
-        theirs, rows = next_token(next_engine, [drawing(size, seed)], 20, "similarity")
-        assert ours_rows == rows == 20
-        assert (
-            difference(ours, torch.tensor([theirs.get(token, -99.0) for token in range(100)]))
-            < 1e-3
-        )
+        image = drawing(size, seed)
+        ours, count = next_token(small, [image])
+        theirs, their_count = next_token(next_engine, [image], **asking.budget(20, "similarity"))
+        assert count == their_count == 20
+        assert difference(ours, theirs) < 1e-3
 
 
 def test_more_than_any_image_has_is_refused(folder):

