@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compiled_decoding import Graphs, compiled_decoding
 from masked_reference import MaskedReference
 from pruning_methods import NAMES, ONLY_ROWS_LEAVE, pruning_method
 from test_generation import DETAILS, GREEDY, assert_same, next_turn
@@ -87,6 +88,64 @@ def test_beams(family, models):
     with MaskedReference(models["eager"], {2: 0.5, 4: 0.25}):
         reference = models["eager"].generate(**inputs, **settings)
     assert torch.equal(pruned.sequences, reference.sequences)
+
+
+@pytest.mark.skipif(not ENCODES_FIRST, reason="hands samples the wrong pictures, pruned or not")
+def test_sampling(family, models):
+    inputs = family.batch(models["sdpa"], *BATCHES["padded"])
+    settings = GREEDY | DETAILS | {"do_sample": True, "num_return_sequences": 2}
+    torch.manual_seed(11)
+    with vtp.prune(models["sdpa"], PYRAMID):
+        pruned = models["sdpa"].generate(**inputs, **settings)
+    torch.manual_seed(11)
+    with MaskedReference(models["eager"], {2: 0.5, 4: 0.25}):
+        assert_same(pruned, models["eager"].generate(**inputs, **settings))
+
+
+WAYS = {
+    "assistant": lambda family: {"assistant_model": family.model("sdpa", seed=5)},
+    "lookup": lambda family: {"prompt_lookup_num_tokens": 4},
+    "static": lambda family: {"cache_implementation": "static"},
+    "compiled": lambda family: compiled_decoding(),
+    "without a cache": lambda family: {"use_cache": False, "max_new_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_to_generate(family, models, way):
+    """Each says what plain greedy decoding says."""
+    drafts = way in ("assistant", "lookup")
+    inputs = family.batch(models["sdpa"], *BATCHES["one" if drafts else "padded"])
+    plain = GREEDY | DETAILS | {"suppress_tokens": [IMAGE, VIDEO]}
+    settings, graphs = WAYS[way](family), Graphs()
+    with vtp.prune(models["sdpa"], PYRAMID) as run:
+        expected = models["sdpa"].generate(**inputs, **plain)
+        kept = run.report().kept
+        output = models["sdpa"].generate(**inputs, **plain | settings)
+        if way == "without a cache":  # each step is a prompt of its own
+            torch.testing.assert_close(output.logits[0], expected.logits[0], rtol=0, atol=2e-5)
+            return
+        for layer, mask in run.report().kept.items():  # drafts come behind
+            assert torch.equal(mask[:, : kept[layer].shape[1]], kept[layer])
+    assert_same(output, expected)
+    assert len(graphs) == (way == "compiled")
+
+
+def test_inputs_embeds(family, models):
+    model, seen = models["sdpa"], {}
+    inputs = family.batch(model, *BATCHES["padded"])
+    note = lambda module, args, kwargs: seen.update(kwargs)  # noqa: E731
+    hook = model.model.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    with vtp.prune(model, PYRAMID) as run, torch.no_grad():
+        expected = model(**inputs, logits_to_keep=1).logits
+        hook.remove()
+        kept = run.report().kept
+        inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+        # Without ids no model knows where its pictures' rows and columns are.
+        logits = model(**inputs, position_ids=seen["position_ids"], logits_to_keep=1).logits
+        for layer, mask in run.report().kept.items():
+            assert torch.equal(mask, kept[layer])
+    assert torch.equal(logits, expected)
 
 
 def test_a_further_turn_of_text(family, models):

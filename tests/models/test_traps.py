@@ -168,6 +168,17 @@ def test_trap_7_masks_of_static_caches(attention):
             assert torch.equal(kept, expected[layer])
 
 
+def test_trap_7_a_mask_of_ones_is_as_good_as_none(model):
+    """generate() leaves it out, or not, depending on the version of transformers."""
+    inputs = one()
+    with vtp.prune(model, METHOD), torch.no_grad():
+        logits = [
+            model(**inputs | {"attention_mask": mask}).logits
+            for mask in (inputs["attention_mask"], None)
+        ]
+    assert torch.equal(*logits)
+
+
 def test_trap_8_attention_without_a_mask_function():
     AttentionInterface.register("sdpa_without_masks", sdpa_attention_forward)
     model = tiny_llava("sdpa")
@@ -250,6 +261,18 @@ def test_trap_12_validity_follows_beams(model):
             position_ids=positions[order],
         )
     torch.testing.assert_close(swapped.logits, step.logits[order], rtol=0, atol=2e-5)
+
+
+def test_trap_12_what_the_tower_saw_follows_beams(model):
+    """Every beam of a prompt keeps what its prompt keeps alone."""
+    inputs = batch(prompt(1, 9, 0), prompt(1, 3, 1))
+    with vtp.prune(model, vtp.InflectionPruning("attention", llm_layers=(2,))) as run:
+        model.generate(**inputs, **GREEDY)
+        kept = run.report().kept
+        model.generate(**inputs, **GREEDY, num_beams=3)
+    assert not torch.equal(kept[0][0], kept[0][1])
+    for layer, mask in run.report().kept.items():
+        assert torch.equal(mask, kept[layer].repeat_interleave(3, dim=0))
 
 
 def test_trap_13_nothing_of_a_call_stays_on_the_pruner(model):
