@@ -43,10 +43,10 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--keep", type=int, nargs="+", default=[128, 96, 64, 32])
+    parser.add_argument("--keep", type=int, nargs="+", default=[128, 64, 32])
     parser.add_argument("--score", default="attention", choices=("attention", "similarity"))
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=64, help="in a turn")
+    parser.add_argument("--requests", type=int, default=40, help="in a turn")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     cases = list(scenes.cases("test", args.turns * args.requests))
