@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from vtp_kernels.methods.passive import PassiveVisual
 from vtp_kernels.models.attention import (
+    PackedAttention,
     PassiveVisualAttention,
     ScoringAttention,
     SomeRowsAttention,
@@ -18,6 +19,7 @@ STAND_INS = {
     "passive": lambda attention: PassiveVisualAttention(attention, PassiveVisual("drop", "causal")),
     "some rows": SomeRowsAttention,
     "scoring": ScoringAttention,
+    "packed": PackedAttention,
 }
 
 
@@ -53,6 +55,7 @@ def test_shares_the_weights_and_keeps_the_names(text, name):
     before = dict(layer.state_dict())
     stand_in = STAND_INS[name](layer.self_attn)
     assert isinstance(stand_in, nn.Module)
+    assert stand_in.layer_idx == 0 and stand_in.head_dim == 16
     layer.self_attn = stand_in
     after = layer.state_dict()
     assert list(after) == list(before)

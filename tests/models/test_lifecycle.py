@@ -83,8 +83,13 @@ def test_an_exception_leaves_nothing_behind(model, place, monkeypatch):
     assert torch.equal(model.generate(**inputs, **GREEDY), expected)
 
 
-def test_applying_twice(model):
-    with vtp.prune(model, METHOD):
+@pytest.mark.parametrize(
+    "method",
+    [METHOD, vtp.RandomPruning(0, 0.5), vtp.VisiPruner(shallow_layers=2, shallow_attention="skip")],
+    ids=lambda method: method.name,
+)
+def test_applying_twice(model, method):
+    with vtp.prune(model, method):
         with pytest.raises(ValueError, match="at work in this model already"):
             vtp.apply(model, vtp.FastV(2))
         with pytest.raises(ValueError, match="at work in this model already"):

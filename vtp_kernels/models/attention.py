@@ -21,13 +21,15 @@ from vtp_kernels.ops import attention_scores, compact_rows, passive_attention
 from vtp_kernels.selection import Selection
 
 from .observation import Observation
-from .projections import project, rotate
+from .packing import Packing
+from .projections import attend, project, rotate
 
-__all__ = ["PassiveVisualAttention", "ScoringAttention", "SomeRowsAttention"]
+__all__ = ["PackedAttention", "PassiveVisualAttention", "ScoringAttention", "SomeRowsAttention"]
 
 
 class StandIn(nn.Module, ABC):
-    """Has the children of the module it stands in for, `replaced`, which runs unless more is asked.
+    """Has the children and settings of the module it stands in for, `replaced`, and lets it run
+    unless more is asked.
 
     forward() takes the arguments of `replaced`, and besides, by name, those of OPTIONS: these are
     for `attend`, and where the first of them is None, `replaced` itself runs.
@@ -40,6 +42,9 @@ class StandIn(nn.Module, ABC):
         self.train(attention.training)
         for name, child in attention.named_children():
             self.add_module(name, child)
+        for name, value in vars(attention).items():  # as `layer_idx`
+            if not name.startswith("_") and not callable(value):
+                setattr(self, name, value)
         self.__dict__["replaced"] = attention  # not as a child: its children are here already
 
     def forward(
@@ -181,6 +186,41 @@ class SomeRowsAttention(StandIn):
         everything = output.new_zeros(batch, length + 1, width)
         everything.scatter_(1, places[..., None].expand(-1, -1, width), output)
         return everything[:, 1:], None
+
+
+class PackedAttention(StandIn):
+    """The replaced module's own attention, of rows that come without the padding between them.
+
+    forward() takes the arguments of `attention`, and besides
+
+    packing : Packing or None
+        Where the rows belong. None: `attention` itself runs, on rows as they are.
+
+    Hidden states and the output are [1, N, C]; position embeddings, mask and cache are those of the
+    padded batch.
+    """
+
+    OPTIONS = ("packing",)
+
+    def attend(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Any,
+        past_key_values: Any,
+        packing: Packing,
+        **given: Any,
+    ) -> tuple[Tensor, None]:
+        attention = self.replaced
+        query, key, value = (
+            packing.unpack(project(attention, name, hidden_states).transpose(1, 2)).transpose(1, 2)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        query, key = rotate(attention, query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, attention.layer_idx)
+        output = attend(attention, query, key, value, attention_mask, **given)
+        return attention.o_proj(packing.pack(output)), None
 
 
 class ScoringAttention(StandIn):

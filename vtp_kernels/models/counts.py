@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Counts", "added", "on_device", "on_host"]
+__all__ = ["Counts", "added", "moved", "on_device", "on_host"]
 
 Counts = list[int] | Tensor
 """One number per prompt: a list where the host knows it, else an integer tensor [B]."""
@@ -27,6 +27,11 @@ def on_device(counts: list[int], device: torch.device) -> int | Tensor:
     pinned = device.type == "cuda"  # copied without waiting for the GPU
     tensor = torch.tensor(counts, dtype=torch.int32, pin_memory=pinned)
     return tensor.to(device, non_blocking=True)
+
+
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on another device, without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 def added(a: Counts, b: Counts) -> list[int] | None:

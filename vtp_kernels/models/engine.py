@@ -1,10 +1,10 @@
 """The hooks. They attach to a model, find out what kind of call runs, and hand it its rows.
 
 Rows leave by removable hooks alone: no forward is replaced, no parameter is added. Only where
-visual tokens are to be passive does a module stand in for a layer's attention, with the very same
-children. A call with images is a `Prefill`, one that goes on from a pruned cache a `Continuation`;
-both travel through the model in its keyword arguments under CALL and are taken out before a layer
-sees them. Every other call passes untouched.
+visual tokens are to be passive, or rows may come without the padding between them, does a module
+stand in for a layer's attention, with the very same children. A call with images is a `Prefill`,
+one that goes on from a pruned cache a `Continuation`; both travel through the model in its keyword
+arguments under CALL and are taken out before a layer sees them. Every other call passes untouched.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ import inspect
 import sys
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vtp_kernels.methods.base import Method
-from vtp_kernels.methods.passive import PassiveVisual
 
-from .attention import PassiveVisualAttention, SomeRowsAttention
+from .attention import PackedAttention, PassiveVisualAttention, SomeRowsAttention
 from .cache import PrunedCache
 from .continuation import Continuation
 from .families import ModelParts
@@ -56,6 +55,8 @@ class Engine:
         depth = len(parts.layers)
         self.observed_layers = frozenset(method.observed_layers(depth))
         self.passive_layers = dict(method.passive_layers(depth))
+        first = min(method.decision_layers(depth), default=depth)
+        self.packed_layers = frozenset(range(first, depth)) - self.passive_layers.keys()
         self.watch: VisionWatch | None = None
         if method.vision_source() is not None:
             tower = tower_of(parts.family, parts.base)
@@ -72,6 +73,7 @@ class Engine:
             self.watch = VisionWatch(parts.base, tower, method.vision_source(), backend)
         self.last_prefill: PrefillRecord | None = None
         self._hooks: list[Any] = []
+        self._replaced: list[tuple[nn.Module, nn.Module]] = []  # layers, and their own attention
 
     def attach(self) -> None:
         parts, hooks = self.parts, self._hooks
@@ -92,8 +94,12 @@ class Engine:
         for index, layer in enumerate(parts.layers):
             before = functools.partial(self._before_layer, index)
             hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            if index in self.passive_layers:
-                layer.self_attn = self._stand_in(layer.self_attn, self.passive_layers[index])
+            if index in self.passive_layers or index in self.packed_layers:
+                self._replaced.append((layer, layer.self_attn))
+                layer.self_attn = self._stand_in(index, layer.self_attn)
+            if index in self.packed_layers:
+                after = self._after_layer  # before other hooks, which are to see the batch
+                hooks.append(layer.register_forward_hook(after, prepend=True, with_kwargs=True))
             if index in self.observed_layers or index in self.passive_layers:
                 before = functools.partial(self._before_attention, index)
                 hooks.append(layer.self_attn.register_forward_pre_hook(before, with_kwargs=True))
@@ -107,12 +113,15 @@ class Engine:
         self._hooks.clear()
         if self.watch is not None:
             self.watch.detach()
-        for index in self.passive_layers:
-            layer = self.parts.layers[index]
-            layer.self_attn = layer.self_attn.replaced
+        for layer, attention in self._replaced:
+            layer.self_attn = attention
+        self._replaced.clear()
         _forget_compiled_code()
 
-    def _stand_in(self, attention: nn.Module, passive: PassiveVisual) -> nn.Module:
+    def _stand_in(self, layer: int, attention: nn.Module) -> nn.Module:
+        passive = self.passive_layers.get(layer)
+        if passive is None:
+            return PackedAttention(attention)
         if passive.leaves_one:
             return SomeRowsAttention(attention, self.backend)
         return PassiveVisualAttention(attention, passive, self.backend)
@@ -173,6 +182,10 @@ class Engine:
         if index in self.passive_layers:
             kwargs.update(call.passive_inputs(index))
         return args, kwargs
+
+    def _after_layer(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Any:
+        packing = kwargs.get("packing")
+        return None if packing is None else packing.unpack(output)
 
     def _after_text(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call = kwargs.get(CALL)

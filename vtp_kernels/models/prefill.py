@@ -37,6 +37,7 @@ from .masks import (
     valid_keys,
 )
 from .observation import Observation
+from .packing import Packing
 from .positions import close_up
 from .report import PrefillRecord, StageRecord
 from .rows import Kept, PromptRows
@@ -108,6 +109,7 @@ class Prefill:
         self.memory: dict[str, Any] = {}  # the method's own
 
         self.observation: Observation | None = None
+        self.packing: Packing | None = None  # where much padding came with the rows that left
         self.embeddings: tuple[Tensor, Tensor] | None = None  # the model's own, until rows leave
         self.row_positions: Tensor | None = None  # only where rows close up
         self.shift: Tensor | None = None
@@ -147,6 +149,9 @@ class Prefill:
 
     def observe(self, attention: torch.nn.Module, arguments: dict[str, Any]) -> None:
         """Note what an attention module is given, for the decision before the next layer."""
+        packing = arguments.get("packing")
+        if packing is not None:
+            arguments = arguments | {"hidden_states": packing.unpack(arguments["hidden_states"])}
         self.observation = Observation(attention, arguments)
 
     def enter(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -177,6 +182,9 @@ class Prefill:
                 hidden[:, : self._rows_of_one().text.rows.shape[1]] if leaves_one else hidden
             )
             arguments.update(self._inputs_of(keys, layer, past, attending, arguments))
+        if self.packing is not None and passive is None:
+            arguments["packing"] = self.packing
+            return self.packing.pack(hidden)
         return hidden
 
     def passive_inputs(self, layer: int) -> dict[str, Any]:
@@ -312,8 +320,11 @@ class Prefill:
             align="right",
             backend=self.backend,
         )
-        width = indices.shape[1]
-        self.valid = right_aligned(added(kept.text, kept.visual), counts, width)
+        width, totals = indices.shape[1], added(kept.text, kept.visual)
+        self.valid = right_aligned(totals, counts, width)
+        self.packing = None
+        if totals is not None and sum(totals) < sum(self.real_at_start):
+            self.packing = Packing.of(totals, width, hidden.device)
         self.embeddings = (cos, sin)
         self.text = self.one = None
         self.text_now, self.visual_now = kept.text, kept.visual

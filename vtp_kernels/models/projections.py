@@ -1,4 +1,4 @@
-"""Queries, keys and values of a Llama-like attention module, made outside of its forward."""
+"""What a Llama-like attention module does in its forward, step by step and outside of it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import sys
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["project", "rotate"]
+__all__ = ["attend", "project", "rotate"]
 
 # Some (Qwen3) normalise each head's queries and keys.
 NORMS = {"q_proj": "q_norm", "k_proj": "k_norm"}
@@ -26,3 +27,16 @@ def rotate(attention: nn.Module, query: Tensor, key: Tensor, cos: Tensor, sin: T
     # The function that the layer itself uses stands beside it in its module.
     rotary = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     return rotary(query, key, cos, sin)
+
+
+def attend(
+    attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any
+) -> Tensor:
+    """What the module attends to, by its own implementation of attention: [B, S, H * D], before
+    the output projection. `given` are the other arguments of its forward."""
+    eager = sys.modules[type(attention).__module__].eager_attention_forward
+    kind = attention.config._attn_implementation
+    implementation = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager)
+    scale = attention.scaling
+    output, _ = implementation(attention, query, key, value, mask, scaling=scale, **given)
+    return output.flatten(2)

@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 from vtp_kernels.ops import attention_scores, cls_inflection, inflection
 from vtp_kernels.selection import Selection
 
-from .counts import on_device
+from .counts import moved, on_device
 
 __all__ = ["SOURCES", "PromptVision", "Seen", "VisionWatch", "seen_of"]
 
@@ -165,7 +165,7 @@ class PromptVision:
         self._starts = [start for start in self._starts for _ in range(copies)]
         self._counts = counts
         device = placeholders.device
-        shows = _moved(seen.shows, device)
+        shows = moved(seen.shows, device)
         start = on_device(self._starts, device)
         order = placeholders.cumsum(1) - 1 + (start if isinstance(start, int) else start[:, None])
         self.shows = torch.where(placeholders, shows[order.clamp(0, once - 1)], -1)
@@ -182,7 +182,7 @@ class PromptVision:
             if seen.here is None:
                 return selection, scores
             # What is not a number is on no curve.
-            scores = scores.masked_fill(~_moved(seen.here, scores.device), torch.nan)
+            scores = scores.masked_fill(~moved(seen.here, scores.device), torch.nan)
         return inflection(scores, **rule, backend=self._backend), scores
 
     def rows_showing(self, selection: Selection) -> Tensor:
@@ -204,8 +204,3 @@ class PromptVision:
             per_picture = torch.bincount(real // width, minlength=pictures).clamp(max=tokens)
             bounds.append(int(per_picture.sum()) + count - len(real))
         return bounds
-
-
-def _moved(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on another device, without waiting for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
