@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -229,6 +230,14 @@ def test_a_budget_without_the_plugin_is_an_error_and_not_forgotten(old_names):
     )
     assert run.returncode != 0
     assert "Failed to apply LlavaProcessor" in run.stderr and "'vtp'" in run.stderr
+
+
+def test_adapters_of_the_tower_are_refused():
+    from vtp_kernels.vllm.llava import PrunedLlava
+
+    config = SimpleNamespace(lora_config=SimpleNamespace(enable_tower_connector_lora=True))
+    with pytest.raises(NotImplementedError, match="enable_tower_connector_lora"):
+        PrunedLlava(vllm_config=config)
 
 
 # ---- embeddings -------------------------------------------------------------------------------

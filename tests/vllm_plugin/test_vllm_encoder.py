@@ -6,7 +6,16 @@ pytest.importorskip("transformers")
 
 import torch
 from PIL import Image
-from transformers import LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+)
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
 
 import vtp_kernels as vtp
 from vtp_kernels import vllm as plugin
@@ -36,6 +45,34 @@ def test_rows_are_those_that_the_model_would_keep(source):
         expected = torch.as_tensor(feature)[mask[here]]
         torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-4)
         assert not rows.requires_grad and rows.device.type == "cpu"
+
+
+def test_llava_next_keeps_the_ends_of_its_lines():
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**size, num_hidden_layers=3, image_size=56, patch_size=14),
+        text_config=LlamaConfig(**size, vocab_size=100, num_hidden_layers=1),
+        image_token_index=99,
+        image_grid_pinpoints=[[112, 112]],
+    )
+    model = LlavaNextForConditionalGeneration(config)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 56},
+        crop_size={"height": 56, "width": 56},
+        image_grid_pinpoints=config.image_grid_pinpoints,
+    )
+    method = vtp.InflectionPruning(source="attention", rule="mass", mass=0.5, llm_layers=())
+    (rows,) = plugin.encode(pictures(1), plugin.Encoder(model, images), method)
+    dense = model.get_image_features(**images(pictures(1), return_tensors="pt")).pooler_output[0]
+    assert len(dense) == 16 + 4 * 16 + 8
+    newline = model.model.image_newline
+    assert int((rows == newline).all(1).sum()) == 8 < len(rows) < len(dense)
+    places = iter(range(len(dense)))
+    for row in rows:  # in their order
+        assert any(torch.allclose(row, dense[place], atol=1e-5) for place in places)
 
 
 def test_the_language_model_is_not_loaded():

@@ -27,6 +27,15 @@ class PrunedImages:
         }
     )
 
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        lora = vllm_config.lora_config
+        if lora is not None and lora.enable_tower_connector_lora:
+            raise NotImplementedError(
+                "enable_tower_connector_lora: expected False with the plugin, for the rows of an "
+                "adapter in the vision tower are counted by those that the image takes"
+            )
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
     def embed_multimodal(self, **kwargs: object) -> Any:
         budget = kwargs.pop(KEY, None)
         if budget is not None:
