@@ -14,6 +14,8 @@ from benchmarks.end_to_end import Row as EndToEndRow
 from benchmarks.end_to_end import table as end_to_end_table
 from benchmarks.harness import Timing, summary
 from benchmarks.pocket_llava.evaluate import table as accuracy_table
+from benchmarks.serving import Row as ServingRow
+from benchmarks.serving import table as serving_table
 from vtp_kernels.demo import Comparison, Row
 
 README = Path(__file__).parents[1] / "README.md"
@@ -26,6 +28,7 @@ FILES = {
     "inflection.json": "intel-xeon-2-cores",
     "lvpruning.json": "intel-xeon-2-cores",
     "visipruner.json": "intel-xeon-2-cores",
+    "vllm.json": "intel-xeon-2-cores",
 }
 
 
@@ -75,6 +78,10 @@ def end_to_end() -> str:
     return end_to_end_table([EndToEndRow(**row) for row in _read("end_to_end.json")["rows"]])
 
 
+def vllm() -> str:
+    return serving_table([ServingRow(**row) for row in _read("vllm.json")["rows"]])
+
+
 def ops() -> str:
     return summary([Timing(**row) for row in _read("bench.json")["rows"]])
 
@@ -99,6 +106,7 @@ BLOCKS = {
     "lvpruning": lvpruning,
     "machine": machine,
     "visipruner": visipruner,
+    "vllm": vllm,
 }
 
 
