@@ -22,7 +22,7 @@ README = Path(__file__).parents[1] / "README.md"
 RESULTS = Path(__file__).parent / "results"
 FILES = {
     "accuracy.json": "intel-xeon-2-cores",
-    "bench.json": "amd-epyc-2-cores",
+    "bench.json": "intel-xeon-2-cores",
     "demo.json": "intel-xeon-2-cores",
     "end_to_end.json": "intel-xeon-2-cores",
     "inflection.json": "intel-xeon-2-cores",
