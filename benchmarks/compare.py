@@ -1,10 +1,10 @@
 """Whether ops got slower: `python -m benchmarks.compare out/bench.json`, or `make bench-compare`.
 
 The baseline is the committed result file of the same kind of machine (processor, cores, GPU). What
-is compared is how many times faster an op was than the best of its rivals in the same run, since
-times alone differ from day to day. An op got slower in a cell if that ratio fell by more than the
-tolerance, and even the best turn of the new run stays below the old median. Exits with 1 then, and
-with 2 where there is no baseline.
+is compared is how many times faster an op was than the best of its rivals in the same run, of those
+that both runs had, since times alone differ from day to day. An op got slower in a cell if that
+ratio fell by more than the tolerance, and even the best turn of the new run stays below the old
+median. Exits with 1 then, and with 2 where there is no baseline.
 """
 
 import argparse
@@ -32,16 +32,20 @@ def timings(path: Path) -> dict[tuple[str, str], Timing]:
     return {(row["op"], row["shape"]): Timing(**row) for row in rows}
 
 
-def ratio(timing: Timing) -> tuple[str, float]:
-    """The best rival, and how many times faster than it the op is."""
-    return min(timing.speedup.items(), key=lambda item: item[1])
+def ratio(timing: Timing, rivals: set[str]) -> tuple[str, float]:
+    """The best of these rivals, and how many times faster than it the op is."""
+    return min(((name, timing.speedup[name]) for name in sorted(rivals)), key=lambda item: item[1])
 
 
 def compare(old: dict, new: dict, tolerance: float) -> tuple[list[str], bool]:
     """(a line for every cell that changed by more than the tolerance, whether any got slower)."""
     lines, slower = [], False
     for key in old.keys() & new.keys():
-        before, (rival, after) = ratio(old[key])[1], ratio(new[key])
+        rivals = old[key].speedup.keys() & new[key].speedup.keys()
+        if not rivals:
+            lines.append(f"no rival in common: {key[0]}, {key[1]}")
+            continue
+        (_, before), (rival, after) = ratio(old[key], rivals), ratio(new[key], rivals)
         change = after / before - 1
         best = new[key].spread[rival][1]
         worse = change < -tolerance and best < before

@@ -139,6 +139,15 @@ def test_an_op_that_got_slower_is_named(old, new, slower, line):
     assert (lines, worse) == ([line] if line else [], slower)
 
 
+def test_only_rivals_of_both_runs_are_compared():
+    key = ("double", "8")
+    old = replace(timing(4.0), speedup={"torch eager": 4.0, "torch.compile": 1.5})
+    assert compare.compare({key: old}, {key: timing(4.0)}, tolerance=0.15) == ([], False)
+    old = replace(timing(4.0), speedup={"torch.compile": 1.5})
+    lines, worse = compare.compare({key: old}, {key: timing(4.0)}, tolerance=0.15)
+    assert lines == ["no rival in common: double, 8"] and not worse
+
+
 def test_the_chart_has_a_dot_for_every_shape(tmp_path):
     rows = [timing(ratio, shape=str(ratio)) for ratio in (0.4, 1.5, 9.0, 300.0)]
     picture = chart.draw(rows, tmp_path / "made" / "it.png")
