@@ -29,6 +29,7 @@ from vtp_kernels.pocket_llava import scenes
 from vtp_kernels.pocket_llava.evaluate import evaluate, table
 from vtp_kernels.pocket_llava.model import DECIDERS, TRAINED
 from vtp_kernels.pocket_llava.questions import PocketQuestions
+from vtp_kernels.pocket_llava.results import Results
 
 QUESTIONS = 3200
 # A quarter of the model's depth where the paper has a quarter of its own, and so on. A decider as
@@ -112,16 +113,13 @@ def main() -> None:
         train_all(model, processor, args.seeds, args.out)
         return
 
-    asked = answered(args.json, args.questions)
+    results = Results(args.json, ("asked",))
 
     def ask(method: Method | None, label: str) -> dict:
-        if label not in asked:
-            asked[label] = evaluate(
-                model, processor, method, args.questions, args.batch, "test", label
-            )
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps({"asked": asked}) + "\n")
-        return asked[label]
+        return results.row(
+            (label, "test", args.questions),
+            lambda: evaluate(model, processor, method, args.questions, args.batch, "test", label),
+        )
 
     folders = sorted(path for path in DECIDERS.iterdir() if path.is_dir())
     rows = [ask(None, "none")]
@@ -134,16 +132,7 @@ def main() -> None:
         ]
         rows += [joined(ours, f"lvpruning, {written}"), *others]
     print(table(rows))
-    result = {"rows": rows, "asked": asked, **describe()}
-    args.json.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def answered(path: Path, questions: int) -> dict[str, dict]:
-    """What a run that was cut short has found already, by label."""
-    if not path.is_file():
-        return {}
-    found = json.loads(path.read_text())["asked"]
-    return {label: row for label, row in found.items() if row["questions"] == questions}
+    results.write({"rows": rows, "asked": list(results.known.values()), **describe()})
 
 
 if __name__ == "__main__":

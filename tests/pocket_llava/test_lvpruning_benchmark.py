@@ -74,7 +74,7 @@ def test_deciders_are_trained_and_measured(monkeypatch, tmp_path):
     result = json.loads(json_file.read_text())
     kinds = [row["method"].split(",")[0].split(":")[0] for row in result["rows"]]
     assert kinds == ["none", "lvpruning", "random", "last token", "fastv"]
-    trainings = [label for label in result["asked"] if label.startswith("lvpruning:")]
+    trainings = [row["method"] for row in result["asked"] if row["method"].startswith("lvpruning:")]
     assert trainings == ["lvpruning:seed-0:0.5,0.3,0.1", "lvpruning:seed-3:0.5,0.3,0.1"]
     monkeypatch.setattr(lvpruning, "evaluate", None)  # a second run asks nothing anew
     lvpruning.main()
