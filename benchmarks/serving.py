@@ -136,24 +136,21 @@ class _Served:
 
 
 def _transformers_answers(cases: list, keep: int | None, score: str) -> list[str]:
-    from contextlib import nullcontext
-
-    from transformers import LlavaForConditionalGeneration
-
-    import vtp_kernels as vtp
     from vtp_kernels.chat import chat_inputs, greedy_answers
-    from vtp_kernels.pocket_llava.model import processor
+    from vtp_kernels.demo import load, pruned
+    from vtp_kernels.methods import InflectionPruning
 
-    model, texts = LlavaForConditionalGeneration.from_pretrained(TRAINED), []
-    method = keep and vtp.InflectionPruning(
-        source=score, min_keep=keep, max_keep=keep, llm_layers=()
-    )
-    with vtp.prune(model, method, positions="contiguous") if method else nullcontext():
+    model, processor = load(TRAINED, device="cpu", dtype="float32")
+    method = None
+    if keep is not None:
+        method = InflectionPruning(source=score, min_keep=keep, max_keep=keep, llm_layers=())
+    texts = []
+    with pruned(model, method, positions="contiguous"):
         for first in range(0, len(cases), 32):
             batch = cases[first : first + 32]
             pictures = [Image.fromarray(case.scene.image) for case in batch]
-            inputs = chat_inputs(processor(), pictures, [case.question.text for case in batch])
-            texts += greedy_answers(model, processor(), inputs, LONGEST_ANSWER)
+            inputs = chat_inputs(processor, pictures, [case.question.text for case in batch])
+            texts += greedy_answers(model, processor, inputs, LONGEST_ANSWER)
     return texts
 
 

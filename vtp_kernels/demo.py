@@ -185,9 +185,9 @@ def load(path: str | os.PathLike, *, device: str | None = None, dtype: str = "au
     return model.to(device).eval(), processor
 
 
-def pruned(model, method):
+def pruned(model, method, **settings):
     """`prune` for a `with` block, or with None the model as it is, which yields None."""
-    return contextlib.nullcontext() if method is None else prune(model, method)
+    return contextlib.nullcontext() if method is None else prune(model, method, **settings)
 
 
 def _dense_report(model, inputs):
