@@ -159,7 +159,7 @@ def pocket_methods() -> dict:
     from vtp_kernels.pocket_llava.model import DECIDERS
 
     return {
-        "VisiPruner": VisiPruner(("middle",), 0, 0.9999, 0.022, min_keep=40),
+        "VisiPruner": VisiPruner(("middle",), 0, 0.9999, 0.027, min_keep=28),
         "LVPruning": LVPruning(DECIDERS / "seed-1", (1, 2, 4), (0.6, 0.4, 0.1)),
         "Inflection": InflectionPruning(
             "attention", "kneedle", min_keep=32, llm_layers=(2,), visual_keep=0.75, text_keep=1.0

@@ -73,8 +73,8 @@ GRID = [
     ),
 ]
 VISIPRUNER = (
-    "visipruner:stages=middle,shallow_layers=0,fusion_threshold=0.9999,token_threshold=0.018,"
-    "min_keep=40"
+    "visipruner:stages=middle,shallow_layers=0,fusion_threshold=0.9999,token_threshold=0.027,"
+    "min_keep=28"
 )
 
 

@@ -12,8 +12,9 @@ the picture and itself only (a block mask), so that no question can be answered 
 answer. Muon for the language model's matrices, AdamW for the rest; pictures of 2 objects first,
 then more.
 
-Fewer: the language model and the projector go on with as many patches as the lot says, those of the
-objects among them. Without it the model counts objects by setting them against the background, and
+Fewer: the language model and the projector go on with as many patches as the lot says, all that
+objects touch among them, and on the way through the layers more of them leave, twice, some of the
+objects' too. Without it the model counts objects by setting them against the background, and
 miscounts as soon as background leaves; a model of billions of parameters is not that brittle.
 `--only fewer` runs this stage alone, on the weights in `--out`.
 """
@@ -22,7 +23,10 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +48,10 @@ WORDS = [TOKEN[word] for word in (*scenes.SHAPES, *scenes.COLOR_NAMES, *PLACES)]
 KIND_SHARES = {"color": 0.22, "shape": 0.22, "place": 0.2, "count": 0.08, "relation": 0.28}
 # of the last stage: counting is what depends on how many patches there are
 FEWER_SHARES = {"color": 0.15, "shape": 0.15, "place": 0.15, "count": 0.35, "relation": 0.2}
-FEWEST_PATCHES = 32
+FEWEST_SHOWN = 32
+FEWEST_LEFT = 12  # in a layer further down: two for each of six objects
+# all patches; fewer shown; fewer left behind layer 1, 2 and 4
+FEWER_CHECKS = ((256,), (64,), (32,), (256, 154, 102, 102, 26), (256, 128, 64, 64, 12))
 
 
 class Heads(torch.nn.Module):
@@ -122,33 +129,45 @@ def patch_targets(batch: list[scenes.Scene]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def show(scene: scenes.Scene, rng: np.random.Generator, count: int) -> list[int]:
-    """`count` patches of a picture, ascending: all that objects touch, the others by lot."""
-    touched = scene.coverage.max(0).ravel() > 0.05
-    rank = rng.random(touched.size) - touched
-    return np.sort(np.argsort(rank)[:count]).tolist()
+def drawn(scene: scenes.Scene, rng: np.random.Generator) -> np.ndarray:
+    """The patches of a picture in the order in which the lot falls on them.
+
+    Those that objects touch come first, roughly a patch of each, then a second of each, and so on.
+    """
+    turn = np.full(PATCHES, np.inf)
+    for cover in scene.coverage:
+        touched = rng.permutation(np.flatnonzero(cover.ravel() > 0.05))
+        turn[touched] = np.minimum(turn[touched], np.arange(len(touched)) + 3 * rng.random())
+    turn[turn == np.inf] = PATCHES
+    return np.argsort(turn + rng.random(PATCHES))
 
 
 def pack(
     batch: list[scenes.Scene],
     rng: np.random.Generator,
     questions: int,
-    patches: int = PATCHES,
+    counts: Sequence[int] = (PATCHES,),
     shares: dict[str, float] = KIND_SHARES,
 ) -> dict[str, torch.Tensor]:
     """One row per picture: <s> image question answer </s> question answer </s> ...
 
-    ids, labels, kinds, positions [B, S]; mask bool [B, 1, S, S]; patches [B, `patches`], those that
-    the language model is shown. Positions restart behind the picture for every question, which
-    makes each of them look exactly as it does when asked alone.
+    counts: patches that a layer of the language model has, from the first layer on; the last count
+    is that of all further layers.
+
+    ids, labels, kinds, positions [B, S]; mask bool [B, len(counts), S, S]; patches [B, counts[0]],
+    those that the language model is shown. Positions restart behind the picture for every question,
+    which makes each of them look exactly as it does when asked alone.
     """
+    patches = counts[0]
     prefix, end = 1 + patches, 1 + PATCHES
-    rows, shown = [], []
+    rows, shown, turns = [], [], []
     for scene in batch:
         ids, labels = [TOKEN["<s>"]] + [TOKEN["<image>"]] * patches, [IGNORE] * prefix
         owner, kinds = [0] * prefix, [-1] * prefix
-        shown.append(show(scene, rng, patches))
-        positions = [0] + [1 + patch for patch in shown[-1]]
+        order = drawn(scene, rng)[:patches]
+        shown.append(np.sort(order))
+        turns.append(np.argsort(order))  # of the patches from the first on, when each is drawn
+        positions = [0, *(1 + shown[-1])]
         asked_kinds = rng.choice(list(shares), questions, p=list(shares.values()))
         for number, kind in enumerate(asked_kinds, start=1):
             question = scenes.ask(scene, rng, str(kind))
@@ -167,14 +186,18 @@ def pack(
         for i in range(5)
     )
     same = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == 0)
-    mask = same & torch.ones(length, length, dtype=torch.bool).tril()
+    mask = (same & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
+    mask = mask.repeat(1, len(counts), 1, 1)
+    turn = torch.from_numpy(np.stack(turns))
+    for layer, count in enumerate(counts):
+        mask[:, layer, :, 1:prefix] &= (turn < count)[:, None]
     return {
         "ids": ids,
         "labels": labels,
         "kinds": kinds,
         "positions": positions,
-        "mask": mask[:, None],
-        "patches": torch.tensor(shown),
+        "mask": mask,
+        "patches": torch.from_numpy(np.stack(shown)),
     }
 
 
@@ -188,6 +211,26 @@ def tower_features(model, images: torch.Tensor):
     return out.hidden_states[model.config.vision_feature_layer], out.pooler_output
 
 
+@contextmanager
+def masked(layers: torch.nn.ModuleList, masks: Sequence[torch.Tensor]):
+    """Every layer with the attention mask of its own; the last one serves all further layers."""
+
+    def replace(mask: torch.Tensor, layer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return args, kwargs | {"attention_mask": mask}
+
+    hooks = [
+        layer.register_forward_pre_hook(
+            partial(replace, masks[min(index, len(masks) - 1)]), with_kwargs=True
+        )
+        for index, layer in enumerate(layers)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def forward(model, images: torch.Tensor, packed: dict[str, torch.Tensor]):
     """(logits [B, S, V], feature layer, pooled CLS)."""
     hidden, pooled = tower_features(model, images)
@@ -195,18 +238,24 @@ def forward(model, images: torch.Tensor, packed: dict[str, torch.Tensor]):
     visual = model.model.multi_modal_projector(hidden[:, 1:].gather(1, shown))
     embeds = model.get_input_embeddings()(packed["ids"]).to(visual.dtype)
     embeds = torch.cat([embeds[:, :1], visual, embeds[:, 1 + visual.shape[1] :]], 1)
-    out = model.model.language_model(
-        inputs_embeds=embeds,
-        attention_mask=packed["mask"],
-        position_ids=packed["positions"],
-        use_cache=False,
-    )
+    masks = packed["mask"].split(1, dim=1)
+    with masked(model.model.language_model.layers, masks):
+        out = model.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=masks[0],
+            position_ids=packed["positions"],
+            use_cache=False,
+        )
     return model.lm_head(out.last_hidden_state), hidden, pooled
 
 
 @torch.no_grad()
 def accuracy(
-    model, device: str, patches: int = PATCHES, pictures: int = 64, questions: int = 10
+    model,
+    device: str,
+    counts: Sequence[int] = (PATCHES,),
+    pictures: int = 64,
+    questions: int = 10,
 ) -> dict[str, float]:
     """Share of questions with every answer token right, teacher-forced, on unseen pictures."""
     model.eval()
@@ -214,7 +263,7 @@ def accuracy(
     for start in range(0, pictures, 32):
         batch = [scenes.scene("calibration", start + i) for i in range(32)]
         rng = scenes.generator("calibration", 1_000_000 + start)
-        packed = on_device(pack(batch, rng, questions, patches), device)
+        packed = on_device(pack(batch, rng, questions, counts), device)
         logits, _, _ = forward(model, pixels([s.image for s in batch]).to(device), packed)
         labels = packed["labels"][:, 1:]
         wrong = (logits[:, :-1].argmax(-1) != labels) & (labels != IGNORE)
@@ -324,7 +373,7 @@ def train_all(model, heads, args, log) -> None:
         first = 10_000_000 + step * args.batch
         batch = [scenes.scene("train", first + i, (2, most)) for i in range(args.batch)]
         rng = scenes.generator("train", 1_000_000_000 + step)
-        packed = on_device(pack(batch, rng, args.questions, phase.patches), args.device)
+        packed = on_device(pack(batch, rng, args.questions, (phase.patches,)), args.device)
         target = on_device(patch_targets(batch), args.device)
         images = pixels([scene.image for scene in batch]).to(args.device)
         with torch.autocast(args.device, dtype=torch.bfloat16):
@@ -342,6 +391,21 @@ def train_all(model, heads, args, log) -> None:
             save(model, args.out)
 
 
+def fewer_counts(rng: np.random.Generator, layers: int) -> tuple[int, ...]:
+    """Patches in every layer: some are not shown at all, others leave before one layer or two.
+
+    As many draws between 32 and 64 patches as between 128 and 256.
+    """
+
+    def fewer(most: int, fewest: int) -> int:
+        return round(fewest * (most / fewest) ** rng.random())
+
+    counts = [fewer(PATCHES, FEWEST_SHOWN)] * layers
+    for layer in np.sort(rng.choice(np.arange(1, layers), 2, replace=False)):
+        counts[layer:] = [fewer(counts[layer], FEWEST_LEFT)] * (layers - layer)
+    return tuple(counts)
+
+
 def train_fewer(model, args, log) -> None:
     model.model.vision_tower.requires_grad_(False)
     modules = (model.model.language_model, model.model.multi_modal_projector)
@@ -350,20 +414,19 @@ def train_fewer(model, args, log) -> None:
         first = 20_000_000 + step * args.batch
         batch = [scenes.scene("train", first + i) for i in range(args.batch)]
         rng = scenes.generator("train", 2_000_000_000 + step)
-        # as many steps between 32 and 64 patches as between 128 and 256
-        patches = round(FEWEST_PATCHES * (PATCHES / FEWEST_PATCHES) ** rng.random())
-        packed = on_device(pack(batch, rng, args.questions, patches, FEWER_SHARES), args.device)
+        counts = fewer_counts(rng, model.config.text_config.num_hidden_layers)
+        packed = on_device(pack(batch, rng, args.questions, counts, FEWER_SHARES), args.device)
         logits, _, _ = forward(model, pixels([s.image for s in batch]).to(args.device), packed)
         labels = packed["labels"][:, 1:].flatten()
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels, ignore_index=IGNORE)
         loss.backward()
         optimizer.step(learning_rate(step, args.fewer_steps, args.fewer_lr))
         if step % 25 == 0:
-            log(stage="fewer", step=step, patches=patches, loss=round(loss.item(), 4))
+            log(stage="fewer", step=step, patches=counts, loss=round(loss.item(), 4))
         if step % 100 == 99 or step == args.fewer_steps - 1:
-            for patches in (PATCHES, 128, 64, FEWEST_PATCHES):
-                right = accuracy(model, args.device, patches)
-                log(stage="fewer", step=step, patches=patches, accuracy=right)
+            for counts in FEWER_CHECKS:
+                right = accuracy(model, args.device, counts)
+                log(stage="fewer", step=step, patches=counts, accuracy=right)
 
 
 def save(model, folder: Path) -> None:
@@ -384,7 +447,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--questions", type=int, default=24)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--fewer-steps", type=int, default=400)
+    parser.add_argument("--fewer-steps", type=int, default=500)
     parser.add_argument("--fewer-lr", type=float, default=5e-4)
     parser.add_argument("--only", choices=["fewer"], help="go on from the weights in --out")
     args = parser.parse_args()

@@ -38,8 +38,8 @@ POINT = 0.01
 # The paper's 53.9 %, and what may be lost of it from one split to the other.
 SAVING = 0.539 + 0.015
 GRID = [
-    VisiPruner(("middle",), 0, 0.9999, threshold, min_keep=40)
-    for threshold in (0.013, 0.015, 0.018, 0.022)
+    VisiPruner(("middle",), 0, 0.9999, threshold, min_keep=min_keep)
+    for threshold, min_keep in ((0.013, 40), (0.018, 40), (0.022, 40), (0.027, 40), (0.027, 28))
 ]
 # What the other two stages cost: the exit, and a passive layer 0.
 GRID += [

@@ -42,10 +42,57 @@ def test_packed_logits_are_those_of_each_question_alone(pictures):
 @pytest.mark.parametrize("count", [32, 64, 128, 256])
 def test_shown_patches_hold_every_object(pictures, count):
     for picture in pictures:
-        shown = train.show(picture, np.random.default_rng(0), count)
-        assert len(shown) == count and shown == sorted(set(shown))
+        shown = train.drawn(picture, np.random.default_rng(0))[:count]
         touched = np.flatnonzero(picture.coverage.max(0).ravel() > 0.05)
-        assert set(touched) <= set(shown)
+        assert len(set(shown)) == count and set(touched) <= set(shown)
+
+
+def test_few_patches_are_drawn_from_all_objects(pictures):
+    for picture in pictures:
+        left = train.drawn(picture, np.random.default_rng(0))[: 3 * len(picture.things)]
+        for cover in picture.coverage:
+            assert (cover.ravel()[left] > 0.05).any()
+
+
+def test_packed_patches_leave_as_if_they_were_removed(pictures):
+    """Against a loop over layers in which the rows of patches that left are cut out."""
+    torch.manual_seed(0)
+    model = new_model().eval()
+    counts = (40, 40, 18, 9)
+    packed = train.pack(pictures[:1], np.random.default_rng(0), 2, counts)
+    image = pixels([pictures[0].image])
+    with torch.no_grad():
+        logits, hidden, _ = train.forward(model, image, packed)
+
+        language = model.model.language_model
+        rows = model.get_input_embeddings()(packed["ids"])
+        visual = model.model.multi_modal_projector(hidden[:, 1:][:, packed["patches"][0]])
+        rows = torch.cat([rows[:, :1], visual, rows[:, 1 + counts[0] :]], 1)
+        patch = torch.full((rows.shape[1],), -1)  # -1: text
+        patch[1 : 1 + counts[0]] = packed["patches"][0]
+        here = torch.arange(rows.shape[1])
+        order = torch.from_numpy(train.drawn(pictures[0], np.random.default_rng(0)))
+        for index, layer in enumerate(language.layers):
+            left = order[: counts[min(index, len(counts) - 1)]]
+            stays = (patch[here] == -1) | torch.isin(patch[here], left)
+            rows, here = rows[:, stays], here[stays]
+            rows = layer(
+                rows,
+                attention_mask=packed["mask"][:, :1, here][..., here],
+                position_embeddings=language.rotary_emb(rows, packed["positions"][:, here]),
+            )
+        expected = model.lm_head(language.norm(rows))
+    assert (patch[here] >= 0).sum() == counts[-1]
+    torch.testing.assert_close(logits[:, here], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_counts_of_the_last_stage_fall_from_layer_to_layer():
+    draws = [train.fewer_counts(np.random.default_rng(seed), 8) for seed in range(200)]
+    for counts in draws:
+        assert len(counts) == 8 and list(counts) == sorted(counts, reverse=True)
+        assert train.FEWEST_SHOWN <= counts[0] <= train.PATCHES
+        assert counts[-1] >= train.FEWEST_LEFT
+    assert {counts.index(counts[-1]) for counts in draws} >= {2, 3, 4, 5, 6, 7}
 
 
 def test_patch_targets_name_the_object_that_covers_the_patch(pictures):
@@ -79,7 +126,8 @@ def test_a_short_run_learns_and_saves_a_loadable_model(tmp_path, monkeypatch, ca
     train.main()
     lines = logged(capsys)
     assert {line["stage"] for line in lines} == {"fewer"}
-    assert [line["patches"] for line in lines if "accuracy" in line] == [256, 128, 64, 32]
+    checked = [tuple(line["patches"]) for line in lines if "accuracy" in line]
+    assert checked == list(train.FEWER_CHECKS)
     after = load(tmp_path, device="cpu")[0].state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert any("language_model" in name for name in changed)
