@@ -52,7 +52,7 @@ lint: $(READY) ## style and common mistakes
 	$(BIN)/ruff format --check .
 
 bench: $(BUILT) ## every op beside what would be used instead
-	$(BIN)/python -m benchmarks --json out/bench.json --plot out/bench.png
+	$(BIN)/python -m benchmarks --compile --json out/bench.json --plot out/bench.png
 
 bench-compare: bench ## the same, beside the committed results of this kind of machine
 	$(BIN)/python -m benchmarks.compare out/bench.json

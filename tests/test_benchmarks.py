@@ -84,6 +84,17 @@ def test_what_torch_compiles_can_be_a_rival(case):
     assert list(timing.speedup) == ["sum", "torch.compile"]
 
 
+def test_the_summary_sets_torch_compile_apart():
+    plain = [timing(2.0), timing(8.0, shape="16")]
+    assert (
+        harness.summary(plain).splitlines()[2]
+        == "| `double` | 2 | 4.0 | 2.00 to 8.0 | torch eager |"
+    )
+    with_it = [replace(x, speedup=x.speedup | {"torch.compile": 0.5}) for x in plain]
+    line = "| `double` | 2 | 4.0 | 2.00 to 8.0 | torch eager | 0.5 | 0.50 to 0.5 |"
+    assert harness.summary(with_it).splitlines()[2] == line
+
+
 def test_shapes_cover_batches_models_and_grouped_queries():
     on_gpu, on_cpu = shapes.shapes("cuda"), shapes.shapes("cpu")
     assert set(on_cpu) < set(on_gpu)
