@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 import vtp_kernels as vtp
 from benchmarks import harness
+from benchmarks.memory import peak_bytes
 from benchmarks.published import published_fastv
 from vtp_kernels.demo import load, pocket_methods, pruned
 from vtp_kernels.methods import (
@@ -57,8 +59,8 @@ PAPERS: dict[str, Method] = {
 class Row:
     """One method at one batch size. Times are medians; `spread`, lowest and highest, of ratios.
 
-    `share_of_ideal` is speed-up over ideal speed-up. Bytes: keys and values after the prompt; peak
-    of the device's memory above what the model itself takes, None on a CPU.
+    `share_of_ideal` is speed-up over ideal speed-up. Bytes: keys and values after the prompt; the
+    most memory that prompt and decoding took, the model itself apart (`memory.peak_bytes`).
     """
 
     model: str
@@ -82,7 +84,6 @@ class Turns:
     first_token: list[float] = field(default_factory=list)
     pruning: list[float] = field(default_factory=list)
     decode_step: list[float] = field(default_factory=list)
-    peak: list[int] = field(default_factory=list)
 
 
 # ---- models and prompts --------------------------------------------------------------------------
@@ -207,8 +208,6 @@ def turn(model, inputs: dict, apply: Callable, steps: int, turns: Turns | None) 
     clock, spans = Clock(model.device), []
     if clock.cuda:
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
     with apply(), watched(clock, spans):
         start = clock.now()
         output = model(**inputs, logits_to_keep=1, use_cache=True)
@@ -231,8 +230,6 @@ def turn(model, inputs: dict, apply: Callable, steps: int, turns: Turns | None) 
     turns.pruning.append(sum(clock.between(*span) for span in spans))
     if steps:
         turns.decode_step.append(decoding / steps)
-    if clock.cuda:
-        turns.peak.append(torch.cuda.max_memory_allocated() - before)
 
 
 # ---- all of them ---------------------------------------------------------------------------------
@@ -249,16 +246,23 @@ def measure(
         fastv = methods["FastV"]
         runs[PUBLISHED] = lambda: published_fastv(model, fastv.layer, fastv.keep)
     turns = {label: Turns() for label in runs}
+    decoded = {label: 0 if label == PUBLISHED else steps for label in runs}
     for number in tqdm(range(repeats + 1), desc=f"{name}, batch {batch}", disable=None):
         for label, apply in runs.items():
             noted = turns[label] if number else None  # the first turn warms up
-            turn(model, inputs, apply, 0 if label == PUBLISHED else steps, noted)
+            turn(model, inputs, apply, decoded[label], noted)
+    # apart, since memory that has just been given back is slow to get
+    peaks = {
+        label: peak_bytes(model.device, partial(turn, model, inputs, apply, decoded[label], None))
+        for label, apply in runs.items()
+    }
     reports = {label: report(model, inputs, method) for label, method in methods.items()}
     reports[DENSE] = report(model, inputs, Schedule({}))
     reports[PUBLISHED] = reports["FastV"]
     tower = tower_flops(model, inputs)
     return [
-        row(name, label, batch, turns[label], turns[DENSE], reports[label], tower) for label in runs
+        row(name, label, batch, turns[label], turns[DENSE], reports[label], tower, peaks[label])
+        for label in runs
     ]
 
 
@@ -276,7 +280,7 @@ def tower_flops(model, inputs: dict) -> int:
     return vtp.flops(config, 0, images=pictures)
 
 
-def row(name, label, batch, turns: Turns, dense: Turns, found, tower: int) -> Row:
+def row(name, label, batch, turns: Turns, dense: Turns, found, tower: int, peak: int | None) -> Row:
     ratios = [d / p for d, p in zip(dense.first_token, turns.first_token, strict=True)]
     ideal = (found.dense_prefill_flops + tower) / (found.prefill_flops + tower)
     speedup = statistics.median(ratios)
@@ -295,7 +299,7 @@ def row(name, label, batch, turns: Turns, dense: Turns, found, tower: int) -> Ro
         if turns.decode_step
         else None,
         kv_bytes=None if published else found.kv_bytes,
-        peak_bytes=max(turns.peak) if turns.peak else None,
+        peak_bytes=peak,
     )
 
 

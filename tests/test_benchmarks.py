@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageColor
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import chart, compare, gpu_check, harness, installed, shapes
+from benchmarks import chart, compare, gpu_check, harness, installed, memory, shapes
 from vtp_kernels.machine import describe
 
 ROOT = Path(__file__).parents[1]
@@ -185,3 +185,19 @@ def test_the_baseline_is_of_the_same_kind_of_machine(monkeypatch, tmp_path, caps
     assert "no result file for cpu Abacus, cores 2, gpu None" in capsys.readouterr().err
     monkeypatch.setattr(compare, "baseline", lambda machine: result)
     assert compare.main() == 0 and "no change" in capsys.readouterr().out
+
+
+def test_peak_memory_is_that_of_the_work():
+    def work():
+        held = [torch.ones(2**18) for _ in range(40)]  # a MiB each, which malloc keeps
+        return sum(x[0] for x in held)
+
+    work()  # threads and caches are there
+    found = [memory.peak_bytes(torch.device("cpu"), work) / 2**20 for _ in range(3)]
+    assert all(39 <= x <= 46 for x in found), found
+    assert memory.peak_bytes(torch.device("cpu"), lambda: None) < 2**20
+
+
+def test_peak_memory_is_not_guessed(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "HIGH_WATER", tmp_path / "no such file")
+    assert memory.peak_bytes(torch.device("cpu"), lambda: 1 / 0) is None

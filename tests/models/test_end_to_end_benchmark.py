@@ -39,6 +39,7 @@ def test_rows_of_a_model_with_random_weights(make):
     assert dense.speedup == dense.ideal_speedup == 1 and dense.pruning_ms == 0
     assert random.ideal_speedup > fastv.ideal_speedup > 1
     assert random.kv_bytes < fastv.kv_bytes < dense.kv_bytes
+    assert all(x.peak_bytes >= 0 for x in rows)
     for x in rows:
         assert x.spread[0] <= x.speedup <= x.spread[1]
         assert x.first_token_ms > x.pruning_ms >= 0 and x.decode_tokens_per_second > 0
