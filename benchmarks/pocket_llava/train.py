@@ -50,7 +50,7 @@ KIND_SHARES = {"color": 0.22, "shape": 0.22, "place": 0.2, "count": 0.08, "relat
 FEWER_SHARES = {"color": 0.15, "shape": 0.15, "place": 0.15, "count": 0.35, "relation": 0.2}
 FEWEST_SHOWN = 32
 FEWEST_LEFT = 12  # in a layer further down: two for each of six objects
-# all patches; fewer shown; fewer left behind layer 1, 2 and 4
+# all patches; fewer shown; fewer from layer 1, 2 and 4 on
 FEWER_CHECKS = ((256,), (64,), (32,), (256, 154, 102, 102, 26), (256, 128, 64, 64, 12))
 
 
