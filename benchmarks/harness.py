@@ -25,8 +25,8 @@ from vtp_kernels.machine import describe
 ROTATION_BYTES = 96 * 2**20  # more than the last-level cache of the machines this runs on
 MOST_SETS = 16
 MOST_CALLS = 200  # in a turn
-COMPILED = "torch.compile"
 TURN_SECONDS = 0.02  # a turn repeats a call until it takes this long, or the clock is what is timed
+COMPILED = "torch.compile"  # the name of that rival
 
 
 @dataclass(frozen=True)

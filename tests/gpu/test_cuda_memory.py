@@ -5,8 +5,10 @@ import torch
 from variants import BATCH, VARIANTS, assert_same_bits, cloned, each, flat, hard_rows
 
 import vtp_kernels as vtp
+from benchmarks.memory import peak_bytes
 
 BFLOAT = torch.bfloat16
+CUDA = torch.device("cuda")
 
 
 def allocations() -> int:
@@ -38,15 +40,6 @@ def test_keeps_nothing(draw, variant):
     assert torch.cuda.memory_allocated() == before
 
 
-def extra_bytes(call) -> int:
-    """The most that a call holds at once, beyond what was there before."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def normal(*shape, dtype=BFLOAT):
     return torch.randn(shape, device="cuda").to(dtype)
 
@@ -59,8 +52,8 @@ def test_no_attention_matrix_of_the_scored_rows(op, rows, length):
     query, key = normal(1, heads, rows, 128), normal(1, heads, length, 128)
     candidates = torch.ones(1, length, dtype=torch.bool, device="cuda")
     k = {"k": 100} if op == "attention_topk" else {}
-    held = extra_bytes(
-        lambda: getattr(vtp, op)(query, key, **k, candidates=candidates, backend="native")
+    held = peak_bytes(
+        CUDA, lambda: getattr(vtp, op)(query, key, **k, candidates=candidates, backend="native")
     )
     matrix = 4 * heads * rows * length
     assert held < (matrix if rows > 1 else 2 * matrix)
@@ -70,8 +63,8 @@ def test_no_attention_matrix_in_passive_attention():
     heads, length = 8, 4096
     query, key, value = (normal(1, heads, length, 128) for _ in range(3))
     visual = torch.arange(length, device="cuda")[None] < 3000
-    held = extra_bytes(
-        lambda: vtp.passive_attention(query, key, value, visual=visual, backend="native")
+    held = peak_bytes(
+        CUDA, lambda: vtp.passive_attention(query, key, value, visual=visual, backend="native")
     )
     assert held < 4 * heads * length**2 / 8
 
@@ -81,8 +74,9 @@ def test_no_contribution_of_every_token():
     heads, length = 32, 8192
     query, key, value = normal(1, heads, 128), *(normal(1, heads, length, 128) for _ in range(2))
     candidates = torch.ones(1, length, dtype=torch.bool, device="cuda")
-    held = extra_bytes(
-        lambda: vtp.token_contribution(query, key, value, candidates=candidates, backend="native")
+    held = peak_bytes(
+        CUDA,
+        lambda: vtp.token_contribution(query, key, value, candidates=candidates, backend="native"),
     )
     assert held < 4 * length * heads * 128 / 8
 

@@ -39,11 +39,24 @@ def test_rows_of_a_model_with_random_weights(make):
     assert dense.speedup == dense.ideal_speedup == 1 and dense.pruning_ms == 0
     assert random.ideal_speedup > fastv.ideal_speedup > 1
     assert random.kv_bytes < fastv.kv_bytes < dense.kv_bytes
-    assert all(x.peak_bytes >= 0 for x in rows)
     for x in rows:
         assert x.spread[0] <= x.speedup <= x.spread[1]
         assert x.first_token_ms > x.pruning_ms >= 0 and x.decode_tokens_per_second > 0
     assert end_to_end.table(rows).count("| tiny | 2 |") == 3
+
+
+def test_every_row_has_the_peak_of_its_own_run(monkeypatch):
+    peaks = iter((30, 10, 20))
+
+    def peak_bytes(device, work):
+        work()
+        return next(peaks)
+
+    monkeypatch.setattr(end_to_end, "peak_bytes", peak_bytes)
+    model = tiny_llava()
+    inputs = end_to_end.random_prompts(model, 2, before=3, after=4)
+    rows = end_to_end.measure("tiny", model, inputs, METHODS, repeats=1, steps=1)
+    assert [x.peak_bytes for x in rows] == [30, 10, 20]
 
 
 def test_published_code_stands_in_the_table_of_one_prompt():

@@ -83,6 +83,7 @@ def test_packed_patches_leave_as_if_they_were_removed(pictures):
             )
         expected = model.lm_head(language.norm(rows))
     assert (patch[here] >= 0).sum() == counts[-1]
+    assert (packed["patches"].diff() > 0).all()
     torch.testing.assert_close(logits[:, here], expected, rtol=1e-4, atol=1e-4)
 
 
