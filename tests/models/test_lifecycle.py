@@ -30,7 +30,7 @@ def traces(model):
             name,
             sorted(vars(module)),
             len(module._forward_pre_hooks) + len(module._forward_hooks),
-            module.forward.__func__,
+            getattr(module.forward, "__func__", None),
         )
         for name, module in model.named_modules()
     ]

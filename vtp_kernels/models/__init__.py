@@ -3,7 +3,16 @@
 import vtp_kernels.ops.flop_formulas  # noqa: F401  for FlopCounterMode
 
 from .calibrate import calibrate
-from .handle import Handle, apply, prune, supported_models
+from .handle import Handle, apply, handle, prune, remove, supported_models
 from .report import Report
 
-__all__ = ["Handle", "Report", "apply", "calibrate", "prune", "supported_models"]
+__all__ = [
+    "Handle",
+    "Report",
+    "apply",
+    "calibrate",
+    "handle",
+    "prune",
+    "remove",
+    "supported_models",
+]

@@ -1,15 +1,21 @@
 """Attention modules that stand in for a layer's own, share its weights and keep its names.
 
 A stand-in has the very children of the module it replaces, so a model's state_dict keeps its keys,
-and gradients, devices and dtypes are those of the one set of weights. It may be used alone:
+gradients, devices and dtypes are those of the one set of weights, and a child that is swapped in
+one (for an adapter, say) is swapped in both. It may be used alone:
 
     layer.self_attn = ScoringAttention(layer.self_attn)
     output, scores = layer.self_attn(hidden, position_embeddings=..., candidates=is_visual)
+
+The engine leaves a layer's own attention in its place. It puts an `AttentionShadow` in front of its
+forward, and keeps stand-ins beside the model, for what they do where more is asked.
 """
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -23,8 +29,20 @@ from vtp_kernels.selection import Selection
 from .observation import Observation
 from .packing import Packing
 from .projections import attend, project, rotate
+from .shadow import Shadow
 
-__all__ = ["PackedAttention", "PassiveVisualAttention", "ScoringAttention", "SomeRowsAttention"]
+__all__ = [
+    "CALL",
+    "AttentionShadow",
+    "PackedAttention",
+    "PassiveVisualAttention",
+    "ScoringAttention",
+    "SomeRowsAttention",
+    "StandIn",
+]
+
+CALL = "vtp_call"
+"""The keyword argument in which a call travels through the model."""
 
 
 class StandIn(nn.Module, ABC):
@@ -39,13 +57,17 @@ class StandIn(nn.Module, ABC):
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
-        self.train(attention.training)
-        for name, child in attention.named_children():
-            self.add_module(name, child)
         for name, value in vars(attention).items():  # as `layer_idx`
             if not name.startswith("_") and not callable(value):
                 setattr(self, name, value)
+        for name in ("_modules", "_parameters", "_buffers"):
+            self.__dict__[name] = vars(attention)[name]  # what is put into one is in both
         self.__dict__["replaced"] = attention  # not as a child: its children are here already
+
+    def train(self, mode: bool = True) -> StandIn:
+        super().train(mode)
+        self.replaced.training = mode
+        return self
 
     def forward(
         self,
@@ -64,11 +86,32 @@ class StandIn(nn.Module, ABC):
         options = {name: kwargs.pop(name) for name in self.OPTIONS if name in kwargs}
         if options.get(self.OPTIONS[0]) is None:
             return self.replaced(**given, **kwargs)
-        return self.attend(**given, **options, **kwargs)
+        return self.attend(self.replaced, **given, **options, **kwargs)
 
     @abstractmethod
-    def attend(self, **given: Any) -> tuple[Tensor, Tensor | None]:
-        """What the stand-in does where more is asked, given all arguments by name."""
+    def attend(self, plain: Callable[..., Any], **given: Any) -> tuple[Tensor, Tensor | None]:
+        """What the stand-in does where more is asked, given all arguments by name. `plain` is the
+        replaced module, or its forward."""
+
+
+class AttentionShadow(Shadow):
+    """In front of the forward of a layer's attention: asks the call that is under way, if any, what
+    is to happen in its place."""
+
+    def __init__(self, attention: nn.Module, layer: int, stand_in: StandIn | None) -> None:
+        super().__init__(attention, "forward")
+        self.layer, self.stand_in = layer, stand_in
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = kwargs.pop(CALL, None)
+        if call is None:
+            return self.original(*args, **kwargs)
+        if args:
+            kwargs |= inspect.signature(self.original).bind_partial(*args).arguments
+        options = call.attending(self.layer, self.module, kwargs)
+        if options is None:
+            return self.original(**kwargs)
+        return self.stand_in.attend(self.original, **kwargs, **options)
 
 
 class PassiveVisualAttention(StandIn):
@@ -100,6 +143,7 @@ class PassiveVisualAttention(StandIn):
 
     def attend(
         self,
+        plain: Callable[..., Any],
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         past_key_values: Any,
@@ -168,6 +212,7 @@ class SomeRowsAttention(StandIn):
 
     def attend(
         self,
+        plain: Callable[..., Any],
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         rows: Selection,
@@ -182,7 +227,7 @@ class SomeRowsAttention(StandIn):
         some, cos, sin, places = compact_rows(
             (hidden_states, cos, sin, places), *rows, align="right", backend=self.backend
         )
-        output, _ = self.replaced(some, position_embeddings=(cos, sin), **given)
+        output, _ = plain(hidden_states=some, position_embeddings=(cos, sin), **given)
         everything = output.new_zeros(batch, length + 1, width)
         everything.scatter_(1, places[..., None].expand(-1, -1, width), output)
         return everything[:, 1:], None
@@ -204,6 +249,7 @@ class PackedAttention(StandIn):
 
     def attend(
         self,
+        plain: Callable[..., Any],
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Any,
@@ -255,13 +301,14 @@ class ScoringAttention(StandIn):
 
     def attend(
         self,
+        plain: Callable[..., Any],
         candidates: Tensor,
         rows: slice = slice(-1, None),
         past: int = 0,
         valid: Tensor | None = None,
         **given: Any,
     ) -> tuple[Tensor, Tensor]:
-        output, _ = self.replaced(**given)
+        output, _ = plain(**given)
         seen = Observation(self.replaced, given)
         first, last, _ = rows.indices(candidates.shape[1])
         positions = torch.arange(past + first, past + last, device=candidates.device)

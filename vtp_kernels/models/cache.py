@@ -20,46 +20,71 @@ __all__ = ["CacheState", "KeyRows", "PrunedCache", "check_cache", "past_length",
 
 
 class KeyRows:
-    """Which keys of a layer are real, and where its positions stand. Shared by a stage's layers.
+    """Which of the model's input rows the keys of a layer are. Shared by a stage's layers.
 
-    `valid` is bool [B, n] for the first n keys, or None; keys beyond n are real. `shift` is int64
-    [B, 1], what to subtract from the model's positions; None where positions are original.
+    Rows are known by their column: where they stand in an attention mask over all rows that the
+    model was given. So a mask that comes with a later call says of every key whether it counts.
+
+    Parameters
+    ----------
+    columns : int64 [B, n]
+        Of the first n keys; -1 for one that only fills up a shorter prompt, and never counts.
+    end : int
+        The column of key n. Keys beyond n are the rows given since, in order.
+    filled : bool
+        Whether any column is -1.
+    left : bool [B, L] or None
+        The columns that left and that the model's positions still count, where rows close up. None
+        where positions are original.
     """
 
-    # Room for keys to come, so that most decode steps need nothing but a view of `valid`.
+    # Room for keys to come, so that most decode steps need nothing but a view of `columns`.
     HEADROOM = 128
 
-    def __init__(self, valid: Tensor | None, shift: Tensor | None) -> None:
-        self.valid = valid
-        self.shift = shift
+    def __init__(self, columns: Tensor, end: int, filled: bool, left: Tensor | None) -> None:
+        self.columns = columns
+        self.offset = end - columns.shape[1]
+        self.filled = filled
+        self.left = left
 
-    def valid_keys(self, length: int) -> Tensor | None:
-        """bool [B, length], or None if there is no padding."""
-        if self.valid is None:
+    def columns_of(self, length: int) -> Tensor:
+        """int64 [B, length]: the columns of so many keys."""
+        known = self.columns.shape[1]
+        if length > known:
+            more = torch.arange(known, length + self.HEADROOM, device=self.columns.device)
+            more = (more + self.offset).expand(self.columns.shape[0], -1)
+            self.columns = torch.cat((self.columns, more), dim=1)
+        return self.columns[:, :length]
+
+    def valid_keys(self, length: int, mask: Tensor | None) -> Tensor | None:
+        """Which of so many keys count: bool [B, length], or None if all do. `mask` bool [B, C] says
+        so of the columns; None: of all."""
+        if mask is None and not self.filled:
             return None
-        missing = length - self.valid.shape[1]
-        if missing > 0:
-            real = self.valid.new_ones(self.valid.shape[0], missing + self.HEADROOM)
-            self.valid = torch.cat((self.valid, real), dim=1)
-        return self.valid[:, :length]
+        columns = self.columns_of(length)
+        real = columns >= 0
+        if mask is None:
+            return real
+        # Columns beyond the mask are of keys to come, to which nothing attends yet.
+        return real & mask.gather(1, columns.clamp(0, mask.shape[1] - 1))
 
-    def mark(self, start: int, real: Tensor) -> None:
-        """Note that the keys from `start` on are real only where `real` bool [B, n] says so."""
-        if self.valid is None:
-            self.valid = real.new_ones(real.shape[0], start)
-        self.valid = torch.cat((self.valid_keys(start), real), dim=1)
+    def shift(self, mask: Tensor | None) -> Tensor | None:
+        """What to subtract from the model's positions, int64 [B, 1]: the rows that left, of those
+        that count under a mask. None where positions are original."""
+        if self.left is None:
+            return None
+        left = self.left if mask is None else self.left & mask[:, : self.left.shape[1]]
+        return left.sum(1, keepdim=True)
 
     def crop(self, length: int) -> None:
         """Forget what is known of keys beyond `length`."""
-        if self.valid is not None:
-            self.valid = self.valid[:, :length]
+        self.columns = self.columns[:, :length]
 
     def take_rows(self, index: Tensor) -> None:
         """Rearrange the batch: row b becomes what row index[b] was."""
-        if self.valid is not None:
-            self.valid = self.valid.index_select(0, index.to(self.valid.device))
-        if self.shift is not None:
-            self.shift = self.shift.index_select(0, index.to(self.shift.device))
+        self.columns = self.columns.index_select(0, index.to(self.columns.device))
+        if self.left is not None:
+            self.left = self.left.index_select(0, index.to(self.left.device))
 
 
 @dataclass
@@ -72,8 +97,10 @@ class CacheState:
     """Rows that layer 0 lacks of what the model was given."""
     prompt: int
     """Rows of layer 0 up to the end of the last prompt that lost rows."""
-    padded: bool
-    """Whether any row the model was given is padding, so that it makes masks of its own."""
+    padding: Tensor | None = None
+    """bool [B, C]: columns that were padding when rows left, and left with them; None if none."""
+    served: bool = True
+    """Whether a call is under way that knows of all this."""
 
     def stages(self) -> Iterator[tuple[int, KeyRows]]:
         """Each distinct KeyRows with the first layer it belongs to."""
@@ -93,6 +120,23 @@ class PrunedCache:
         """For layer 0, the one the model counts positions by: rows given, not rows held."""
         length = super().get_seq_length(layer_idx)
         return length + self.vtp.removed if layer_idx == 0 else length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """For layer 0, by which the model makes its mask and looks for padding in the one it was
+        given: as many columns as rows were given."""
+        length, offset = super().get_mask_sizes(query_length, layer_idx)
+        grows = layer_idx == 0 and not is_static(self)
+        return (length + self.vtp.removed if grows else length), offset
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.vtp.served:
+            raise RuntimeError(
+                "past_key_values: visual tokens have left this cache, and no pruning method is at "
+                "work in the model that is to go on from it: its layers would see each other's "
+                "future, or padding. Go on within `with vtp.prune(...)`, or keep the handle of "
+                "vtp.apply(...) on; or encode the conversation anew"
+            )
+        return super().update(*args, **kwargs)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -132,6 +176,9 @@ class PrunedCache:
     def _take_rows(self, index: Tensor) -> None:
         for _, rows in self.vtp.stages():
             rows.take_rows(index)
+        padding = self.vtp.padding
+        if padding is not None:
+            self.vtp.padding = padding.index_select(0, index.to(padding.device))
 
     def _batch(self) -> int:
         return self.layers[0].keys.shape[0]

@@ -1,10 +1,10 @@
 """The hooks. They attach to a model, find out what kind of call runs, and hand it its rows.
 
-Rows leave by removable hooks alone: no forward is replaced, no parameter is added. Only where
-visual tokens are to be passive, or rows may come without the padding between them, does a module
-stand in for a layer's attention, with the very same children. A call with images is a `Prefill`,
-one that goes on from a pruned cache a `Continuation`; both travel through the model in its keyword
-arguments under CALL and are taken out before a layer sees them. Every other call passes untouched.
+Rows leave by removable hooks alone: no module is replaced, no parameter is added. Where a layer's
+attention is observed, or is to do something of its own, a shadow stands in front of its forward. A
+call with images is a `Prefill`, one that goes on from a pruned cache a `Continuation`; both travel
+through the model in its keyword arguments under CALL and are taken out before anything else sees
+them. Every other call passes untouched.
 """
 
 from __future__ import annotations
@@ -12,24 +12,31 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import warnings
 from typing import Any
 
 from torch import Tensor, nn
 
 from vtp_kernels.methods.base import Method
 
-from .attention import PackedAttention, PassiveVisualAttention, SomeRowsAttention
+from .attention import (
+    CALL,
+    AttentionShadow,
+    PackedAttention,
+    PassiveVisualAttention,
+    SomeRowsAttention,
+    StandIn,
+)
 from .cache import PrunedCache
 from .continuation import Continuation
 from .families import ModelParts
 from .prefill import Prefill
 from .report import PrefillRecord
+from .shadow import StaysBehind
 from .towers import MODELS, TOWERS, tower_of
 from .vision import VisionWatch
 
 __all__ = ["ENGINE_OPS", "Engine"]
-
-CALL = "vtp_call"
 
 # What a prefill calls, in prefill.py, rows.py, vision.py and attention.py; all take the handle's
 # backend.
@@ -45,13 +52,19 @@ ENGINE_OPS = (
 )
 
 
-class Engine:
+class Engine(StaysBehind):
     """A method at work in a model."""
 
     def __init__(
-        self, parts: ModelParts, method: Method, positions: str, backend: str | None
+        self,
+        parts: ModelParts,
+        method: Method,
+        positions: str,
+        backend: str | None,
+        output_rows: str,
     ) -> None:
         self.parts, self.method, self.positions, self.backend = parts, method, positions, backend
+        self.output_rows = output_rows
         depth = len(parts.layers)
         self.observed_layers = frozenset(method.observed_layers(depth))
         self.passive_layers = dict(method.passive_layers(depth))
@@ -72,11 +85,15 @@ class Engine:
                 )
             self.watch = VisionWatch(parts.base, tower, method.vision_source(), backend)
         self.last_prefill: PrefillRecord | None = None
+        self.handle: Any = None  # whoever applied the method finds it again by the model
+        self.shadows: dict[int, AttentionShadow] = {}  # by layer
         self._hooks: list[Any] = []
-        self._replaced: list[tuple[nn.Module, nn.Module]] = []  # layers, and their own attention
+        self._warned = False
 
     def attach(self) -> None:
         parts, hooks = self.parts, self._hooks
+        for module in (parts.top, parts.base, parts.text, *parts.layers):
+            _forget_copied_hooks(module)
         for module in (parts.top, parts.base):
             before = functools.partial(self._before_model, _parameters(module))
             hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -85,24 +102,21 @@ class Engine:
             before, after = self._before_pictures, self._after_pictures
             hooks.append(parts.base.register_forward_pre_hook(before, with_kwargs=True))
             hooks.append(parts.base.register_forward_hook(after, always_call=True))
+        before = functools.partial(self._before_text, _parameters(parts.text))
+        hooks.append(parts.text.register_forward_pre_hook(before, with_kwargs=True))
         hooks.append(
-            parts.text.register_forward_pre_hook(
-                functools.partial(self._before_text, _parameters(parts.text)), with_kwargs=True
-            )
+            parts.text.register_forward_hook(self._after_text, with_kwargs=True, always_call=True)
         )
-        hooks.append(parts.text.register_forward_hook(self._after_text, with_kwargs=True))
         for index, layer in enumerate(parts.layers):
             before = functools.partial(self._before_layer, index)
             hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            if index in self.passive_layers or index in self.packed_layers:
-                self._replaced.append((layer, layer.self_attn))
-                layer.self_attn = self._stand_in(index, layer.self_attn)
+            stand_in = self._stand_in(index, layer.self_attn)
+            if stand_in is not None or index in self.observed_layers:
+                self.shadows[index] = AttentionShadow(layer.self_attn, index, stand_in)
+                self.shadows[index].put()
             if index in self.packed_layers:
                 after = self._after_layer  # before other hooks, which are to see the batch
                 hooks.append(layer.register_forward_hook(after, prepend=True, with_kwargs=True))
-            if index in self.observed_layers or index in self.passive_layers:
-                before = functools.partial(self._before_attention, index)
-                hooks.append(layer.self_attn.register_forward_pre_hook(before, with_kwargs=True))
         _forget_compiled_code()
 
     def detach(self) -> None:
@@ -113,15 +127,15 @@ class Engine:
         self._hooks.clear()
         if self.watch is not None:
             self.watch.detach()
-        for layer, attention in self._replaced:
-            layer.self_attn = attention
-        self._replaced.clear()
+        for shadow in self.shadows.values():
+            shadow.remove()
+        self.shadows.clear()
         _forget_compiled_code()
 
-    def _stand_in(self, layer: int, attention: nn.Module) -> nn.Module:
+    def _stand_in(self, layer: int, attention: nn.Module) -> StandIn | None:
         passive = self.passive_layers.get(layer)
         if passive is None:
-            return PackedAttention(attention)
+            return PackedAttention(attention) if layer in self.packed_layers else None
         if passive.leaves_one:
             return SomeRowsAttention(attention, self.backend)
         return PassiveVisualAttention(attention, passive, self.backend)
@@ -131,71 +145,100 @@ class Engine:
     def _before_model(
         self, parameters: list[str], module: nn.Module, args: Any, kwargs: Any
     ) -> Any:
-        if CALL in kwargs:
+        if self.idle or CALL in kwargs:
             return None
         arguments = dict(zip(parameters, args, strict=False)) | kwargs
         if not self.parts.has_images(arguments):
+            self._warn_of_embeddings(arguments)
             return None
-        call = Prefill(self.parts, self.method, self.positions, self.backend, arguments)
+        call = Prefill(
+            self.parts, self.method, self.positions, self.backend, self.shadows, arguments
+        )
         if not any(call.visual_at_start):
             return None
         kwargs[CALL] = call
         return args, kwargs
 
+    def _warn_of_embeddings(self, arguments: dict[str, Any]) -> None:
+        """Embeddings into which pictures were merged already look like any others."""
+        embeddings = arguments.get("inputs_embeds")
+        if embeddings is None or self._warned or arguments.get("input_ids") is not None:
+            return
+        cache = arguments.get("past_key_values")
+        if embeddings.shape[1] > 1 and not isinstance(cache, PrunedCache):
+            self._warned = True
+            warnings.warn(
+                "inputs_embeds came without pixel values. If pictures are merged into them, "
+                "nothing tells which rows these are, and nothing is pruned: pass pixel_values, and "
+                "in inputs_embeds the embedding of the image token where their features go. (This "
+                "is said once.)",
+                stacklevel=2,
+            )
+
     def _before_pictures(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.watch.expect(kwargs.get(CALL))
+        if not self.idle:
+            self.watch.expect(kwargs.get(CALL))
 
     def _after_pictures(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.watch.expect(None)
+        if not self.idle:
+            self.watch.expect(None)
 
     def _before_text(self, parameters: list[str], module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if CALL in kwargs:
+        if self.idle:
             return None
         arguments = dict(zip(parameters, args, strict=False)) | kwargs if args else kwargs
         cache = arguments.get("past_key_values")
         if not isinstance(cache, PrunedCache):
             return None
-        call = Continuation.open(self.parts, cache, arguments)
-        if call is None:
-            return None
-        kwargs[CALL] = call
+        if CALL not in kwargs:
+            kwargs[CALL] = Continuation(self.parts, cache, arguments)
+        cache.vtp.served = True
         return args, kwargs
 
     def _before_layer(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         call = kwargs.get(CALL)
         if call is None:
             return None
-        looks = index in self.observed_layers or index in self.passive_layers
-        if not (looks and isinstance(call, Prefill)):  # else the layer hands it to its attention
-            del kwargs[CALL]
+        if not (index in self.shadows and isinstance(call, Prefill)):
+            del kwargs[CALL]  # else the layer hands it to its attention
         if args:
             return (call.enter(index, args[0], kwargs), *args[1:]), kwargs
         kwargs["hidden_states"] = call.enter(index, kwargs["hidden_states"], kwargs)
         return args, kwargs
 
-    def _before_attention(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        call = kwargs.pop(CALL, None)
+    def _after_layer(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Any:
+        call = kwargs.get(CALL)
+        return None if call is None or call.packed is None else call.packed.unpack(output)
+
+    def _after_text(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        call = kwargs.get(CALL)
         if call is None:
             return None
-        if index in self.observed_layers:
-            call.observe(module, kwargs)
-        if index in self.passive_layers:
-            kwargs.update(call.passive_inputs(index))
-        return args, kwargs
-
-    def _after_layer(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Any:
-        packing = kwargs.get("packing")
-        return None if packing is None else packing.unpack(output)
-
-    def _after_text(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        call = kwargs.get(CALL)
-        if isinstance(call, Prefill):
-            self.last_prefill = call.finish()
+        if isinstance(call.cache, PrunedCache):
+            call.cache.vtp.served = False
+        if not isinstance(call, Prefill) or output is None:  # None: it broke off
+            return None
+        self.last_prefill = call.finish()
+        if not (call.asked.by_index or (self.output_rows == "input" and call.asked.all)):
+            return None
+        if isinstance(output, tuple):
+            return call.in_input_rows(output[0]), *output[1:]
+        output.last_hidden_state = call.in_input_rows(output.last_hidden_state)
+        return output
 
 
 def _parameters(module: nn.Module) -> list[str]:
     """Names of forward's parameters, for arguments passed by position."""
     return list(inspect.signature(module.forward).parameters)
+
+
+def _forget_copied_hooks(module: nn.Module) -> None:
+    """Take off idle hooks, which a copy of a model has where a method was at work in the model."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            owner = getattr(getattr(hook, "func", hook), "__self__", None)
+            if isinstance(owner, StaysBehind) and owner.idle:
+                del hooks[key]
 
 
 def _forget_compiled_code() -> None:

@@ -11,7 +11,6 @@ from torch.nn.functional import pad
 from vtp_kernels.ops import compact_kv, select_topk
 
 from .counts import on_device
-from .masks import valid_keys
 
 __all__ = ["Text", "forget_visual"]
 
@@ -24,16 +23,15 @@ class Text(NamedTuple):
 
 
 def forget_visual(
-    held: list[Any], text: Text, past: int, past_valid: Tensor | None, backend: str | None
-) -> tuple[int, Tensor | None]:
+    held: list[Any], text: Text, past: int, backend: str | None
+) -> tuple[Tensor, Tensor | None]:
     """Take all but `past` earlier keys and the text out of the layers `held` of a DynamicCache.
 
-    Their keys are those of the past and of the rows of `text`. `past_valid` is bool [B, past], or
-    None where there is no padding. Returns how many keys the layers have now, and which of these
-    are real: bool [B, keys], or None for all.
+    Their keys are those of the past and of the rows of `text`. Returns which of their keys they
+    still have, int64 [B, keys], and which of these only fill up a shorter prompt: bool [B, keys],
+    or None.
     """
     stays = pad(text.rows, (past, 0), value=True)
-    valid = valid_keys(past, past_valid, text.rows, text.rows)
     width = past + max(text.counts)
     # Prompts with less text keep something else in its place, so that all end together.
     fill = [width - past - count for count in text.counts]
@@ -50,5 +48,4 @@ def forget_visual(
     )
     for layer, key, value in zip(held, keys, values, strict=True):
         layer.keys, layer.values = key, value
-    padded = past_valid is not None or any(fill)
-    return width, valid.gather(1, indices) if padded else None
+    return indices, ~stays.gather(1, indices) if any(fill) else None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from types import TracebackType
 from typing import Any
-from weakref import WeakSet
 
 from torch import nn
 
@@ -19,9 +19,12 @@ from .positions import POSITIONS
 from .report import Report
 from .towers import TOWERS
 
-__all__ = ["Handle", "apply", "prune", "supported_models"]
+__all__ = ["OUTPUT_ROWS", "Handle", "apply", "handle", "prune", "remove", "supported_models"]
 
-_pruned_models: WeakSet[nn.Module] = WeakSet()
+OUTPUT_ROWS = ("kept", "input")
+
+# By the decoder stack they are at work in. A handle lives as long as the hooks in the model do.
+_handles: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -30,6 +33,7 @@ class Handle:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._removed = False
         self.method = engine.method
 
     def report(self) -> Report:
@@ -45,10 +49,18 @@ class Handle:
     def remove(self) -> None:
         """Take the method out of the model, which then is as it was before. Twice is fine."""
         with _lock:
+            if self._removed:
+                return
+            self._removed = True
             self._engine.detach()
-            _pruned_models.discard(self._engine.parts.text)
+            del _handles[self._engine.parts.text]
 
     def __enter__(self) -> Handle:
+        if self._removed:
+            raise RuntimeError(
+                "this handle was removed, and its method is no longer at work: begin with "
+                "vtp.prune(model, method) again"
+            )
         return self
 
     def __exit__(
@@ -66,6 +78,7 @@ def apply(
     *,
     positions: str = "original",
     backend: str | None = None,
+    output_rows: str = "kept",
 ) -> Handle:
     """Prune visual tokens in every call of `model` that brings images, until `remove()`.
 
@@ -85,6 +98,13 @@ def apply(
         length; or rows close up, in each layer after the rows that layer has.
     backend : None | "native" | "triton" | "reference"
         For the ops, as everywhere in this package.
+    output_rows : "kept" | "input"
+        What `model(**inputs).logits` and `last_hidden_state` have in a call of your own that brings
+        images and asks for all logits: a row for each row that is left, [B, K, V], each prompt's at
+        its end with any padding in front; or one for each row of the input, [B, S, V], in which
+        rows that left are NaN, for code that finds its rows by counting from the front. generate()
+        and logits_to_keep=N (the last N rows) are the same in both. Given a tensor of indices,
+        logits_to_keep means rows of the input, and these stay.
 
     Raises
     ------
@@ -102,20 +122,39 @@ def apply(
         raise TypeError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
     if positions not in POSITIONS:
         raise ValueError(f"positions: got {positions!r}, expected one of {POSITIONS}")
+    if output_rows not in OUTPUT_ROWS:
+        raise ValueError(f"output_rows: got {output_rows!r}, expected one of {OUTPUT_ROWS}")
     parts = parts_of(model)
     check_method(parts, method, positions)
     for op in ENGINE_OPS:
         choose(op, next(parts.text.parameters()), backend)
-    engine = Engine(parts, method, positions, backend)
     with _lock:
-        if parts.text in _pruned_models:
+        if parts.text in _handles:
             raise ValueError(
                 "model: a method is at work in this model already; remove() it before applying "
-                "another"
+                "another (vtp.remove(model), if its handle is lost)"
             )
+        engine = Engine(parts, method, positions, backend, output_rows)
+        engine.handle = Handle(engine)
         engine.attach()
-        _pruned_models.add(parts.text)
-    return Handle(engine)
+        _handles[parts.text] = weakref.ref(engine.handle)
+    return engine.handle
+
+
+def handle(model: nn.Module) -> Handle | None:
+    """The handle of the method that is at work in `model`, None if there is none.
+
+    `model` is what `apply` takes, or a wrapper around it. A copy of a pruned model is a dense one.
+    """
+    reference = _handles.get(parts_of(model).text)
+    return None if reference is None else reference()
+
+
+def remove(model: nn.Module) -> None:
+    """Take the method that is at work out of `model`; nothing happens if there is none."""
+    found = handle(model)
+    if found is not None:
+        found.remove()
 
 
 def prune(
@@ -124,6 +163,7 @@ def prune(
     *,
     positions: str = "original",
     backend: str | None = None,
+    output_rows: str = "kept",
 ) -> Handle:
     """`apply` for a `with` block:
 
@@ -131,7 +171,7 @@ def prune(
         model.generate(**inputs)
     print(run.report())
     """
-    return apply(model, method, positions=positions, backend=backend)
+    return apply(model, method, positions=positions, backend=backend, output_rows=output_rows)
 
 
 def supported_models() -> dict[str, dict[str, Any]]:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from vtp_kernels.methods.base import Method
+from vtp_kernels.ops import _checks
 
 from .cache import check_cache, is_static
 from .families import ModelParts
 from .masks import mask_of
 
-__all__ = ["check_method", "check_prefill"]
+__all__ = ["check_method", "check_padding", "check_prefill"]
 
 
 def check_method(parts: ModelParts, method: Method, positions: str) -> None:
@@ -74,6 +75,23 @@ def check_prefill(parts: ModelParts, arguments: dict[str, Any], cache: Any, past
             "mask [B, S]"
         )
     _refuse_chunked_prefill()
+
+
+def check_padding(padding: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+    """Raise ValueError where a call counts in padding that has left a pruned cache: bool [B, C] and
+    the call's mask bool [B, >= C]. On a GPU it is only read under `vtp.debug(True)`."""
+    if padding is None:
+        return
+    if mask is None:
+        raise ValueError(
+            "attention_mask: the prompts in past_key_values had padding between them, so every "
+            "call that goes on from there needs the mask [B, S] over all rows; got None"
+        )
+    if _checks.may_read(mask) and bool((mask[:, : padding.shape[1]] & padding).any()):
+        raise ValueError(
+            "attention_mask: it counts in rows that were padding when the prompt was read; pruned "
+            "layers no longer have them. Leave them out, as in the mask of the prompt"
+        )
 
 
 def _refuse_chunked_prefill() -> None:

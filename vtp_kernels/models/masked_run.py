@@ -14,13 +14,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .attention import CALL, AttentionShadow
 from .families import ModelParts
 from .policy_attention import PolicyAttention
+from .shadow import StaysBehind
 
 __all__ = ["MaskedRun"]
 
 
-class MaskedRun:
+class MaskedRun(StaysBehind):
     """Attached on `__enter__`, taken off on `__exit__`.
 
     Parameters
@@ -47,6 +49,7 @@ class MaskedRun:
         self.valid: Tensor | None = None
         self.policy: Tensor | None = None
         self.hooks: list[Any] = []
+        self.shadows: list[AttentionShadow] = []
 
     def __enter__(self) -> MaskedRun:
         first = min(self.layers)
@@ -55,7 +58,10 @@ class MaskedRun:
                 continue
             before = functools.partial(self._before_layer, index)
             self.hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            layer.self_attn = PolicyAttention(layer.self_attn)
+            attention = layer.self_attn
+            self.shadows.append(AttentionShadow(attention, index, PolicyAttention(attention)))
+        for shadow in self.shadows:
+            shadow.put()
         return self
 
     def __exit__(
@@ -66,14 +72,18 @@ class MaskedRun:
     ) -> None:
         for hook in self.hooks:
             hook.remove()
+        for shadow in self.shadows:
+            shadow.remove()
         self.hooks.clear()
-        for layer in self.parts.layers:
-            if isinstance(layer.self_attn, PolicyAttention):
-                layer.self_attn = layer.self_attn.replaced
+        self.shadows.clear()
         self.policy = self.valid = None
 
     def _before_layer(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self.idle:
+            return None
         if index in self.layers:
             self.policy = self.decide(index, args[0] if args else kwargs["hidden_states"])
-        given = {"policy": self.policy, "valid": self.valid, "secant": self.secant}
-        return args, kwargs | given
+        return args, kwargs | {CALL: self}
+
+    def attending(self, layer: int, attention: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+        return {"policy": self.policy, "valid": self.valid, "secant": self.secant}

@@ -19,11 +19,13 @@ from transformers.masking_utils import (
 
 __all__ = [
     "causal_mask",
+    "columns_of",
     "mask_of",
     "padding_of",
     "right_aligned",
     "takes_keys_by_mask",
     "valid_keys",
+    "without_padding",
 ]
 
 
@@ -91,6 +93,41 @@ def mask_of(arguments: dict[str, Any]) -> Any:
     return mask.get("full_attention") if isinstance(mask, Mapping) else mask
 
 
+def columns_of(attention_mask: Any, rows: int, past: int | None) -> Tensor | None:
+    """What a call's mask says of all rows that the model was given: bool [B, past + rows], or None
+    if there is no mask. `past` is None where the host does not know it, as with a static cache.
+
+    A mask [B, 1, Q, K], as generate() makes it for static caches, says so in its last row.
+    """
+    if attention_mask is None:
+        return None
+    shape = _shape_of(attention_mask)
+    if len(shape) == 4:
+        if past is not None and rows > 1:
+            raise NotImplementedError(
+                "attention_mask: a 4D mask cannot be carried over to fewer rows; pass the 2D "
+                "padding mask [B, S]"
+            )
+        return _open(attention_mask[:, 0, -1])
+    if past is not None and shape[1] != past + rows:
+        raise ValueError(
+            f"attention_mask: expected [B, {past + rows}], a column for each of the {past} rows "
+            f"given before and the {rows} of this call, got {list(shape)}"
+        )
+    return attention_mask.ne(0)
+
+
+def without_padding(config: Any, mask: Tensor | None, own: Any) -> bool:
+    """Whether `mask` bool [B, C], that of the call, leaves nothing out; False where nobody looked.
+    `own` is what the model made of it for its layers: none, with some kinds of attention, where it
+    looked and found no padding."""
+    if mask is None:
+        return True
+    if config._attn_implementation in ALL_MASK_ATTENTION_FUNCTIONS:
+        return own is None
+    return bool(mask.all())  # the model makes no mask for these, whatever it says
+
+
 def padding_of(attention_mask: Any, rows: int, past: int) -> Tensor | None:
     """Which of a call's `rows` new rows are real: bool [B, rows], or None if no mask was given.
 
@@ -99,16 +136,24 @@ def padding_of(attention_mask: Any, rows: int, past: int) -> Tensor | None:
     """
     if attention_mask is None:
         return None
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
-        shape = getattr(attention_mask, "shape", None)
-        raise NotImplementedError(
-            f"attention_mask: expected a tensor [B, S] or [B, 1, Q, S], got "
-            f"{type(attention_mask).__name__} {shape if shape is None else tuple(shape)}"
-        )
-    if attention_mask.dim() == 2:
-        return attention_mask[:, -rows:].bool()
-    own_key = attention_mask[:, 0].diagonal(offset=past, dim1=1, dim2=2)[:, :rows]
-    return own_key if own_key.dtype == torch.bool else own_key == 0
+    if len(_shape_of(attention_mask)) == 2:
+        return attention_mask[:, -rows:].ne(0)
+    return _open(attention_mask[:, 0].diagonal(offset=past, dim1=1, dim2=2)[:, :rows])
+
+
+def _shape_of(attention_mask: Any) -> torch.Size:
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() in (2, 4):
+        return attention_mask.shape
+    shape = getattr(attention_mask, "shape", None)
+    raise NotImplementedError(
+        f"attention_mask: expected a tensor [B, S] or [B, 1, Q, S], got "
+        f"{type(attention_mask).__name__} {shape if shape is None else tuple(shape)}"
+    )
+
+
+def _open(part: Tensor) -> Tensor:
+    """Of a mask that holds bools, or what is added to the logits: where it lets attention pass."""
+    return part.ne(0) if part.dtype == torch.bool else part == 0
 
 
 def right_aligned(totals: list[int] | None, counts: Tensor, width: int) -> Tensor | None:

@@ -21,8 +21,8 @@ class Observation:
     """
 
     def __init__(self, attention: nn.Module, arguments: dict[str, Any]) -> None:
-        self.attention = getattr(attention, "replaced", attention)
-        self.all_heads = all_heads(self.attention)
+        self.attention = attention
+        self.all_heads = all_heads(attention)
         self.hidden: Tensor = arguments["hidden_states"]
         self.cos, self.sin = arguments["position_embeddings"]
         self.cache = arguments.get("past_key_values")

@@ -7,6 +7,7 @@ weight exp(A_ij) M_ij / sum_k exp(A_ik) M_ik (LVPruning, arXiv 2501.13652, secti
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -162,6 +163,7 @@ class PolicyAttention(StandIn):
 
     def attend(
         self,
+        plain: Callable[..., Any],
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         past_key_values: Any,

@@ -6,15 +6,19 @@ in different threads do not meet.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vtp_kernels.methods.base import Method
 from vtp_kernels.ops import compact_rows, select_topk
 from vtp_kernels.selection import Selection
 
+from .asked import rows_asked_for
+from .attention import AttentionShadow
 from .cache import (
     CacheState,
     KeyRows,
@@ -27,9 +31,10 @@ from .cache import (
 from .counts import Counts, added, on_host
 from .families import ModelParts
 from .forgetting import Text, forget_visual
-from .limits import check_prefill
+from .limits import check_padding, check_prefill
 from .masks import (
     causal_mask,
+    columns_of,
     mask_of,
     padding_of,
     right_aligned,
@@ -37,8 +42,8 @@ from .masks import (
     valid_keys,
 )
 from .observation import Observation
-from .packing import Packing
-from .positions import close_up
+from .packing import Packing, others_look_into
+from .positions import close_up, rows_that_left
 from .report import PrefillRecord, StageRecord
 from .rows import Kept, PromptRows
 from .vision import PromptVision, seen_of
@@ -69,9 +74,11 @@ class Prefill:
         method: Method,
         positions: str,
         backend: str | None,
+        shadows: Mapping[int, AttentionShadow],
         arguments: dict[str, Any],
     ) -> None:
         self.parts, self.method, self.positions, self.backend = parts, method, positions, backend
+        self.shadows = shadows
         self.placeholders = visual = parts.visual_tokens(arguments)
         # None: the tower runs within this call, and tells it.
         self.seen = seen_of(arguments) if method.vision_source() is not None else None
@@ -80,25 +87,29 @@ class Prefill:
         self.past = 0 if cache is None else int(cache.get_seq_length())
         check_prefill(parts, arguments, cache, self.past)
 
-        logits_to_keep = arguments.get("logits_to_keep", 0)
-        self.drafts = max(logits_to_keep, 1) - 1 if isinstance(logits_to_keep, int) else 0
+        self.asked = rows_asked_for(arguments.get("logits_to_keep", 0), rows, visual.device)
         mask = mask_of(arguments)
         valid = padding_of(mask, rows, self.past)
         # Rows whose logits are asked for have to be there in the end, whatever they are.
-        asked = torch.arange(rows, device=visual.device) >= rows - 1 - self.drafts
+        asked = self.asked.rows
         visual = visual & ~asked if valid is None else visual & valid & ~asked
+        past_state = cache.vtp if isinstance(cache, PrunedCache) else None
         past_valid = None
-        if self.past and mask is not None and mask.shape[1] == self.past + rows:
-            past_valid = mask[:, : self.past].bool()
+        if self.past:
+            columns = columns_of(mask, rows, self.past)
+            check_padding(None if past_state is None else past_state.padding, columns)
+            past_valid = None if columns is None else columns[:, : self.past]
         self._read_counts(visual, valid, past_valid)
 
         self.visual = self.prompt_visual = visual
         self.prompt_valid = self.valid
         self.origin = torch.arange(rows, device=visual.device).expand(batch, rows)
         self.ordinal = visual.cumsum(1) - 1
-        self.decision_layers = frozenset(method.decision_layers(len(parts.layers)))
-        self.forgetful_layers = frozenset(method.forgetful_layers(len(parts.layers)))
-        self.passive_layers = method.passive_layers(len(parts.layers))
+        depth = len(parts.layers)
+        self.decision_layers = frozenset(method.decision_layers(depth))
+        self.observed_layers = frozenset(method.observed_layers(depth))
+        self.forgetful_layers = frozenset(method.forgetful_layers(depth))
+        self.passive_layers = method.passive_layers(depth)
         # Whether the model's own masks do not serve even before rows leave: layer 0, for whose keys
         # it makes them, has fewer than others, or they would let unused slots be read.
         self.uneven = (
@@ -110,11 +121,14 @@ class Prefill:
 
         self.observation: Observation | None = None
         self.packing: Packing | None = None  # where much padding came with the rows that left
+        self.packed: Packing | None = None  # of the layer that runs
+        self.entered = -1  # the layer that runs
+        self.attended = -1  # the last layer whose attention asked what to do
         self.embeddings: tuple[Tensor, Tensor] | None = None  # the model's own, until rows leave
         self.row_positions: Tensor | None = None  # only where rows close up
-        self.shift: Tensor | None = None
+        self.left: Tensor | None = None  # bool [B, columns of the prompt], there too
         self.cache: Any = None
-        self.past_state: CacheState | None = None
+        self.past_state = past_state
         self.key_rows: dict[tuple[int, int], KeyRows] = {}  # by (rows of the past, stage)
         self.inputs: dict[int, dict[str, Any]] = {}  # by id of the KeyRows
         self.layer_keys: list[KeyRows | None] = []
@@ -147,17 +161,27 @@ class Prefill:
 
     # ---- called by the hooks, layer by layer --------------------------------------------------
 
-    def observe(self, attention: torch.nn.Module, arguments: dict[str, Any]) -> None:
-        """Note what an attention module is given, for the decision before the next layer."""
-        packing = arguments.get("packing")
-        if packing is not None:
-            arguments = arguments | {"hidden_states": packing.unpack(arguments["hidden_states"])}
-        self.observation = Observation(attention, arguments)
+    def attending(
+        self, layer: int, attention: torch.nn.Module, given: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        """What a layer's stand-in needs besides the arguments `given` to its attention; None where
+        that runs as it is. Notes them, where the decision before the next layer is to see them."""
+        self.attended = layer
+        if layer in self.observed_layers:
+            seen = dict(given)
+            if self.packed is not None:
+                seen["hidden_states"] = self.packed.unpack(given["hidden_states"])
+            self.observation = Observation(attention, seen)
+        if layer in self.passive_layers:
+            return self.passive_inputs(layer)
+        return None if self.packed is None else {"packing": self.packed}
 
     def enter(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The rows that `layer` runs on; `arguments`, its other inputs, are changed to match."""
         if layer == 0:
             self._open_cache(arguments.get("past_key_values"))
+        self._check_attended()
+        self.entered = layer
         past = past_length(self.cache, layer) if self.past else 0
         if layer in self.decision_layers:
             if torch.is_grad_enabled() and hidden.requires_grad:
@@ -182,10 +206,23 @@ class Prefill:
                 hidden[:, : self._rows_of_one().text.rows.shape[1]] if leaves_one else hidden
             )
             arguments.update(self._inputs_of(keys, layer, past, attending, arguments))
+        self.packed = None
         if self.packing is not None and passive is None:
-            arguments["packing"] = self.packing
-            return self.packing.pack(hidden)
+            if not others_look_into(self.parts.layers[layer], self.shadows.get(layer)):
+                self.packed = self.packing
+                return self.packing.pack(hidden)
         return hidden
+
+    def _check_attended(self) -> None:
+        """Whether the layer before had the attention that it was to have."""
+        layer = self.entered
+        if layer in self.observed_layers or layer in self.passive_layers:
+            if self.attended != layer:
+                raise RuntimeError(
+                    f"layer {layer}: the forward of its self_attn was replaced while a method is "
+                    f"at work, and {type(self.method).__name__} needs what was there; call it from "
+                    "the new one, or remove() the method first and apply it anew"
+                )
 
     def passive_inputs(self, layer: int) -> dict[str, Any]:
         """What a stand-in with passive visual tokens needs to know besides the layer's inputs."""
@@ -197,8 +234,10 @@ class Prefill:
 
     def finish(self) -> PrefillRecord:
         """Forgets what is to be forgotten, after the last layer. What report() needs."""
+        self._check_attended()
         if self.cache is not None:
             self._forget()
+            self._note_padding()
         return PrefillRecord(
             config=self.parts.text.config,
             method=self.method,
@@ -213,6 +252,15 @@ class Prefill:
             forgotten=frozenset(self.forgotten),
             memory=self.memory,
         )
+
+    def in_input_rows(self, hidden: Tensor) -> Tensor:
+        """What the model puts out for the rows left, [B, K, C], where they stood in the input:
+        [B, S, C]. Rows that left are not a number."""
+        batch, rows = self.prompt_visual.shape
+        places = self.origin if self.valid is None else torch.where(self.valid, self.origin, rows)
+        spread = hidden.new_full((batch, rows + 1, hidden.shape[2]), torch.nan)
+        places = places[..., None].expand(-1, -1, hidden.shape[2])
+        return spread.scatter(1, places, hidden)[:, :rows]
 
     # ---- one layer ----------------------------------------------------------------------------
 
@@ -230,15 +278,20 @@ class Prefill:
         state = CacheState(
             layers=self.layer_keys,  # fills as layers are entered
             removed=0,
-            prompt=self.past + self.prompt_visual.shape[1] - self.drafts,
-            padded=self.prompt_valid is not None or self.past_mask is not None,
+            prompt=self.past + self.prompt_visual.shape[1] - self.asked.drafts,
         )
-        if isinstance(cache, PrunedCache):
-            self.past_state = cache.vtp
-            state.removed = cache.vtp.removed
-            state.prompt -= cache.vtp.removed
-            state.padded |= cache.vtp.padded
+        if self.past_state is not None:
+            state.removed = self.past_state.removed
+            state.prompt -= state.removed
+            state.padding = self.past_state.padding
         prune_cache(cache, state)
+
+    def _note_padding(self) -> None:
+        """Columns of padding that layers no longer have, for later calls."""
+        state = self.cache.vtp
+        if self.prompt_valid is None or not any(self.layer_keys):
+            return
+        state.padding = self._behind(state.padding, ~self.prompt_valid)
 
     def _rows_of_text(self) -> Text:
         """The same object for all layers between two decisions."""
@@ -256,13 +309,15 @@ class Prefill:
             groups.setdefault((past, id(text), id(before)), []).append(layer)
         for layers in groups.values():
             first = layers[0]
-            past, past_valid = self.past_rows[first] if self.past else (0, None)
+            past, _ = self.past_rows[first] if self.past else (0, None)
             held = [self.cache.layers[layer] for layer in layers]
             keys = held[0].keys.shape[2]
-            width, valid = forget_visual(
-                held, self.forgotten[first], past, past_valid, self.backend
-            )
-            rows = KeyRows(valid, self.layer_keys[first].shift)
+            indices, filled = forget_visual(held, self.forgotten[first], past, self.backend)
+            width, before = indices.shape[1], self.layer_keys[first]
+            columns = before.columns_of(keys).gather(1, indices)
+            if filled is not None:
+                columns = columns.masked_fill(filled, -1)
+            rows = KeyRows(columns, self._end, filled is not None or before.filled, before.left)
             for layer in layers:
                 self.layer_keys[layer] = rows
             if first == 0:
@@ -280,7 +335,7 @@ class Prefill:
             visual_now=self.visual_now,
             text_now=self.text_now,
             text_before=self.text_before,
-            drafts=self.drafts,
+            drafts=self.asked.drafts,
             columns=self.prompt_visual.shape[1],
             memory=self.memory,
             observation=self.observation,
@@ -322,6 +377,7 @@ class Prefill:
         )
         width, totals = indices.shape[1], added(kept.text, kept.visual)
         self.valid = right_aligned(totals, counts, width)
+        self.asked.check(self.origin, self.valid, type(self.method).__name__, layer)
         self.packing = None
         if totals is not None and sum(totals) < sum(self.real_at_start):
             self.packing = Packing.of(totals, width, hidden.device)
@@ -329,20 +385,21 @@ class Prefill:
         self.text = self.one = None
         self.text_now, self.visual_now = kept.text, kept.visual
         if self.positions == "contiguous":
-            self._close_up(hidden, arguments)
+            self._close_up(arguments)
         if layer == 0 and self.cache is not None:
             self._shorten(rows - width)
         self.stages.append(StageRecord(layer, kept.text, kept.visual, self.origin, self.valid))
         return hidden
 
-    def _close_up(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
+    def _close_up(self, arguments: dict[str, Any]) -> None:
         if self.row_positions is None:
             self.model_positions = arguments["position_ids"].expand(self.prompt_visual.shape)
         prompt = self.prompt_valid
         if prompt is None:
             prompt = torch.ones_like(self.prompt_visual)
         real = torch.ones_like(self.visual) if self.valid is None else self.valid
-        self.row_positions, self.shift = close_up(self.model_positions, self.origin, real, prompt)
+        self.row_positions = close_up(self.model_positions, self.origin, real, prompt)
+        self.left = rows_that_left(self.origin, real, prompt)
 
     # ---- what a layer gets instead of the model's own mask and positions ----------------------
 
@@ -373,14 +430,20 @@ class Prefill:
         self.cache.vtp.removed += rows
         self.cache.vtp.prompt -= rows
 
+    @property
+    def _end(self) -> int:
+        """The column of the row after this call's."""
+        return self.past + self.prompt_visual.shape[1]
+
     def _keys_of_one(self, layer: int, past: int) -> KeyRows:
         before = self.past_state.layers[layer] if self.past_state else None
         key = (id(before), -1)
         if key not in self.key_rows:
             one = self._rows_of_one()
-            past_valid = self._past_valid(layer, past)
-            valid = valid_keys(past, past_valid, one.valid, one.text.rows)
-            self.key_rows[key] = KeyRows(valid, None if before is None else before.shift)
+            (origin,) = compact_rows(
+                (self.origin,), *one.selection, align="right", backend=self.backend
+            )
+            self.key_rows[key] = self._key_rows(before, past, origin, one.valid)
         return self.key_rows[key]
 
     def _keys_of(self, layer: int, past: int) -> KeyRows | None:
@@ -390,18 +453,44 @@ class Prefill:
             return None
         key = (id(before), len(self.stages))
         if key not in self.key_rows:
-            valid = valid_keys(past, self._past_valid(layer, past), self.valid, self.visual)
-            shift = self.shift
-            if before is not None and before.shift is not None:
-                shift = before.shift if shift is None else before.shift + shift
-            self.key_rows[key] = KeyRows(valid, shift)
+            self.key_rows[key] = self._key_rows(before, past, self.origin, self.valid)
         return self.key_rows[key]
 
+    def _key_rows(
+        self, before: KeyRows | None, past: int, origin: Tensor, valid: Tensor | None
+    ) -> KeyRows:
+        """`past` keys that came earlier, and behind them rows of this call."""
+        columns = origin + self.past
+        if valid is not None:
+            columns = columns.masked_fill(~valid, -1)
+        if past:
+            if before is None:
+                earlier = torch.arange(past, device=origin.device).expand(len(origin), -1)
+            else:
+                earlier = before.columns_of(past)
+            columns = torch.cat((earlier, columns), dim=1)
+        filled = valid is not None or (before is not None and before.filled)
+        left = None if before is None else before.left
+        if self.left is not None:
+            left = self._behind(left, self.left)
+        return KeyRows(columns, self._end, filled, left)
+
+    def _behind(self, before: Tensor | None, now: Tensor) -> Tensor:
+        """What is said of earlier columns, bool [B, at most past], and of this call's behind it."""
+        if before is None:
+            before = now.new_zeros(len(now), self.past)
+        return torch.cat((pad(before, (0, self.past - before.shape[1])), now), dim=1)
+
     def _past_valid(self, layer: int, past: int) -> Tensor | None:
+        """Which keys that came earlier count under this call's mask: bool [B, past], None: all."""
         if not past:
             return None
         before = self.past_state.layers[layer] if self.past_state else None
-        return self.past_mask if before is None else before.valid_keys(past)
+        return self.past_mask if before is None else before.valid_keys(past, self.past_mask)
+
+    def _past_shift(self, layer: int) -> Tensor | None:
+        before = self.past_state.layers[layer] if self.past_state else None
+        return None if before is None else before.shift(self.past_mask)
 
     def _inputs_of(
         self, keys: KeyRows, layer: int, past: int, hidden: Tensor, arguments: dict[str, Any]
@@ -412,17 +501,26 @@ class Prefill:
             length = past + hidden.shape[1]
             if static:
                 length = self.cache.layers[layer].max_cache_len
+                keys.columns_of(length)  # of one size for every step: compiled code is made for it
+            rows = self.visual
+            now = self.valid
+            if hidden.shape[1] < rows.shape[1]:  # text and one visual token
+                now, rows = self._rows_of_one().valid, self._rows_of_one().text.rows
+            valid = valid_keys(past, self._past_valid(layer, past), now, rows)
+            if valid is not None:
+                valid = pad(valid, (0, length - valid.shape[1]), value=True)
             mask = causal_mask(
                 self.parts.text.config,
                 hidden,
                 past=past,
                 key_length=length,
-                valid=keys.valid_keys(length),
+                valid=valid,
                 static=static,
             )
             embeddings = self.embeddings or arguments["position_embeddings"]
-            if keys.shift is not None:
-                embeddings = self._rotary(layer, hidden, arguments)
+            shift = self._past_shift(layer)
+            if shift is not None or self.row_positions is not None:
+                embeddings = self._rotary(hidden, arguments, shift)
             # No position_ids: rows with gaps between them look like packed sequences to
             # transformers, which FlashAttention would then take apart, waiting for the GPU.
             self.inputs[id(keys)] = {
@@ -432,11 +530,10 @@ class Prefill:
             }
         return self.inputs[id(keys)]
 
-    def _rotary(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Any:
+    def _rotary(self, hidden: Tensor, arguments: dict[str, Any], shift: Tensor | None) -> Any:
         positions = self.row_positions
         if positions is None:
             positions = arguments["position_ids"]
-        before = self.past_state.layers[layer] if self.past_state else None
-        if before is not None and before.shift is not None:
-            positions = positions - before.shift
+        if shift is not None:
+            positions = positions - shift
         return self.parts.text.rotary_emb(hidden, position_ids=positions)

@@ -8,7 +8,6 @@ kept here, so calls in different threads do not meet.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from vtp_kernels.ops import attention_scores, cls_inflection, inflection
 from vtp_kernels.selection import Selection
 
 from .counts import moved, on_device
+from .shadow import Shadow, StaysBehind
 
 __all__ = ["SOURCES", "PromptVision", "Seen", "VisionWatch", "seen_of"]
 
@@ -60,7 +60,21 @@ def seen_of(arguments: dict[str, Any]) -> Seen | None:
     return getattr(encoded.get("image"), SEEN, None)
 
 
-class VisionWatch:
+class EncodingShadow(Shadow):
+    """In front of a model's `get_image_features`: shows a watch what goes in and comes out."""
+
+    def __init__(self, base: nn.Module, watch: VisionWatch) -> None:
+        super().__init__(base, "get_image_features")
+        self.watch = watch
+        self.signature = inspect.signature(self.original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = self.signature.bind(*args, **kwargs).arguments
+        more = given.pop("kwargs", {})
+        return self.watch.encode(self.original, given | more, args, kwargs)
+
+
+class VisionWatch(StaysBehind):
     """Watches a model's `get_image_features` while a method is applied.
 
     Parameters
@@ -78,18 +92,8 @@ class VisionWatch:
         self.hooks: list[Any] = []
 
     def attach(self) -> None:
-        base = self.base
-        self.before = vars(base).get("get_image_features")
-        original = base.get_image_features
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def get_image_features(*args: Any, **kwargs: Any) -> Any:
-            given = signature.bind(*args, **kwargs).arguments
-            more = given.pop("kwargs", {})
-            return self._encode(original, given | more, args, kwargs)
-
-        base.get_image_features = get_image_features
+        self.shadow = EncodingShadow(self.base, self)
+        self.shadow.put()
         if self.source == "attention":
             for attention in self.tower.attentions:
                 hook = attention.register_forward_pre_hook(self._look, with_kwargs=True)
@@ -99,16 +103,14 @@ class VisionWatch:
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
-        del self.base.get_image_features
-        if self.before is not None:
-            self.base.get_image_features = self.before
+        self.shadow.remove()
 
     def expect(self, call: Any) -> None:
         """What is seen in this thread from now on belongs to `call`, to its `seen`; None: to no
         call that has begun."""
         self.now.call = call
 
-    def _encode(self, original: Any, given: dict[str, Any], args: Any, kwargs: Any) -> Any:
+    def encode(self, original: Any, given: dict[str, Any], args: Any, kwargs: Any) -> Any:
         now = self.now
         now.scores = None
         now.scoring = self.tower.scoring(given) if self.source == "attention" else None
@@ -125,6 +127,8 @@ class VisionWatch:
 
     def _look(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before an attention of the tower runs: what its tokens get from the scoring rows."""
+        if self.idle:
+            return
         now = self.now
         if getattr(now, "scoring", None) is not module:
             return

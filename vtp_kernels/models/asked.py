@@ -1,0 +1,66 @@
+"""The rows whose logits a call asks for: they have to be there in the end, whatever they are."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vtp_kernels.ops import _checks
+
+__all__ = ["Asked", "rows_asked_for"]
+
+
+class Asked(NamedTuple):
+    """Of a call of S rows."""
+
+    rows: Tensor
+    """bool [S]: the rows that are asked for."""
+    drafts: int
+    """Rows behind the last prompt token: drafts of assisted decoding."""
+    all: bool
+    """Whether all are, as far as they are left: `rows` names the last one alone."""
+    by_index: bool
+    """Whether the model takes them by their index among S rows, and not from the end."""
+
+    def check(self, origin: Tensor, valid: Tensor | None, method: str, layer: int) -> None:
+        """Raise ValueError if one has left. `origin` int64 [B, K] says which rows are there, where
+        `valid` bool [B, K] says that they are no padding. Reads them, and only where rows are asked
+        for by index."""
+        if not self.by_index:
+            return
+        width = len(self.rows)
+        places = origin if valid is None else torch.where(valid, origin, width)
+        here = torch.zeros(len(origin), width + 1, dtype=torch.bool, device=origin.device)
+        here.scatter_(1, places, True)
+        gone = (self.rows & ~here[:, :width]).nonzero()
+        if len(gone):
+            prompt, row = gone[0].tolist()
+            raise ValueError(
+                f"logits_to_keep: it asks for row {row} of every prompt, and {method} lets that of "
+                f"prompt {prompt} leave before layer {layer}; ask for the last rows by a number, "
+                "or use a method that keeps all text"
+            )
+
+
+def rows_asked_for(logits_to_keep: Any, rows: int, device: torch.device) -> Asked:
+    """`logits_to_keep` is the model's argument: how many of the last rows, 0 for all that are left;
+    or a tensor of indices among the `rows` of the call, or bool [S].
+
+    Raises IndexError for indices that are not there.
+    """
+    places = torch.arange(rows, device=device)
+    if not isinstance(logits_to_keep, Tensor):
+        drafts = max(logits_to_keep or 1, 1) - 1
+        return Asked(places >= rows - 1 - drafts, drafts, not logits_to_keep, False)
+    asked = places == rows - 1
+    index = logits_to_keep.to(device)
+    if index.dtype == torch.bool:
+        if index.shape != (rows,):
+            raise IndexError(f"logits_to_keep: expected bool [{rows}], got {list(index.shape)}")
+        return Asked(asked | index.ne(0), 0, False, True)
+    index = index.reshape(-1).long()
+    if _checks.may_read(index) and bool(((index < -rows) | (index >= rows)).any()):
+        raise IndexError(f"logits_to_keep: there are {rows} rows, got {logits_to_keep.tolist()}")
+    return Asked(asked.index_fill(0, index % rows, True), 0, False, True)
