@@ -5,7 +5,7 @@ import torch
 from compiled_decoding import Graphs, compiled_decoding
 from masked_reference import MaskedReference
 from pruning_methods import NAMES, ONLY_ROWS_LEAVE, pruning_method
-from test_generation import DETAILS, GREEDY, assert_same, next_turn
+from test_generation import DETAILS, GREEDY, assert_same, leave_out_endings, next_turn
 from tiny_llava import ENCODES_FIRST, IMAGE, prompt
 from tiny_models import FAMILIES, VIDEO
 
@@ -148,7 +148,9 @@ def test_inputs_embeds(family, models):
     assert torch.equal(logits, expected)
 
 
-def test_a_further_turn_of_text(family, models):
+@pytest.mark.parametrize("early", [False, True])
+def test_a_further_turn_of_text(family, models, early):
+    """Where answers ended early, the next turn leaves out what filled them up."""
     inputs = family.batch(models["sdpa"], *BATCHES["padded"])
     turns = [prompt(0, n, seed=n) for n in (2, 5, 0, 7)]
     settings = GREEDY | DETAILS | {"suppress_tokens": [IMAGE, VIDEO]}
@@ -156,6 +158,8 @@ def test_a_further_turn_of_text(family, models):
     def talk(model):
         first = model.generate(**inputs, **settings)
         more = next_turn(first.sequences, inputs["attention_mask"], turns)
+        if early:
+            leave_out_endings(more["attention_mask"], inputs["input_ids"].shape[1])
         if family.types:
             types = inputs["mm_token_type_ids"]
             added = more["input_ids"].shape[1] - types.shape[1]

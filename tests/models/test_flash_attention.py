@@ -13,7 +13,7 @@ import pytest
 import torch
 from masked_reference import MaskedReference
 from pruning_methods import NAMES, ONLY_ROWS_LEAVE, pruning_method
-from test_generation import DETAILS, GREEDY, METHOD, assert_same, next_turn
+from test_generation import DETAILS, GREEDY, METHOD, assert_same, leave_out_endings, next_turn
 from tiny_llava import BATCHES, IMAGE, one, prompt, three, tiny_llava
 from transformers import modeling_flash_attention_utils as flash_utils
 
@@ -115,15 +115,20 @@ def test_ways_to_generate(flash, sdpa, settings):
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
 
 
+@pytest.mark.parametrize("make", [one, three])
+@pytest.mark.parametrize("rows", ["one row", "some rows"])
 @pytest.mark.parametrize("positions", ["original", "contiguous"])
-def test_a_further_turn(flash, sdpa, positions):
+def test_a_further_turn(flash, sdpa, positions, rows, make):
     """With padding in the middle of conversations, in layers of different lengths."""
-    inputs, outputs = three(), []
-    turns = [prompt(0, n, seed=n) for n in (2, 5, 0, 7)]
+    inputs, outputs = make(), []
+    turns = [prompt(0, n, seed=n) for n in (2, 5, 0, 7)][: len(inputs["input_ids"])]
+    if rows == "one row":
+        turns = [tokens[:1] for tokens in turns]
     for model in (flash, sdpa):
         with vtp.prune(model, METHOD, positions=positions):
             first = model.generate(**inputs, **SETTINGS)
             more = next_turn(first.sequences, inputs["attention_mask"], turns)
+            leave_out_endings(more["attention_mask"], inputs["input_ids"].shape[1])
             outputs.append(
                 model.generate(**more, past_key_values=first.past_key_values, **SETTINGS)
             )

@@ -302,6 +302,14 @@ def next_turn(sequences, mask, turns):
     return {"input_ids": torch.cat((sequences, ids), dim=1), "attention_mask": mask}
 
 
+def leave_out_endings(mask, start):
+    """Mask the ends of answers that begin in column `start`, as where those of a batch end early
+    and generate() fills them up: prompt b's b + 2 tokens early."""
+    end = start + GREEDY["max_new_tokens"]
+    for b in range(len(mask)):
+        mask[b, max(end - b - 2, start + 1) : end] = 0
+
+
 CONVERSATION = {
     "pyramid": (METHOD, STAGES),
     "random": (vtp.RandomPruning(0, 0.3), {0: 0.3}),

@@ -30,6 +30,7 @@ from .attention import (
 from .cache import PrunedCache
 from .continuation import Continuation
 from .families import ModelParts
+from .packing import is_known_forward
 from .prefill import Prefill
 from .report import PrefillRecord
 from .shadow import StaysBehind
@@ -70,6 +71,7 @@ class Engine(StaysBehind):
         self.passive_layers = dict(method.passive_layers(depth))
         first = min(method.decision_layers(depth), default=depth)
         self.packed_layers = frozenset(range(first, depth)) - self.passive_layers.keys()
+        self._check_forwards()
         self.watch: VisionWatch | None = None
         if method.vision_source() is not None:
             tower = tower_of(parts.family, parts.base)
@@ -89,6 +91,17 @@ class Engine(StaysBehind):
         self.shadows: dict[int, AttentionShadow] = {}  # by layer
         self._hooks: list[Any] = []
         self._warned = False
+
+    def _check_forwards(self) -> None:
+        for layer, passive in self.passive_layers.items():
+            attention = self.parts.layers[layer].self_attn
+            if not passive.leaves_one and not is_known_forward(attention):
+                raise NotImplementedError(
+                    f"layer {layer}: the forward of its self_attn was replaced by one of your own, "
+                    f"and {type(self.method).__name__} computes another attention there, in which "
+                    "visual tokens are passive; put yours on after the method, so that it calls "
+                    "what it finds, or leave these layers alone"
+                )
 
     def attach(self) -> None:
         parts, hooks = self.parts, self._hooks

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .counts import moved
 from .shadow import Shadow
 
-__all__ = ["Packing", "others_look_into"]
+__all__ = ["Packing", "is_known_forward", "others_look_into"]
 
 # Whose hooks take rows in any shape.
 KNOWN = ("vtp_kernels", "transformers", "accelerate", "torch.distributed")
@@ -66,7 +66,7 @@ def others_look_into(layer: nn.Module, shadow: Shadow | None) -> bool:
     packed rows where they expect a batch. `shadow` stands in front of the forward of its attention.
     (Hooks behind the layer are shown the batch.)"""
     if shadow is None or not shadow.first or not _is_known(shadow.module, shadow.before):
-        return True
+        return True  # somebody has put something in front of the attention, or had before
     for module in layer.modules():
         hooks = [*module._forward_pre_hooks.values()]
         if module is not layer:
@@ -77,6 +77,11 @@ def others_look_into(layer: nn.Module, shadow: Shadow | None) -> bool:
         if forward is not shadow and not _is_known(module, forward):
             return True
     return False
+
+
+def is_known_forward(module: nn.Module) -> bool:
+    """Whether nobody has given a module a forward of their own."""
+    return _is_known(module, vars(module).get("forward"))
 
 
 def _is_known(module: nn.Module, forward: Any) -> bool:

@@ -47,7 +47,8 @@ class Shadow:
         self.module, self.name = module, name
         self.before = vars(module).get(name)  # None: the method of its class
         self.original = getattr(module, name)
-        functools.update_wrapper(self, self.original)  # for whoever asks for the signature
+        # For whoever asks for the signature.
+        functools.update_wrapper(self, self.original, updated=())
 
     def put(self) -> None:
         setattr(self.module, self.name, self)
