@@ -382,7 +382,7 @@ def test_report_counts_text_that_left(models, name):
         assert report.visual_tokens_per_layer[layer] == (stage & visual).sum(1).tolist()
         held = cache.vtp.layers[layer]
         keys = cache.layers[layer].keys.shape[2]
-        valid = held.valid_keys(keys) if held is not None else None
+        valid = held.valid_keys(keys, None) if held is not None else None
         held_now = real.sum(1) if held is None else torch.full((4,), keys)
         held_now = held_now if valid is None else valid.sum(1)
         assert report.kv_tokens_per_layer[layer] == held_now.tolist()

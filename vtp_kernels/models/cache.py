@@ -167,6 +167,10 @@ class PrunedCache:
 
     def reset(self) -> None:
         super().reset()
+        self.forget()
+
+    def forget(self) -> None:
+        """Be a plain cache again."""
         self.__class__ = self._plain_class()
         del self.vtp
 

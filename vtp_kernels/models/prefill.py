@@ -237,7 +237,10 @@ class Prefill:
         self._check_attended()
         if self.cache is not None:
             self._forget()
-            self._note_padding()
+            if any(self.layer_keys):
+                self._note_padding()
+            else:
+                self.cache.forget()  # the model's own masks are right in every layer
         return PrefillRecord(
             config=self.parts.text.config,
             method=self.method,
@@ -289,9 +292,8 @@ class Prefill:
     def _note_padding(self) -> None:
         """Columns of padding that layers no longer have, for later calls."""
         state = self.cache.vtp
-        if self.prompt_valid is None or not any(self.layer_keys):
-            return
-        state.padding = self._behind(state.padding, ~self.prompt_valid)
+        if self.prompt_valid is not None:
+            state.padding = self._behind(state.padding, ~self.prompt_valid)
 
     def _rows_of_text(self) -> Text:
         """The same object for all layers between two decisions."""
