@@ -9,7 +9,7 @@ from weakref import WeakSet
 
 from torch import nn
 
-from vtp_kernels.methods import METHODS, Method
+from vtp_kernels.methods import METHODS, Method, method_of
 from vtp_kernels.ops._dispatch import choose
 
 from .engine import ENGINE_OPS, Engine
@@ -98,8 +98,7 @@ def apply(
         already, or `backend` is unknown. Later, in calls with images: labels, output_attentions,
         prefill_chunk_size, right padding. With output_hidden_states, later layers have fewer rows.
     """
-    if not isinstance(method, Method):
-        raise TypeError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
+    method = method_of(method)
     if positions not in POSITIONS:
         raise ValueError(f"positions: got {positions!r}, expected one of {POSITIONS}")
     parts = parts_of(model)
