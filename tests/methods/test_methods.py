@@ -4,6 +4,7 @@ import json
 from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
+import torch
 
 import vtp_kernels as vtp
 from vtp_kernels.methods import METHODS, Method, load_method
@@ -55,6 +56,8 @@ def test_to_dict_is_plain():
     [
         ({}, '"method"'),
         ([], '"method"'),
+        ({"method": ["fastv"]}, '"method"'),
+        ({"method": "schedule"}, r"Schedule needs \['keep'\]"),
         ({"method": "fastvv"}, r"no method 'fastvv'.*'fastv', .*'pyramiddrop', 'random'"),
         (
             {"method": "fastv", "ratio": 0.5},
@@ -65,6 +68,35 @@ def test_to_dict_is_plain():
 def test_descriptions_that_make_no_method(values, message):
     with pytest.raises(ValueError, match=message):
         Method.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is no JSON that can be read: Expecting value"),
+        ('{"method": "fastv"', "is no JSON that can be read: Expecting"),
+        ("[" * 100_000, "is no JSON that can be read"),
+        ('{"method": "fastv", "keep": 1, "keep": 2}', r"has the keys \['keep'\] twice"),
+        ("[1]", r': a method description needs the key "method".* got \[1\]'),
+        ('"fastv"', ": a method description needs the key"),
+        ('{"method": "fastv", "layer": "2"}', r": FastV\.layer: a layer is an int, got '2'"),
+        ('{"method": "fastv", "keep": NaN}', r": FastV\.keep"),
+        ('{"method": "pyramiddrop", "layers": 8}', r": PyramidDrop\.layers: expected layers"),
+        ('{"method": "visipruner", "decision": "fixed", "schedule": {"keep": 1}}', "needs the key"),
+    ],
+)
+def test_a_file_that_holds_no_method_is_named(tmp_path, text, message):
+    (tmp_path / "it.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"it\.json.*{message}"):
+        load_method(tmp_path / "it.json")
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "it.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"it\.json is no JSON that can be read: 'utf-8' codec"):
+        load_method(tmp_path / "it.json")
+    with pytest.raises(IsADirectoryError, match=tmp_path.name):
+        load_method(tmp_path)
 
 
 def test_from_dict_of_another_method():
@@ -95,6 +127,18 @@ def test_frozen():
         (lambda: vtp.PyramidDrop((4, 2), (0.5, 0.2)), ValueError, "2 comes after 4"),
         (lambda: vtp.PyramidDrop((2, 2), (0.5, 0.2)), ValueError, "2 comes after 2"),
         (lambda: vtp.PyramidDrop((2, 4), (0.2, 0.5)), ValueError, "do not come back"),
+        (
+            lambda: vtp.PyramidDrop(8, 0.5),
+            TypeError,
+            r"PyramidDrop\.layers: expected layers, .* got 8",
+        ),
+        (
+            lambda: vtp.PyramidDrop((8,), 0.5),
+            TypeError,
+            r"PyramidDrop\.keep: expected one for each",
+        ),
+        (lambda: vtp.FastV(torch.nn.Linear(2, 2)), TypeError, "a layer is an int, got a Linear$"),
+        (lambda: vtp.FastV(keep=torch.ones(2, 2)), TypeError, r"got a tensor \[2, 2\] of float32$"),
         (lambda: vtp.Schedule([2, 0.5]), TypeError, r"Schedule\.keep"),
         (lambda: vtp.Schedule({"two": 0.5}), TypeError, r"Schedule\.keep.*'two'"),
         (lambda: vtp.Schedule({"2": 0.5, 2: 0.1}), ValueError, "named twice"),
@@ -158,7 +202,7 @@ def test_a_method_of_one_s_own():
 
     try:
         assert Method.from_dict({"method": "everything", "layer": 3}) == Everything(3)
-        with pytest.raises(ValueError, match=r"Everything: there is no layer 3"):
+        with pytest.raises(ValueError, match=r"Everything.decision_layers: there is no layer 3"):
             Everything(3).check_model(2)
     finally:
         del METHODS["everything"]

@@ -7,7 +7,7 @@ from .lvpruning import LVPruning
 from .pyramiddrop import PyramidDrop
 from .random import RandomPruning
 from .schedule import Schedule
-from .spec import load_method, method_from_spec
+from .spec import load_method, method, method_from_spec, method_of
 from .visipruner import VisiPruner
 
 __all__ = [
@@ -21,5 +21,7 @@ __all__ = [
     "Schedule",
     "VisiPruner",
     "load_method",
+    "method",
     "method_from_spec",
+    "method_of",
 ]

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
-__all__ = ["check_keep", "check_layer", "visual_budget"]
+from vtp_kernels._shown import shown
+
+__all__ = ["SHARES", "as_tuple", "check_keep", "check_layer", "visual_budget"]
+
+SHARES = "one for each layer, as (0.5, 0.25)"
+
+
+def as_tuple(values: Any, where: str, what: str = "layers, as (8, 16)") -> tuple[Any, ...]:
+    """A tuple of several settings, which come as a list from JSON; TypeError naming `where` if they
+    are not several."""
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        raise TypeError(f"{where}: expected {what}, got {shown(values)}")
+    return tuple(values)
 
 
 def check_layer(layer: object, where: str) -> int:
     """`layer` as an int >= 0; TypeError or ValueError naming `where` otherwise."""
     if isinstance(layer, bool) or not isinstance(layer, int):
-        raise TypeError(f"{where}: a layer is an int, got {layer!r}")
+        raise TypeError(f"{where}: a layer is an int, got {shown(layer)}")
     if layer < 0:
         raise ValueError(f"{where}: layers are counted from 0, got {layer}")
     return layer
@@ -21,7 +35,7 @@ def check_keep(keep: object, where: str) -> int | float:
     if isinstance(keep, bool) or not isinstance(keep, int | float):
         raise TypeError(
             f"{where}: keep is an int (tokens) or a float (share of the visual tokens), "
-            f"got {keep!r}"
+            f"got {shown(keep)}"
         )
     if isinstance(keep, int):
         if keep < 0:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from vtp_kernels._shown import shown
 from vtp_kernels.ops.inflection import check_rule
 
-from .base import Method, check_depth, parse_settings
-from .budget import check_keep, check_layer, visual_budget
+from .base import Method, parse_settings, read_value
+from .budget import as_tuple, check_keep, check_layer, visual_budget
+from .checks import VISION_SOURCES, check_depth
 from .scorers import text as attention_from_text
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["InflectionPruning"]
 
-SOURCES = ("similarity", "attention", None)
+SOURCES = (*VISION_SOURCES, None)
 RULE = ("rule", "min_keep", "max_keep", "clip_quantile", "sensitivity", "mass")
 
 
@@ -98,7 +100,7 @@ class InflectionPruning(Method, key="inflection"):
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
             raise ValueError(
-                f"InflectionPruning.source: got {self.source!r}, expected one of {SOURCES}"
+                f"InflectionPruning.source: got {shown(self.source)}, expected one of {SOURCES}"
             )
         try:
             check_rule(**{name: getattr(self, name) for name in RULE})
@@ -109,26 +111,25 @@ class InflectionPruning(Method, key="inflection"):
             keep = getattr(self, name)
             if isinstance(keep, str) and keep != "knee":
                 raise ValueError(
-                    f"InflectionPruning.{name}: expected 'knee', a share or a number, got {keep!r}"
+                    f"InflectionPruning.{name}: expected 'knee', a share or a number, got "
+                    f"{shown(keep)}"
                 )
             if keep != "knee":
                 check_keep(keep, f"InflectionPruning.{name}")
         for name in ("score_without_rope", "protect_template"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(
-                    f"InflectionPruning.{name}: expected a bool, got {getattr(self, name)!r}"
+                    f"InflectionPruning.{name}: expected a bool, got {shown(getattr(self, name))}"
                 )
         tail = self.template_tail
         if isinstance(tail, bool) or not isinstance(tail, int):
-            raise TypeError(f"InflectionPruning.template_tail: expected an int, got {tail!r}")
+            raise TypeError(f"InflectionPruning.template_tail: expected an int, got {shown(tail)}")
         if tail < 1:
             raise ValueError(f"InflectionPruning.template_tail: expected at least 1, got {tail}")
 
     def _check_layers(self) -> None:
         where = "InflectionPruning.llm_layers"
-        if not isinstance(self.llm_layers, list | tuple):
-            raise TypeError(f"{where}: expected layers, as (8, 16), got {self.llm_layers!r}")
-        layers = tuple(check_layer(layer, where) for layer in self.llm_layers)
+        layers = tuple(check_layer(layer, where) for layer in as_tuple(self.llm_layers, where))
         if layers != tuple(sorted(set(layers))):
             raise ValueError(f"{where}: expected ascending layers, got {layers}")
         if layers and layers[0] == 0:
@@ -193,21 +194,8 @@ def _layers(text: str) -> tuple[int, ...]:
     return tuple(int(layer) for layer in text.split("+") if layer)
 
 
-def _value(text: str) -> Any:
-    """3, 0.5, true, none, or a word."""
-    words = {"none": None, "true": True, "false": False}
-    if text in words:
-        return words[text]
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            continue
-    return text
-
-
 # How a setting is written on the command line.
-_FIELDS = {field.name: _value for field in fields(InflectionPruning)} | {"llm_layers": _layers}
+_FIELDS = {field.name: read_value for field in fields(InflectionPruning)} | {"llm_layers": _layers}
 
 
 class Course:

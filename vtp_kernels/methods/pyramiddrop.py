@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vtp_kernels._shown import shown
+
+from .budget import SHARES, as_tuple
 from .schedule import ScheduledMethod, Stage, parse_pairs
 
 __all__ = ["PyramidDrop"]
@@ -25,12 +28,12 @@ class PyramidDrop(ScheduledMethod, key="pyramiddrop"):
     keep: tuple[int | float, ...] = (0.5, 0.25, 0.125)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
-        object.__setattr__(self, "keep", tuple(self.keep))
+        object.__setattr__(self, "layers", as_tuple(self.layers, "PyramidDrop.layers"))
+        object.__setattr__(self, "keep", as_tuple(self.keep, "PyramidDrop.keep", SHARES))
         if len(self.layers) != len(self.keep):
             raise ValueError(
-                f"PyramidDrop: {len(self.layers)} layers {self.layers} but {len(self.keep)} "
-                f"values of keep {self.keep}"
+                f"PyramidDrop: {len(self.layers)} layers {shown(self.layers)} but {len(self.keep)} "
+                f"values of keep {shown(self.keep)}"
             )
         super().__post_init__()
 

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from .base import Method, check_depth
+from vtp_kernels._shown import shown
+
+from .base import Method
 from .budget import check_keep, check_layer, visual_budget
+from .checks import check_depth
 from .scorers import SCORERS
 
 if TYPE_CHECKING:
@@ -46,9 +49,11 @@ class ScheduledMethod(Method):
     def __post_init__(self) -> None:
         owner = type(self).__name__
         if self.score not in SCORERS:
-            raise ValueError(f"{owner}.score: got {self.score!r}, expected one of {list(SCORERS)}")
+            raise ValueError(
+                f"{owner}.score: got {shown(self.score)}, expected one of {list(SCORERS)}"
+            )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"{owner}.seed: expected an int, got {self.seed!r}")
+            raise TypeError(f"{owner}.seed: expected an int, got {shown(self.seed)}")
         before: Stage | None = None
         for stage in self.stages:
             check_layer(stage.layer, stage.layer_field)
@@ -109,7 +114,7 @@ class Schedule(ScheduledMethod, key="schedule"):
 
     def __post_init__(self) -> None:
         if not isinstance(self.keep, Mapping):
-            raise TypeError(f"Schedule.keep: expected {{layer: keep}}, got {self.keep!r}")
+            raise TypeError(f"Schedule.keep: expected {{layer: keep}}, got {shown(self.keep)}")
         keep = {_layer_of(key): value for key, value in self.keep.items()}
         if len(keep) != len(self.keep):
             raise ValueError(f"Schedule.keep: a layer is named twice in {dict(self.keep)}")

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .base import Method, check_depth, parse_settings
+from vtp_kernels._shown import shown
+
+from .base import Method, parse_settings
 from .budget import check_layer
+from .checks import check_depth
 from .passive import PassiveVisual
 from .schedule import Schedule
 
@@ -96,19 +99,21 @@ class VisiPruner(Method, key="visipruner"):
     def __post_init__(self) -> None:
         stages = (self.stages,) if isinstance(self.stages, str) else tuple(self.stages)
         if not set(stages) <= set(STAGES) or len(set(stages)) < len(stages):
-            raise ValueError(f"VisiPruner.stages: expected some of {STAGES}, got {self.stages!r}")
+            raise ValueError(
+                f"VisiPruner.stages: expected some of {STAGES}, got {shown(self.stages)}"
+            )
         object.__setattr__(self, "stages", tuple(x for x in STAGES if x in stages))
         check_layer(self.shallow_layers, "VisiPruner.shallow_layers")
         for name in ("fusion_threshold", "token_threshold", "exit_threshold"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"VisiPruner.{name}: expected a number, got {value!r}")
+                raise TypeError(f"VisiPruner.{name}: expected a number, got {shown(value)}")
             if not math.isfinite(value):
                 raise ValueError(f"VisiPruner.{name}: expected a finite number, got {value}")
         for name, least in (("exit_votes", 1), ("min_keep", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"VisiPruner.{name}: expected an int, got {value!r}")
+                raise TypeError(f"VisiPruner.{name}: expected an int, got {shown(value)}")
             if value < least:
                 raise ValueError(f"VisiPruner.{name}: expected at least {least}, got {value}")
         for name, choices in (
@@ -119,7 +124,8 @@ class VisiPruner(Method, key="visipruner"):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"VisiPruner.{name}: got {getattr(self, name)!r}, expected one of {choices}"
+                    f"VisiPruner.{name}: got {shown(getattr(self, name))}, expected one of "
+                    f"{choices}"
                 )
         self._check_schedule()
 
@@ -129,10 +135,11 @@ class VisiPruner(Method, key="visipruner"):
         if (self.decision == "fixed") != (self.schedule is not None):
             raise ValueError(
                 'VisiPruner.schedule: decision="fixed" needs a Schedule and no other decision '
-                f"takes one, got decision={self.decision!r} and schedule={self.schedule!r}"
+                f"takes one, got decision={shown(self.decision)} and "
+                f"schedule={shown(self.schedule)}"
             )
         if self.schedule is not None and not isinstance(self.schedule, Schedule):
-            raise TypeError(f"VisiPruner.schedule: expected a Schedule, got {self.schedule!r}")
+            raise TypeError(f"VisiPruner.schedule: expected a Schedule, got {shown(self.schedule)}")
 
     # ---- where it acts ------------------------------------------------------------------------
 
@@ -174,7 +181,7 @@ class VisiPruner(Method, key="visipruner"):
         return tuple(range(self.shallow_layers)) if self.drop_shallow_kv else ()
 
     def check_model(self, depth: int) -> None:
-        if "shallow" in self.stages or self.drop_shallow_kv:
+        if self.shallow_layers and ("shallow" in self.stages or self.drop_shallow_kv):
             check_depth(self.shallow_layers - 1, depth, "VisiPruner.shallow_layers")
         if self.schedule is not None:
             self.schedule.check_model(depth)

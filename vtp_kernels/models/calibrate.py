@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from vtp_kernels.methods import Method, Schedule
+from vtp_kernels._shown import shown
+from vtp_kernels.methods import Method, Schedule, method_of
 from vtp_kernels.methods.scorers import SCORERS
 
 from .families import parts_of
@@ -21,7 +22,7 @@ __all__ = ["calibrate"]
 def calibrate(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
-    method: Method,
+    method: Method | str,
     *,
     score: str = "contribution",
     backend: str | None = None,
@@ -34,19 +35,23 @@ def calibrate(
     Parameters
     ----------
     model : a transformers model of a supported family, see `supported_models()`
-    batches : the model's inputs, as its processor gives them
+    batches : list of the model's inputs, as its processor gives them
         Prompts without images are left out.
-    method : VisiPruner(...), or any other
+    method : VisiPruner(...), or any other, or a string such as "visipruner" that stands for one
     score : as of Schedule
         How the schedule ranks tokens; by default as VisiPruner does.
 
     Raises
     ------
+    TypeError
+        If `batches` is one batch, or holds something that is none.
     ValueError
         If no prompt has an image; if the method lets text leave, which no schedule does
         (InflectionPruning), or anything before layer 0, where there is nothing yet for `score` to
         look at; or as `apply` and Schedule.
     """
+    method = method_of(method)
+    batches = _checked(batches)
     Schedule({}, score=score)  # these two refuse what cannot be before a prompt runs
     prune(model, method, backend=backend).remove()
     name = type(method).__name__
@@ -82,3 +87,26 @@ def calibrate(
         if median < before:
             keep[layer] = before = median
     return Schedule(keep, score=score)
+
+
+def _checked(batches: Any) -> Iterable[Mapping[str, Any]]:
+    """The same, once it is known to be several batches. What makes its batches as it goes is
+    checked as it goes."""
+    if isinstance(batches, Mapping):
+        raise TypeError(
+            f"batches: expected a list of batches, got one batch ({shown(batches)}): pass [batch]"
+        )
+    if not isinstance(batches, Iterable) or isinstance(batches, str | Tensor):
+        raise TypeError(f"batches: expected a list of batches, got {shown(batches)}")
+    one_by_one = _mappings(batches)
+    return list(one_by_one) if isinstance(batches, Sequence) else one_by_one
+
+
+def _mappings(batches: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
+    for index, batch in enumerate(batches):
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"batches[{index}]: expected a mapping of the model's inputs, as its processor "
+                f"gives them, got {shown(batch)}"
+            )
+        yield batch

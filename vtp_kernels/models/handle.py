@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from vtp_kernels.methods import METHODS, Method
+from vtp_kernels.methods import METHODS, Method, method_of
 from vtp_kernels.ops._dispatch import choose
 
 from .engine import ENGINE_OPS, Engine
@@ -74,7 +74,7 @@ class Handle:
 
 def apply(
     model: nn.Module,
-    method: Method,
+    method: Method | str,
     *,
     positions: str = "original",
     backend: str | None = None,
@@ -92,7 +92,7 @@ def apply(
     ----------
     model : a transformers model of a supported family, see `supported_models()`
     method : VisiPruner, LVPruning, InflectionPruning, FastV, PyramidDrop, RandomPruning, Schedule,
-        or a Method of your own
+        a Method of your own, or a string that stands for one, as `vtp.method` reads it
     positions : "original" | "contiguous"
         Rows that stay keep their positions, and generated tokens continue after the unpruned
         length; or rows close up, in each layer after the rows that layer has.
@@ -118,8 +118,7 @@ def apply(
         already, or `backend` is unknown. Later, in calls with images: labels, output_attentions,
         prefill_chunk_size, right padding. With output_hidden_states, later layers have fewer rows.
     """
-    if not isinstance(method, Method):
-        raise TypeError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
+    method = method_of(method)
     if positions not in POSITIONS:
         raise ValueError(f"positions: got {positions!r}, expected one of {POSITIONS}")
     if output_rows not in OUTPUT_ROWS:
@@ -159,7 +158,7 @@ def remove(model: nn.Module) -> None:
 
 def prune(
     model: nn.Module,
-    method: Method,
+    method: Method | str,
     *,
     positions: str = "original",
     backend: str | None = None,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vtp_kernels.methods.base import Method
+from vtp_kernels.methods.checks import check_layers
 from vtp_kernels.ops import _checks
 
 from .cache import check_cache, is_static
@@ -22,6 +23,7 @@ def check_method(parts: ModelParts, method: Method, positions: str) -> None:
     family, name = parts.family, type(method).__name__
     depth = len(parts.layers)
     method.check_model(depth)
+    check_layers(method, depth)
     method.check_config(family, parts.text.config)
     early = [layer for layer in method.decision_layers(depth) if layer < parts.first_layer]
     if early:

@@ -29,6 +29,7 @@ from .cache import (
     prune_cache,
 )
 from .counts import Counts, added, on_host
+from .decision import decision
 from .families import ModelParts
 from .forgetting import Text, forget_visual
 from .limits import check_padding, check_prefill
@@ -189,7 +190,7 @@ class Prefill:
                     "pruning is for inference: call the model under torch.no_grad() or "
                     "torch.inference_mode()"
                 )
-            kept = self.method.decide(layer, self._rows(layer, hidden))
+            kept = decision(self.method, layer, self._rows(layer, hidden))
             self.observation = None
             if kept is not None:
                 hidden = self._compact(layer, hidden, arguments, kept)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vtp_kernels._shown import shown
 from vtp_kernels.ops import (
     attention_scores,
     compact_rows,
@@ -15,19 +16,27 @@ from vtp_kernels.ops import (
     select_topk,
     token_contribution,
 )
+from vtp_kernels.ops._checks import BOOL, integer, tensor
+from vtp_kernels.ops._dispatch import FLOATS
 from vtp_kernels.selection import Selection
 
 from .counts import Counts, added, on_device, on_host
+from .facts import Fact, asked_stay, check_fit, demand, equal, host_counts
 from .masks import valid_keys
 from .observation import Observation
 from .vision import PromptVision
 
-__all__ = ["Kept", "PromptRows"]
+__all__ = ["KINDS", "Kept", "PromptRows", "rows_of"]
+
+KINDS = ("text rows", "visual tokens")
 
 
 class Kept(NamedTuple):
     """The rows that stay, and how many of them each prompt has. Counts that only the device knows
-    are tensors; the selection is then as wide as a prompt might need, and the rest is padding."""
+    are tensors; the selection is then as wide as a prompt might need, and the rest is padding.
+
+    `keep_visual`, `keep_where` and `keep_rows` of PromptRows make one. One that is put together by
+    hand is checked before it is carried out."""
 
     selection: Selection
     text: Counts
@@ -106,6 +115,8 @@ class PromptRows:
         self.memory = memory
         self.past = past
         self.vision = vision
+        self.asker = "decide"  # who is at fault where something cannot be
+        self.made: list[Kept] = []  # what is known to be possible
         self._past_valid = past_valid
         self._observation = observation
         self._backend = backend
@@ -187,12 +198,19 @@ class PromptRows:
 
     def _observed(self) -> Observation:
         if self._observation is None:
-            raise RuntimeError("no layer was observed: name it in the method's observed_layers")
+            raise RuntimeError(
+                f"{self.asker}: no layer was observed: the method's observed_layers must name the "
+                "layer before the one it decides at"
+            )
         return self._observation
 
     def gather(self, mask: Tensor, counts: list[int]) -> tuple[Tensor, Selection, Tensor | None]:
         """`hidden` of the rows in `mask` bool [B, S] alone, in order, `counts[b]` of each prompt:
         [B, N, C]; which rows these are; and which of the N are there, bool [B, N] (None: all)."""
+        where = f"{self.asker}: gather"
+        tensor(f"{where}: mask", mask, "B, S", tuple(self.visual.shape), BOOL, self.visual.device)
+        counts = host_counts(f"{where}: counts", counts, len(mask))
+        demand(where, equal("rows", mask.sum(1), on_device(counts, mask.device)))
         selection = select_topk(
             torch.zeros(mask.shape, device=mask.device),
             0,
@@ -249,33 +267,69 @@ class PromptRows:
         `counts` are the numbers of text and visual rows that these are, by prompt. Where the caller
         does not know them, the host asks the device: one small read. Given a `capacity` that no
         prompt exceeds, nothing is read: prompts are padded to it.
+
+        Raises ValueError for the last prompt token or drafts that would leave, counts that are not
+        those of `stays`, a capacity that some prompt exceeds; what of it the host cannot know stops
+        the GPU instead.
         """
+        batch, width = self.visual.shape
+        where = f"{self.asker}: keep_rows"
+        tensor(f"{where}: stays", stays, "B, S", (batch, width), BOOL, self.visual.device)
         if self.valid is not None:
             stays = stays & self.valid
-        if counts is None:
-            both = torch.stack(((stays & ~self.visual).sum(1), (stays & self.visual).sum(1)))
-            counts = both.unbind() if capacity is not None else tuple(both.tolist())
-        text, visual = counts
+        if capacity is not None:
+            integer(f"{where}: capacity", capacity, 0)
+        found = self.numbers_of(stays)
+        if counts is not None:
+            text, visual = self._given(where, counts)
+            expected = [on_device(x, stays.device) for x in (text, visual)]
+            demand(where, *map(equal, KINDS, found, expected), asked_stay(found[2], self.drafts))
+        elif capacity is None:
+            text, visual, asked = torch.stack(found).tolist()
+            demand(where, asked_stay(torch.tensor(asked), self.drafts))
+        else:
+            text, visual, asked = found
+            demand(where, _fit(text + visual, capacity), asked_stay(asked, self.drafts))
+        totals = added(text, visual)
         if capacity is None:
-            capacity = max(added(text, visual))
-        scores = torch.zeros(stays.shape, device=stays.device)
-        selection = select_topk(scores, 0, keep=stays, capacity=capacity, backend=self._backend)
-        return Kept(selection, text, visual)
+            capacity = max(totals)
+        elif totals is not None and max(totals) > capacity:
+            raise ValueError(f"{where}: capacity: {capacity} for {max(totals)} rows that stay")
+        return self._keep(stays, text, visual, min(capacity, width))
 
     def keep_where(self, kept: Tensor, counts: list[int]) -> Kept:
-        """Keep all text, and the visual tokens where `kept` bool [B, S]: `counts[b]` per prompt."""
-        stays = self.text | (self.visual & kept)
-        return self.keep_rows(stays, counts=(on_host(self.text_now), counts))
+        """Keep all text, and the visual tokens where `kept` bool [B, S]: `counts[b]` per prompt.
+
+        Raises ValueError for counts that are not those of `kept`; what of it the host cannot know
+        stops the GPU instead.
+        """
+        where = f"{self.asker}: keep_where"
+        batch, width = self.visual.shape
+        tensor(f"{where}: kept", kept, "B, S", (batch, width), BOOL, self.visual.device)
+        counts = host_counts(f"{where}: counts", counts, batch)
+        check_fit(where, KINDS[1], counts, self.visual_now)
+        kept = self.visual & kept
+        demand(where, equal(KINDS[1], kept.sum(1), on_device(counts, kept.device)))
+        text = on_host(self.text_now)
+        return self._keep(self.text | kept, text, counts, max(added(text, counts)))
 
     def keep_visual(self, counts: list[int], scores: Tensor | None) -> Kept:
         """Keep all text, and of each prompt's visual tokens the `counts[b]` with highest scores.
 
         `scores` float32 [B, S]; None where no prompt has a choice to make (all or none stay).
-        Counts must not exceed `visual_now`. Equal scores: the earlier token stays.
+        Equal scores: the earlier token stays; what is not a number ranks last. Raises ValueError
+        for counts that exceed `visual_now`.
         """
+        where = f"{self.asker}: keep_visual"
+        batch, width = self.visual.shape
+        counts = host_counts(f"{where}: counts", counts, batch)
+        text, there = on_host(self.text_now), on_host(self.visual_now)
+        check_fit(where, KINDS[1], counts, there)
         if scores is None:
+            if any(0 < count < most for count, most in zip(counts, there, strict=True)):
+                raise ValueError(f"{where}: scores: there is a choice to make, got None")
             scores = torch.zeros(self.visual.shape, device=self.visual.device)
-        text = on_host(self.text_now)
+        tensor(f"{where}: scores", scores, "B, S", (batch, width), FLOATS, self.visual.device)
         selection = select_topk(
             scores,
             on_device(counts, self.visual.device),
@@ -284,10 +338,44 @@ class PromptRows:
             capacity=max(added(text, counts)),
             backend=self._backend,
         )
-        return Kept(selection, text, counts)
+        return self._made(Kept(selection, text, counts))
+
+    # ---- what is behind these ----------------------------------------------------------------
+
+    def _keep(self, stays: Tensor, text: Counts, visual: Counts, capacity: int) -> Kept:
+        scores = torch.zeros(stays.shape, device=stays.device)
+        selection = select_topk(scores, 0, keep=stays, capacity=capacity, backend=self._backend)
+        return self._made(Kept(selection, text, visual))
+
+    def _made(self, kept: Kept) -> Kept:
+        self.made.append(kept)
+        return kept
+
+    def numbers_of(self, stays: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """How many rows of a mask are text, visual, and such as logits are asked for: [B] each."""
+        text, visual = stays & ~self.visual, stays & self.visual
+        return text.sum(1), visual.sum(1), stays[:, self.prompt_end :].sum(1)
+
+    def _given(self, where: str, counts: Any) -> tuple[list[int], list[int]]:
+        """Counts of text and of visual rows, which must not exceed what is there."""
+        if not isinstance(counts, list | tuple) or len(counts) != 2:
+            raise TypeError(
+                f"{where}: counts: expected those of text and of visual rows, got {shown(counts)}"
+            )
+        there = (self.text_now, self.visual_now)
+        lists = [host_counts(f"{where}: counts", x, len(self.visual)) for x in counts]
+        for what, x, most in zip(KINDS, lists, there, strict=True):
+            check_fit(where, what, x, most)
+        return lists[0], lists[1]
 
     def _key_valid(self) -> Tensor | None:
         return valid_keys(self.past, self._past_valid, self.valid, self.visual)
+
+
+def _fit(totals: Tensor, capacity: int) -> Fact:
+    return Fact(
+        totals <= capacity, lambda b: f"{int(totals[b])} rows stay, and capacity is {capacity}"
+    )
 
 
 def rows_of(selection: Selection, width: int) -> Tensor:

@@ -285,6 +285,40 @@ def test_pruning_needs_trained_deciders(model):
         vtp.apply(model, vtp.LVPruning(layers=(1,), ratios=(0.5,)))
 
 
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("deciders.safetensors", lambda path: path.unlink(), "there is no deciders.safetensors in"),
+        (
+            "deciders.safetensors",
+            lambda path: path.write_bytes(path.read_bytes()[:-100]),
+            "is cut short",
+        ),
+        ("deciders.json", lambda path: path.unlink(), "holds no trained deciders"),
+        ("deciders.json", lambda path: path.write_text('{"format"'), "is no JSON that can be read"),
+    ],
+    ids=["weights gone", "weights cut", "description gone", "description cut"],
+)
+def test_files_that_are_gone_or_cut_are_noticed_when_applied(model, method, name, damage, message):
+    damage(Path(method.modules_path, name))
+    hooks = sum(len(module._forward_pre_hooks) for module in model.modules())
+    with pytest.raises(ValueError, match=rf"modules_path: .*{message}"):
+        vtp.apply(model, method)
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == hooks
+    vtp.apply(model, vtp.FastV(2)).remove()
+
+
+def test_files_may_go_once_they_have_been_read(model, method):
+    inputs = three()
+    with torch.no_grad(), vtp.prune(model, method) as run:
+        expected = model(**inputs, logits_to_keep=1).logits
+        flops = run.report().prefill_flops
+        for path in Path(method.modules_path).iterdir():
+            path.unlink()
+        assert torch.equal(model(**inputs, logits_to_keep=1).logits, expected)
+        assert run.report().prefill_flops == flops
+
+
 def test_deciders_are_read_once_and_shared_and_let_go(model, method):
     other = dataclasses.replace(method, ratios=(0.4, 0.1))
     for each in (method, method, other):

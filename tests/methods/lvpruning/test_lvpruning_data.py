@@ -63,11 +63,24 @@ def test_pictures_beside_the_json(tmp_path):
         ([{"image": "a.png", "conversations": SAID[:1]}], r"entry 0: .* got \['human'\]"),
         ([{"image": "a.png", "conversations": SAID[1:3]}], r"got \['gpt', 'human'\]"),
         ([{"image": "x.png", "conversations": SAID}], r"there is no picture .*x\.png"),
+        ([{"image": 3, "conversations": SAID}], 'entry 0: "image" must be a path or .*, got 3'),
+        ([{"image": "a.png", "conversations": "hi"}], 'entry 0: "conversations" must be a list of'),
+        ([{"image": "a.png", "conversations": ["hi"]}], 'entry 0: "conversations" must be a list'),
+        (
+            [{"image": "a.png", "conversations": [{"from": "human"}, {"from": "gpt"}]}],
+            'entry 0: "conversations" must be a list of',
+        ),
     ],
 )
 def test_json_that_cannot_be_trained_on(tmp_path, entries, message):
     with pytest.raises(ValueError, match=message):
         LlavaConversations(write(tmp_path, entries), tmp_path / "pictures")
+
+
+def test_data_that_is_cut(tmp_path):
+    (tmp_path / "it.json").write_text('[{"image": "a.png"')
+    with pytest.raises(ValueError, match=r"it\.json is no JSON that can be read"):
+        LlavaConversations(tmp_path / "it.json")
 
 
 def test_a_prompt_is_what_the_model_is_asked():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .deciders import Deciders
 
@@ -50,30 +51,59 @@ def load_checkpoint(
 ) -> int:
     """Put a checkpoint's state back; the number of steps done, 0 where there is no checkpoint.
 
-    Raises ValueError naming the settings that are not those of the run.
+    Raises ValueError naming the settings that are not those of the run, or the file if it is no
+    checkpoint of these deciders.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     path = folder / TENSORS
     if not path.is_file():
         return 0
-    with safe_open(path, "pt") as file:
-        run = json.loads(file.metadata()["run"])
-        before = run["settings"]
-        differ = [
-            f"{name} was {before.get(name)!r} and is {settings.get(name)!r}"
-            for name in sorted(before.keys() | settings.keys())
-            if before.get(name) != settings.get(name)
-        ]
-        if differ:
-            raise ValueError(
-                f"{folder}: a run with other settings was begun here: {'; '.join(differ)}; go on "
-                "with those, or train into another folder"
-            )
-        for name, parameter in deciders.named_parameters():
-            parameter.data.copy_(file.get_tensor(f"weights.{name}"))
-            state = {m: file.get_tensor(f"{m}.{name}") for m in MOMENTS}
-            optimizer.state[parameter] = {
-                m: t if m == "step" else t.to(parameter.device) for m, t in state.items()
-            }
-    return run["step"]
+    try:
+        with safe_open(path, "pt") as file:
+            step, before = _run_of(file)
+            _check_settings(folder, before, settings)
+            found = _tensors_of(file, deciders)
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is cut short or no checkpoint of this run ({error}); delete it to begin anew"
+        ) from error
+    for name, parameter in deciders.named_parameters():
+        parameter.data.copy_(found[f"weights.{name}"])
+        state = {moment: found[f"{moment}.{name}"] for moment in MOMENTS}
+        optimizer.state[parameter] = {
+            m: t if m == "step" else t.to(parameter.device) for m, t in state.items()
+        }
+    return step
+
+
+def _run_of(file: Any) -> tuple[int, dict[str, Any]]:
+    """Steps done, and the settings they were done with."""
+    run = json.loads(file.metadata()["run"])
+    return run["step"], run["settings"]
+
+
+def _check_settings(folder: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
+    differ = [
+        f"{name} was {before.get(name)!r} and is {settings.get(name)!r}"
+        for name in sorted(before.keys() | settings.keys())
+        if before.get(name) != settings.get(name)
+    ]
+    if differ:
+        raise ValueError(
+            f"{folder}: a run with other settings was begun here: {'; '.join(differ)}; go on "
+            "with those, or train into another folder"
+        )
+
+
+def _tensors_of(file: Any, deciders: Deciders) -> dict[str, Tensor]:
+    """All tensors of a checkpoint; TypeError for one of another shape."""
+    found = {}
+    for name, parameter in deciders.named_parameters():
+        for part in ("weights", *MOMENTS):
+            tensor = file.get_tensor(f"{part}.{name}")
+            shape = torch.Size() if part == "step" else parameter.shape
+            if tensor.shape != shape:
+                raise TypeError(f"{part}.{name} is {list(tensor.shape)}, expected {list(shape)}")
+            found[f"{part}.{name}"] = tensor
+    return found

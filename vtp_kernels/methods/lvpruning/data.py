@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from vtp_kernels._shown import shown
+from vtp_kernels.methods.storage import read_json
 
 __all__ = ["IGNORE", "Batch", "Collator", "Conversation", "Dataset", "LlavaConversations"]
 
@@ -56,11 +58,11 @@ class LlavaConversations:
     def __init__(self, path: str | Path, images: str | Path | None = None) -> None:
         self.path = Path(path)
         self.folder = self.path.parent if images is None else Path(images)
-        entries = json.loads(self.path.read_text(encoding="utf-8"))
+        entries = read_json(self.path)
         if not isinstance(entries, list):
-            raise ValueError(f"{path}: expected a list of conversations, got {type(entries)}")
+            raise ValueError(f"{path}: expected a list of conversations, got {shown(entries)}")
         self.entries = [
-            (_paths(entry), _turns(entry, f"{path}, entry {index}"))
+            _paths_and_turns(entry, f"{path}, entry {index}")
             for index, entry in enumerate(entries)
             if isinstance(entry, dict) and entry.get("image")
         ]
@@ -85,13 +87,22 @@ class LlavaConversations:
         return Conversation(tuple(images), turns)
 
 
-def _paths(entry: dict[str, Any]) -> list[str]:
-    return [entry["image"]] if isinstance(entry["image"], str) else list(entry["image"])
+def _paths_and_turns(
+    entry: dict[str, Any], where: str
+) -> tuple[list[str], tuple[tuple[str, str], ...]]:
+    paths = [entry["image"]] if isinstance(entry["image"], str) else entry["image"]
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise ValueError(f'{where}: "image" must be a path or a list of paths, got {shown(paths)}')
+    return paths, _turns(entry, where)
 
 
 def _turns(entry: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
     said = entry.get("conversations") or []
-    speakers = [turn.get("from") for turn in said]
+    if not isinstance(said, list) or not all(map(_is_turn, said)):
+        raise ValueError(
+            f'{where}: "conversations" must be a list of {{"from": ..., "value": ...}}'
+        )
+    speakers = [turn["from"] for turn in said]
     if not said or speakers != ["human", "gpt"] * (len(said) // 2):
         raise ValueError(
             f'{where}: "conversations" must go "human", "gpt" in turn, and end with "gpt"; got '
@@ -100,6 +111,10 @@ def _turns(entry: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
     # Where the picture stands among the words is for the model's own template to say.
     texts = [turn["value"].replace(PLACEHOLDER, "").strip() for turn in said]
     return tuple(zip(texts[::2], texts[1::2], strict=True))
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, dict) and all(isinstance(turn.get(x), str) for x in ("from", "value"))
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from vtp_kernels._shown import shown
+from vtp_kernels.methods.budget import check_layer
+from vtp_kernels.methods.checks import check_depth
+from vtp_kernels.methods.storage import read_json
 
 from .deciders import Deciders, Shape
 
-__all__ = ["Fit", "load_deciders", "read_fit", "save_deciders"]
+__all__ = ["Fit", "check_weights", "load_deciders", "read_fit", "save_deciders"]
 
 WEIGHTS = "deciders.safetensors"
 DESCRIPTION = "deciders.json"
 FORMAT = 1
+FIELDS = {
+    "family": str,
+    "text_model": str,
+    "depth": int,
+    "hidden_size": int,
+    "width": int,
+    "layers": list,
+}
+KINDS = {str: "a string", int: "an int", list: "a list of layers"}
+DTYPES = ("F64", "F32", "BF16", "F16")  # as safetensors writes them
 
 
 @dataclass(frozen=True)
@@ -86,50 +104,103 @@ def save_deciders(
 
 
 def read_fit(folder: str | Path) -> Fit:
-    """What the deciders in a folder are for. Raises ValueError if it holds none."""
+    """What the deciders in a folder are for. Raises ValueError if it holds none, or their
+    description is none."""
     path = Path(folder) / DESCRIPTION
     if not path.is_file():
         raise ValueError(
             f"modules_path: {folder} holds no trained deciders, there is no {path.name} in it; "
             "train them with: python -m vtp_kernels lvpruning train"
         )
-    found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return _fit_of(read_json(path))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"modules_path: {path}: {error}") from error
+
+
+def _fit_of(found: Any) -> Fit:
+    """A Fit from what DESCRIPTION holds. Raises TypeError or ValueError if it does not say one."""
+    if not isinstance(found, dict):
+        raise TypeError(f"expected an object, got {shown(found)}")
     if found.get("format") != FORMAT:
         raise ValueError(
-            f"modules_path: {path} has format {found.get('format')!r}, this version of "
-            f"vtp_kernels reads {FORMAT}"
+            f"this has format {shown(found.get('format'))}, this version of vtp_kernels reads "
+            f"{FORMAT}"
         )
-    try:
-        shape = Shape(found["hidden_size"], found["width"], tuple(found["layers"]))
-        return Fit(found["family"], found["text_model"], found["depth"], shape)
-    except KeyError as error:
-        raise ValueError(f"modules_path: {path} does not say {error}") from error
+    if missing := [name for name in FIELDS if name not in found]:
+        raise ValueError(f"this does not say {', '.join(map(repr, missing))}")
+    for name, kind in FIELDS.items():
+        if type(found[name]) is not kind:
+            raise TypeError(f"{name}: expected {KINDS[kind]}, got {shown(found[name])}")
+    for name in ("depth", "hidden_size"):
+        if found[name] < 1:
+            raise ValueError(f"{name}: expected at least 1, got {found[name]}")
+    layers = tuple(check_layer(layer, "layers") for layer in found["layers"])
+    if not layers or layers != tuple(sorted(set(layers))):
+        raise ValueError(f"layers: expected ascending layers, got {shown(layers)}")
+    check_depth(layers[-1], found["depth"], "layers")
+    shape = Shape(found["hidden_size"], found["width"], layers)
+    return Fit(found["family"], found["text_model"], found["depth"], shape)
+
+
+def check_weights(folder: str | Path, shape: Shape) -> None:
+    """Raise ValueError unless the weights in a folder are those of deciders of that shape. Reads
+    what the file says of them, and that it is as long as they are."""
+    with _weights(folder, shape):
+        pass
 
 
 def load_deciders(folder: str | Path) -> Deciders:
     """The deciders in a folder, on the CPU, as they were stored.
 
-    Raises ValueError naming the tensors that are missing, unknown or of another shape.
+    Raises ValueError naming the tensors that are missing, unknown, or of another shape or dtype.
     """
-    from safetensors.torch import load_file
+    shape = read_fit(folder).shape
+    with _weights(folder, shape) as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}
+    deciders = _empty(shape)
+    deciders.load_state_dict(stored, assign=True)
+    return deciders.requires_grad_(False).eval()
 
-    deciders = Deciders(read_fit(folder).shape)
+
+@contextmanager
+def _weights(folder: str | Path, shape: Shape) -> Iterator[Any]:
+    """The open file of weights, once it is known to hold those of deciders of that shape."""
+    from safetensors import SafetensorError, safe_open
+
     path = Path(folder) / WEIGHTS
     if not path.is_file():
         raise ValueError(f"modules_path: there is no {path.name} in {folder}")
-    stored, expected = load_file(path), deciders.state_dict()
+    try:
+        with safe_open(path, "pt") as file:
+            _compare(path, file, _empty(shape).state_dict())
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"modules_path: {path} is cut short or no safetensors file: {error}"
+        ) from error
+
+
+def _compare(path: Path, file: Any, expected: dict[str, Tensor]) -> None:
+    """Raise ValueError naming what a file of weights lacks, or has too much, or otherwise."""
+    stored = {name: file.get_slice(name) for name in file.keys()}
     wrong = [f"{name} is missing" for name in sorted(expected.keys() - stored.keys())]
     wrong += [f"{name} is unknown" for name in sorted(stored.keys() - expected.keys())]
-    wrong += [
-        f"{name} is {list(stored[name].shape)}, expected {list(expected[name].shape)}"
-        for name in sorted(stored.keys() & expected.keys())
-        if stored[name].shape != expected[name].shape
-    ]
+    for name in sorted(stored.keys() & expected.keys()):
+        shape, dtype = stored[name].get_shape(), stored[name].get_dtype()
+        if shape != list(expected[name].shape):
+            wrong.append(f"{name} is {shape}, expected {list(expected[name].shape)}")
+        elif dtype not in DTYPES:
+            wrong.append(f"{name} is {dtype}, expected one of {', '.join(DTYPES)}")
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(
             f"modules_path: {path} does not hold what {DESCRIPTION} beside it describes: "
             f"{'; '.join(wrong[:5])}{more}"
         )
-    deciders.load_state_dict(stored, assign=True)
-    return deciders.requires_grad_(False).eval()
+
+
+def _empty(shape: Shape) -> Deciders:
+    """Deciders without memory: those of a large model take long to fill."""
+    with torch.device("meta"):
+        return Deciders(shape)

@@ -12,10 +12,12 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from vtp_kernels._shown import shown
 from vtp_kernels.methods.base import Method
+from vtp_kernels.methods.budget import SHARES, as_tuple
 
 from .deciders import Deciders, Shape
-from .files import WEIGHTS, load_deciders, read_fit
+from .files import WEIGHTS, check_weights, load_deciders, read_fit
 from .recipe import LAYERS, RATIOS, check_stages
 
 if TYPE_CHECKING:
@@ -45,8 +47,10 @@ class LVPruning(Method, key="lvpruning"):
     Parameters
     ----------
     modules_path : str | Path | None
-        Folder with trained deciders, read when they are first needed. None: deciders of the
-        paper's size that are not trained yet, for counting FLOPs; pruning needs a folder.
+        Folder with trained deciders. What they are for is read when the method is applied, and
+        whether the weights are all there; the weights themselves when they are first needed. None:
+        deciders of the paper's size that are not trained yet, for counting FLOPs; pruning needs a
+        folder.
     layers : tuple of int
         Ascending; those the deciders were trained for, or some of them.
     ratios : tuple of float
@@ -56,7 +60,8 @@ class LVPruning(Method, key="lvpruning"):
     Raises
     ------
     ValueError
-        When applied to a model that the deciders are not for: of another family, depth or width.
+        When applied to a model that the deciders are not for: of another family, depth or width;
+        or where their files are missing, cut short or not what they should be.
     """
 
     modules_path: str | None = None
@@ -67,11 +72,11 @@ class LVPruning(Method, key="lvpruning"):
         if self.modules_path is not None:
             if not isinstance(self.modules_path, str | Path):
                 raise TypeError(
-                    f"LVPruning.modules_path: expected a folder, got {self.modules_path!r}"
+                    f"LVPruning.modules_path: expected a folder, got {shown(self.modules_path)}"
                 )
             object.__setattr__(self, "modules_path", str(self.modules_path))
-        object.__setattr__(self, "layers", tuple(self.layers))
-        object.__setattr__(self, "ratios", tuple(self.ratios))
+        object.__setattr__(self, "layers", as_tuple(self.layers, "LVPruning.layers"))
+        object.__setattr__(self, "ratios", as_tuple(self.ratios, "LVPruning.ratios", SHARES))
         check_stages(self.layers, self.ratios, "LVPruning")
         object.__setattr__(self, "_loaded", {})
 
@@ -96,6 +101,8 @@ class LVPruning(Method, key="lvpruning"):
                 f"LVPruning.layers: {self.modules_path} has no deciders for layers {strange}, it "
                 f"has them for {list(fit.shape.layers)}"
             )
+        check_weights(self.modules_path, fit.shape)
+        vars(self)["_shape"] = fit.shape  # what report() needs, should the files go away
 
     def decision_flops(self, layer: int, config: Any, text: int, visual: int, kept: int) -> int:
         if kept in (0, visual):  # nobody had to be asked

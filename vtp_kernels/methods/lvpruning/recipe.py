@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vtp_kernels.methods.budget import check_layer
+from vtp_kernels._shown import shown
+from vtp_kernels.methods.budget import SHARES, as_tuple, check_layer
 
 __all__ = ["GRADIENTS", "LAYERS", "PRECISIONS", "RATIOS", "Recipe", "check_stages"]
 
@@ -75,13 +76,15 @@ class Recipe:
     save_every: int = 500
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
-        object.__setattr__(self, "ratios", tuple(self.ratios))
+        object.__setattr__(self, "layers", as_tuple(self.layers, "Recipe.layers"))
+        object.__setattr__(self, "ratios", as_tuple(self.ratios, "Recipe.ratios", SHARES))
         check_stages(self.layers, self.ratios, "Recipe")
         for name in ("epochs", "batch", "micro_batch", "save_every"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"Recipe.{name}: expected an int of at least 1, got {value!r}")
+                raise ValueError(
+                    f"Recipe.{name}: expected an int of at least 1, got {shown(value)}"
+                )
         for name in ("learning_rate", "clip", "temperature"):
             self._check_number(name, above_zero=True)
         for name in ("warmup", "weight_decay", "ratio_weight", "final_noise"):
@@ -89,7 +92,7 @@ class Recipe:
         for name, choices in (("precision", PRECISIONS), ("gradient", GRADIENTS)):
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"Recipe.{name}: got {getattr(self, name)!r}, expected one of {choices}"
+                    f"Recipe.{name}: got {shown(getattr(self, name))}, expected one of {choices}"
                 )
 
     def _check_number(self, name: str, above_zero: bool) -> None:
@@ -97,7 +100,7 @@ class Recipe:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or value < 0 or (above_zero and value == 0):
             least = "above" if above_zero else "of at least"
-            raise ValueError(f"Recipe.{name}: expected a number {least} 0, got {value!r}")
+            raise ValueError(f"Recipe.{name}: expected a number {least} 0, got {shown(value)}")
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of step number `step` of `steps`."""
@@ -121,12 +124,13 @@ def check_stages(layers: tuple[int, ...], ratios: tuple[float, ...], owner: str)
     than before."""
     if not layers or len(layers) != len(ratios):
         raise ValueError(
-            f"{owner}.ratios: expected one for each of the layers {layers}, got {ratios}"
+            f"{owner}.ratios: expected one for each of the layers {shown(layers)}, got "
+            f"{shown(ratios)}"
         )
     for i, (layer, ratio) in enumerate(zip(layers, ratios, strict=True)):
         check_layer(layer, f"{owner}.layers[{i}]")
         if isinstance(ratio, bool) or not isinstance(ratio, int | float):
-            raise TypeError(f"{owner}.ratios[{i}]: expected a share, got {ratio!r}")
+            raise TypeError(f"{owner}.ratios[{i}]: expected a share, got {shown(ratio)}")
         if not 0 <= ratio <= 1:
             raise ValueError(f"{owner}.ratios[{i}]: expected a share from 0 to 1, got {ratio}")
         if i and layer <= layers[i - 1]:
