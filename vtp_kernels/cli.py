@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "--prompt", required=True, action="append", help="may be given several times: one batch"
     )
     run.add_argument("--method", default="fastv", help=METHOD)
-    run.add_argument("--max-new-tokens", type=int, default=64)
+    run.add_argument("--max-new-tokens", type=_positive, default=64)
     run.set_defaults(command=_run)
 
     serve = commands.add_parser(

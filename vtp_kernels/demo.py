@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from vtp_kernels import plot
 from vtp_kernels.chat import chat_inputs, greedy_answers
+from vtp_kernels.methods import Schedule
 from vtp_kernels.models import prune
 from vtp_kernels.models.grids import PictureGrid, picture_grids
 from vtp_kernels.pictures import check_writable, load_image
@@ -117,7 +118,7 @@ def compare(
         raise ValueError("prompts: expected at least one question, got none")
     if picture is not None:
         check_writable(picture, "picture")
-    for method in methods.values():
+    for method in (Schedule({}), *methods.values()):
         prune(model, method).remove()
     images = image if isinstance(image, (list, tuple)) else [image]
     if not images:
@@ -299,8 +300,6 @@ def _grids(model, processor, inputs, images: list) -> tuple[list[PictureGrid] | 
 
 def _dense_report(model, inputs):
     """What an empty schedule reports is the dense model."""
-    from vtp_kernels.methods import Schedule
-
     with torch.no_grad(), prune(model, Schedule({})) as run:
         model(**inputs, logits_to_keep=1)
     return run.report()

@@ -111,7 +111,9 @@ def pruned_server(
         def start_server(self) -> None:
             # transformers calls this once its model is loaded, to serve it from another thread.
             # Nobody is served before the method is at work; whoever asked starts the server.
-            manager = self._model_manager
+            manager = getattr(self, "_model_manager", None)
+            if manager is None:
+                return
             manager.load_model_and_processor = _pruning(manager.load_model_and_processor, method)
             manager.load_model_and_processor(manager.process_model_name(str(model)))
             applied.append(self)
@@ -123,7 +125,7 @@ def pruned_server(
     made = PrunedServe(force_model=str(model), device=str(device), dtype=dtype, non_blocking=True)
     if applied != [made]:
         made.server.should_exit = True
-        raise RuntimeError(
+        raise NotImplementedError(
             "this version of transformers starts its server in another way: no method could be "
             "applied before it; please report it"
         )

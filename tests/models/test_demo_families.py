@@ -7,6 +7,7 @@ from PIL import Image
 from tiny_llava import tiny_llava
 from tiny_models import FAMILIES
 from tiny_processors import PROCESSORS
+from transformers import LlamaForCausalLM
 
 import vtp_kernels as vtp
 from vtp_kernels import demo, plot
@@ -110,5 +111,8 @@ def test_what_cannot_be_is_refused_before_any_answer(tmp_path, monkeypatch):
         given = {"image": picture(80, 80), "methods": SCHEDULE} | change
         with pytest.raises(kind, match=message):
             demo.compare(model, processor, prompts=["w5"], **given)
+    text = LlamaForCausalLM(model.config.text_config)
+    with pytest.raises(NotImplementedError, match="LlamaForCausalLM is not supported"):
+        demo.compare(text, processor, picture(80, 80), ["w5"], {})
     with torch.no_grad():  # and no method is left in the model
         vtp.apply(model, vtp.FastV(layer=2)).remove()

@@ -135,7 +135,7 @@ def test_a_server_that_starts_in_another_way_is_refused(checkpoint, monkeypatch)
         original(self, *args, **options | {"non_blocking": False})
 
     monkeypatch.setattr(Serve, "__init__", blocking)
-    with pytest.raises(RuntimeError, match="starts its server in another way"):
+    with pytest.raises(NotImplementedError, match="starts its server in another way"):
         serve.pruned_server(checkpoint, METHOD, device="cpu")
 
 

@@ -177,9 +177,10 @@ def _cells(rows: int, columns: int) -> Tensor:
 
 def _squares(given: Given) -> list[Looks]:
     """LLaVA-1.5: every picture as one square, perhaps with CLS before it."""
-    side, pictures = _side(given), len(given.arguments["pixel_values"])
+    side, pixels = _side(given), given.arguments.get("pixel_values")
     shows = _tower(given)._shows(given.arguments, 1, side * side)
     (tokens,) = (shows >= 0).nonzero(as_tuple=True)
+    pictures = sum(given.runs) // len(shows) if pixels is None else len(pixels)
     looks = []
     for index in range(pictures):
         box = WHOLE
