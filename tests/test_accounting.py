@@ -2,10 +2,20 @@
 
 import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
-from transformers import LlavaConfig
+import torch
+from transformers import LlavaConfig, Qwen3MoeConfig
 
+sys.path.insert(0, str(Path(__file__).parent / "models"))
+
+from tiny_llava import batch, prompt, tiny_llava
+from tiny_models import FAMILIES
+
+import vtp_kernels as vtp
+from vtp_kernels import VisiPruner
 from vtp_kernels.accounting import Course, account, text_config
 from vtp_kernels.cli import main
 from vtp_kernels.methods import method_from_spec
@@ -64,14 +74,91 @@ def test_a_course_of_its_own(config):
 @pytest.mark.parametrize(
     "course, message",
     [
-        (Course(fusion_layer=32), "fusion_layer: expected a layer from 0 to 31, got 32"),
-        (Course(exit_layer=-1), "exit_layer: expected a layer from 0 to 31, got -1"),
+        (Course(fusion_layer=32), "fusion_layer: expected a layer from 7 to 30, got 32"),
+        (Course(fusion_layer=3), "fusion_layer: expected a layer from 7 to 30, got 3"),
+        (Course(exit_layer=-1), "exit_layer: expected a layer from 16 to 30, got -1"),
+        (Course(14, 5, exit_layer=12), "exit_layer: expected a layer from 16 to 30, got 12"),
+        (Course(14, 5, exit_layer=15), "exit_layer: expected a layer from 16 to 30, got 15"),
         (Course(kept=577), "kept: expected 0 to 576 tokens, got 577"),
     ],
 )
 def test_impossible_courses_are_refused(config, course, message):
+    """Layers 0 to 6 are not judged, nor is the last, and two votes are cast after fusion."""
     with pytest.raises(ValueError, match=message):
         accounted(config, "visipruner", course)
+
+
+def test_courses_are_those_of_the_method(config):
+    alone = "visipruner:shallow_layers=0,stages=deep,exit_votes=1"
+    assert accounted(config, alone, Course(exit_layer=0)).visual_per_layer == [576] + [0] * 31
+    with pytest.raises(ValueError, match="exit_layer: expected a layer from 15 to 30, got 14"):
+        accounted(config, "visipruner:exit_votes=1", Course(14, 5, exit_layer=14))
+    with pytest.raises(ValueError, match="kept: expected 28 to 576 tokens, got 27"):
+        accounted(config, "visipruner:min_keep=28", Course(kept=27))
+
+
+@pytest.mark.parametrize("decision, layers", [("exact", 1), ("pipelined", 2)])
+def test_a_course_is_what_a_model_goes_through(decision, layers):
+    """Every token turns the output at once, and none of them is long enough to stay."""
+    method = VisiPruner(("middle",), 0, 2.0, 1e9, decision=decision)
+    model = tiny_llava()
+    with vtp.prune(model, method) as run, torch.no_grad():
+        model(**batch(prompt(1, 5, seed=0)))
+    found = account(
+        model.config.text_config, method, text=11, before=4, visual=16, course=Course(0)
+    )
+    reported = [counts[0] for counts in run.report().visual_tokens_per_layer]
+    assert found.visual_per_layer == reported == [16] * layers + [0] * (6 - layers)
+
+
+@pytest.mark.parametrize(
+    "prompt, message",
+    [
+        ({"before": 65}, "before: expected at most the 64 tokens of text, got 65"),
+        ({"before": -1}, "before: expected at least 0 tokens, got -1"),
+        ({"visual": 0}, "visual: expected at least 1 tokens, got 0"),
+    ],
+)
+def test_impossible_prompts_are_refused(config, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        account(config, None, **LLAVA | prompt, course=Course())
+
+
+def test_a_method_that_cannot_be_counted_leaves_the_others(capsys):
+    command = ["flops", "--model", "llava-1.5-7b", "--method", "inflection", "fastv:2:0.5"]
+    assert main(command) == 0
+    page = capsys.readouterr().out
+    assert "fastv:2:0.5  " in page
+    assert "inflection: what inflection keeps depends on the picture" in page
+    assert main([*command, "--json"]) == 0
+    accounts = json.loads(capsys.readouterr().out)
+    assert accounts["fastv:2:0.5"]["flops"] < accounts["none"]["flops"]
+    assert "depends on the picture" in accounts["inflection"]["error"]
+
+
+def test_what_no_model_could_run_is_not_counted(tmp_path, capsys):
+    """Qwen3-VL with deepstack needs all tokens in its first layers; experts are not all used."""
+    FAMILIES["qwen3_vl"].make().config.save_pretrained(tmp_path / "qwen3_vl")
+    command = ["flops", "--model", str(tmp_path / "qwen3_vl"), "--method"]
+    assert main([*command, "fastv:1:0.5", "fastv:3:0.5"]) == 0
+    page = capsys.readouterr().out
+    assert "fastv:1:0.5: qwen3_vl cannot run FastV(" in page and "fastv:3:0.5  " in page
+    Qwen3MoeConfig().save_pretrained(tmp_path / "experts")
+    assert main(["flops", "--model", str(tmp_path / "experts"), "--method", "fastv"]) == 2
+    assert "'qwen3_moe' has num_experts" in capsys.readouterr().err
+
+
+def test_options_of_the_command_line_that_cannot_be(capsys):
+    command = ["flops", "--model", "llava-1.5-7b", "--method"]
+    for arguments, message in (
+        (["visipruner", "--exit-layer", "9"], "exit_layer: expected a layer from 16 to 30, got 9"),
+        (["fastv", "--kept", "9"], "--kept: is of visipruner, which is not among the methods"),
+        (["fastv", "--text", "20", "--before", "35"], "before: expected at most the 20 tokens"),
+    ):
+        assert main([*command, *arguments]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    assert main([*command, "fastv", "--text", "20"]) == 0
 
 
 def test_scheduled_methods(config):

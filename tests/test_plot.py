@@ -1,14 +1,22 @@
 """Pictures of what was kept."""
 
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parent / "models"))
+
+from tiny_llava import IMAGE, batch, prompt, tiny_llava
+
 import vtp_kernels as vtp
 from vtp_kernels import plot
+from vtp_kernels.models.grids import PictureGrid, View, picture_grids
 
 
 @pytest.fixture
@@ -49,6 +57,111 @@ def test_visual_positions_are_picked_out_of_the_sequence(white):
     assert panel(drawn, 1, 0, 0, 1) < 100
 
 
+@pytest.fixture
+def wide():
+    """Two cells of 2 x 4 and one row that shows nothing, from two stretches of a sequence."""
+    picture = Image.new("RGB", (80, 40), "white")
+    first = View("whole", torch.arange(2).view(1, 2), (0.0, -0.5, 1.0, 1.5))
+    crops = View("crops", torch.arange(8).view(2, 4) + 2, (0.0, 0.0, 1.0, 1.0))
+    grids = [
+        PictureGrid(1, torch.arange(3, 14), (first, crops)),
+        PictureGrid(1, torch.arange(15, 19), (View("whole", torch.arange(4).view(2, 2)),)),
+        PictureGrid(0, torch.arange(4), (View("whole", torch.arange(4).view(2, 2)),)),
+    ]
+    return picture, grids
+
+
+def brightness(drawn, line, index, x, y, size=(224, 112)):
+    """At a place of a panel, in shares of its width and height; all lines of one height."""
+    left, top = index * (plot.PANEL + plot._GAP), line * (size[1] + plot.CAPTION + plot._GAP)
+    return drawn.getpixel((int(left + x * size[0]), int(top + plot.CAPTION + y * size[1])))[0]
+
+
+def test_pictures_of_any_shape_have_a_row_for_each_look(wide):
+    picture, grids = wide
+    kept = torch.ones(2, 20, dtype=torch.bool)
+    kept[1, 4] = False  # the right half of the whole picture
+    kept[1, 5] = kept[1, 12] = False  # crops: first cell, last cell
+    kept[1, 17] = False  # second picture: third cell
+    drawn = plot.tokens([picture, picture], {2: kept}, grids=grids, sample=1)
+    assert drawn.size == (2 * plot.PANEL + plot._GAP, 3 * (112 + plot.CAPTION + plot._GAP))
+    for line in range(3):
+        assert brightness(drawn, line, 0, 0.5, 0.5) == 255
+    whole = [brightness(drawn, 0, 1, x, 0.5) for x in (0.25, 0.75)]
+    assert whole[0] == 255 and whole[1] < 100
+    crops = [
+        [brightness(drawn, 1, 1, (j + 0.5) / 4, (i + 0.5) / 2) == 255 for j in range(4)]
+        for i in range(2)
+    ]
+    assert crops == [[False, True, True, True], [True, True, True, False]]
+    second = [brightness(drawn, 2, 1, x, y) == 255 for y in (0.25, 0.75) for x in (0.25, 0.75)]
+    assert second == [True, True, False, True]
+
+
+def test_what_is_not_shown_to_the_model_is_white():
+    black = Image.new("RGB", (80, 40), "black")
+    middle = View("whole", torch.arange(4).view(2, 2), (0.25, 0.0, 0.75, 1.0))
+    grids = [PictureGrid(0, torch.arange(4), (middle,))]
+    drawn = plot.tokens(black, {0: torch.ones(1, 4, dtype=torch.bool)}, grids=grids)
+    seen = [brightness(drawn, 0, 1, x, 0.5) for x in (0.1, 0.3, 0.7, 0.9)]
+    assert seen == [255, 0, 0, 255]
+    assert brightness(drawn, 0, 0, 0.1, 0.5) == 0  # the first panel is the picture
+
+
+def test_a_report_is_drawn_with_all_its_pictures(white):
+    """Two pictures, no grids: stretches of visual tokens, or equal parts of one stretch."""
+    model = tiny_llava()
+    apart = batch(prompt(2, 5, seed=0))
+    together = dict(apart)
+    ids = apart["input_ids"]
+    together["input_ids"] = torch.cat((ids[ids != IMAGE][:5], ids[ids == IMAGE], ids[0, -5:]))[None]
+    together["attention_mask"] = torch.ones_like(together["input_ids"])
+    for inputs in (apart, together):
+        with vtp.prune(model, vtp.FastV(layer=2, keep=0.5)) as run, torch.no_grad():
+            model(**inputs)
+        report = run.report()
+        drawn = plot.tokens([white, white], report)
+        again = plot.tokens([white, white], report.kept)
+        by_grids = plot.tokens([white, white], report, grids=picture_grids(model, inputs))
+        assert drawn.height == 2 * (plot.PANEL + plot.CAPTION + plot._GAP)
+        assert np.array_equal(drawn, again) and np.array_equal(drawn, by_grids)
+        stayed = report.kept[2][report.kept.visual].view(2, 4, 4)
+        for picture in range(2):
+            for row in range(4):
+                for column in range(4):
+                    at = (column + 0.5) / 4, (row + 0.5) / 4
+                    light = brightness(drawn, picture, 1, *at, size=(224, 224)) == 255
+                    assert light == bool(stayed[picture, row, column])
+
+
+def test_a_picture_at_the_end_of_its_prompt(white):
+    """Its last token has the logits, and always stays: grids know that it shows something."""
+    model, inputs = tiny_llava(), batch(prompt(1, 0, seed=0)[:-2])
+    assert inputs["input_ids"][0, -1] == IMAGE
+    with vtp.prune(model, vtp.Schedule({2: 0})) as run, torch.no_grad():
+        model(**inputs)
+    with pytest.raises(ValueError, match="grid: expected 15 cells"):
+        plot.tokens(white, run.report())
+    drawn = plot.tokens(white, run.report(), grids=picture_grids(model, inputs))
+    lights = [brightness(drawn, 0, 1, 0.9, y, size=(224, 224)) == 255 for y in (0.6, 0.9)]
+    assert lights == [False, True]
+
+
+def test_pictures_that_do_not_fit_are_refused(white, wide):
+    _, grids = wide
+    kept = {2: torch.ones(2, 20, dtype=torch.bool)}
+    with pytest.raises(ValueError, match="image: expected the 2 pictures of the prompt, got 1"):
+        plot.tokens(white, kept, grids=grids, sample=1)
+    with pytest.raises(ValueError, match=r"kept: with grids expected bool .* at least 19 columns"):
+        plot.tokens([white, white], {2: kept[2][:, :18]}, grids=grids, sample=1)
+    visual = torch.zeros(1, 20, dtype=torch.bool)
+    visual[0, 2:6] = visual[0, 8:12] = visual[0, 14:18] = True
+    for images in (white, [white] * 2):
+        with pytest.raises(ValueError, match="image: the visual tokens stand in 3 places"):
+            plot.tokens(images, {2: kept[2][:1]}, visual=visual)
+    assert plot.tokens([white] * 3, {2: kept[2][:1]}, visual=visual).height > 3 * plot.PANEL
+
+
 def test_errors_name_the_argument(white, tmp_path):
     mask = torch.ones(1, 5, dtype=torch.bool)
     with pytest.raises(ValueError, match="grid: expected 5 cells"):
@@ -56,12 +169,9 @@ def test_errors_name_the_argument(white, tmp_path):
     with pytest.raises(ValueError, match="sample: expected 0 to 0, got 1"):
         plot.tokens(white, {0: mask}, sample=1, grid=(1, 5))
     with pytest.raises(FileNotFoundError, match="image: no such file"):
-        plot.load_image(tmp_path / "none.png")
-    (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(ValueError, match=r"image: .*text.png.* cannot be read as a picture"):
-        plot.load_image(tmp_path / "text.png")
+        plot.tokens(tmp_path / "none.png", {0: mask})
     with pytest.raises(TypeError, match="image: expected a path or a PIL image, got Tensor"):
-        plot.load_image(mask)
+        plot.tokens(mask, {0: mask})
 
 
 def red(drawn):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from vtp_kernels.flops import Attention, Spans, flops, passive_attention, visual_pairs
@@ -11,7 +12,19 @@ from vtp_kernels.methods import LVPruning, Method, VisiPruner
 from vtp_kernels.methods.budget import visual_budget
 from vtp_kernels.methods.schedule import ScheduledMethod
 
-__all__ = ["MODELS", "Account", "Course", "account", "table", "text_config"]
+__all__ = [
+    "MODELS",
+    "Account",
+    "Course",
+    "account",
+    "accounts",
+    "check_model",
+    "table",
+    "text_config",
+]
+
+#: Settings of models whose MLP is shared out among experts.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 
 #: Language models of well-known checkpoints: what FLOPs depend on.
 MODELS = {
@@ -82,21 +95,67 @@ class Account:
         return asdict(self)
 
 
-def text_config(model: str) -> Any:
-    """The language model's configuration: of a name in MODELS, a folder, or a hub name."""
+def model_config(model: str) -> Any:
+    """The configuration of a name in MODELS, a folder, or a hub name."""
     from transformers import AutoConfig, LlamaConfig
 
-    if model in MODELS:
-        return LlamaConfig(**MODELS[model])
-    config = AutoConfig.from_pretrained(model)
+    return LlamaConfig(**MODELS[model]) if model in MODELS else AutoConfig.from_pretrained(model)
+
+
+def text_config(model: str) -> Any:
+    """The same of the language model alone."""
+    config = model_config(model)
     return getattr(config, "text_config", config)
+
+
+def check_model(config: Any, method: Method | None) -> None:
+    """Raise as `vtp_kernels.apply` does where the family of a model cannot run `method`."""
+    from vtp_kernels.models.families import FAMILIES
+    from vtp_kernels.models.limits import check_method
+
+    family = FAMILIES.get(config.model_type)
+    if family is None or method is None:
+        return
+    text = config.text_config
+    parts = SimpleNamespace(
+        family=config.model_type,
+        layers=range(text.num_hidden_layers),
+        text=SimpleNamespace(config=text),
+        first_layer=family.first_layer(config),
+        positions=family.positions,
+    )
+    check_method(parts, method, "original")
+
+
+def accounts(
+    config: Any, methods: dict[str, Method | None], **prompt: Any
+) -> dict[str, Account | str]:
+    """`account` for each method; in place of one that cannot be counted, why not.
+
+    `config` is the whole model's or its language model's, `prompt` as for `account`.
+    """
+    text = getattr(config, "text_config", config)
+    counted: dict[str, Account | str] = {}
+    for name, method in methods.items():
+        try:
+            check_model(config, method)
+            counted[name] = account(text, method, **prompt)
+        except NotImplementedError as error:
+            counted[name] = str(error)
+    return counted
 
 
 def account(
     config: Any, method: Method | None, *, text: int, before: int, visual: int, course: Course
 ) -> Account:
     """What `method` (None: nothing leaves) costs for `visual` tokens among `text`, `before` of
-    these before the picture."""
+    these before the picture.
+
+    Raises ValueError for prompts and courses that cannot be, NotImplementedError for methods and
+    language models that cannot be counted.
+    """
+    _check_prompt(text, before, visual)
+    _check_decoder(config)
     depth = config.num_hidden_layers
     if method is not None:
         method.check_model(depth)
@@ -149,11 +208,12 @@ def _visual_per_layer(method: Method | None, depth: int, visual: int, course: Co
         for layer in method.layers:
             counts[layer:] = [method.budget(layer, visual)] * (depth - layer)
     elif isinstance(method, VisiPruner):
-        _check_course(course, depth, visual)
+        _check_course(method, course, depth, visual)
+        later = 2 if method.decision == "pipelined" else 1
         if "middle" in method.stages:
-            counts[course.fusion_layer + 1 :] = [course.kept] * (depth - course.fusion_layer - 1)
+            _leave(counts, course.fusion_layer + later, course.kept)
         if "deep" in method.stages and course.exit_layer is not None:
-            counts[course.exit_layer + 1 :] = [0] * (depth - course.exit_layer - 1)
+            _leave(counts, course.exit_layer + later, 0)
     elif method is not None:
         raise NotImplementedError(
             f"what {method.name} keeps depends on the picture: prune a model and ask report()"
@@ -161,17 +221,62 @@ def _visual_per_layer(method: Method | None, depth: int, visual: int, course: Co
     return counts
 
 
-def _check_course(course: Course, depth: int, visual: int) -> None:
-    for name in ("fusion_layer", "exit_layer"):
-        layer = getattr(course, name)
-        if layer is not None and not 0 <= layer < depth:
-            raise ValueError(f"{name}: expected a layer from 0 to {depth - 1}, got {layer}")
-    if not 0 <= course.kept <= visual:
-        raise ValueError(f"kept: expected 0 to {visual} tokens, got {course.kept}")
+def _leave(counts: list[int], layer: int, kept: int) -> None:
+    """So many are left from `layer` on."""
+    counts[layer:] = [kept] * len(counts[layer:])
 
 
-def table(accounts: dict[str, Account]) -> str:
-    """A row per method, the first of which is what the others are compared with."""
+def _check_course(method: VisiPruner, course: Course, depth: int, visual: int) -> None:
+    """Whether the method can go through it: what is judged, and when votes for the exit begin."""
+    judged = method.observed_layers(depth)
+    if not judged:
+        return
+    fuses, leaves = "middle" in method.stages, "deep" in method.stages
+    if fuses:
+        _check_layer("fusion_layer", course.fusion_layer, judged[0], judged[-1])
+        least = min(method.min_keep, visual)
+        if not least <= course.kept <= visual:
+            raise ValueError(f"kept: expected {least} to {visual} tokens, got {course.kept}")
+    if leaves and course.exit_layer is not None:
+        first = (course.fusion_layer + 1 if fuses else judged[0]) + method.exit_votes - 1
+        _check_layer("exit_layer", course.exit_layer, first, judged[-1])
+
+
+def _check_layer(name: str, layer: int, first: int, last: int) -> None:
+    if not first <= layer <= last:
+        raise ValueError(f"{name}: expected a layer from {first} to {last}, got {layer}")
+
+
+def _check_prompt(text: int, before: int, visual: int) -> None:
+    for name, value, least in (("text", text, 1), ("visual", visual, 1), ("before", before, 0)):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least} tokens, got {value}")
+    if before > text:
+        raise ValueError(f"before: expected at most the {text} tokens of text, got {before}")
+
+
+def _check_decoder(config: Any) -> None:
+    """What `flops` counts is a dense decoder with a gated MLP, as Llama's."""
+    needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+    missing = [name for name in needed if getattr(config, name, None) is None]
+    experts = [name for name in _EXPERTS if getattr(config, name, None)]
+    if missing or experts:
+        what = f"has {experts[0]}" if experts else f"has no {', '.join(missing)}"
+        raise NotImplementedError(
+            f"a language model of type {config.model_type!r} {what}: FLOPs are counted for dense "
+            "decoders like Llama's"
+        )
+
+
+def table(accounts: dict[str, Account | str]) -> str:
+    """A row per method, the first of which is what the others are compared with; below them, why
+    a method could not be counted."""
+    missing = [f"{name}: {why}" for name, why in accounts.items() if isinstance(why, str)]
+    counted = {name: x for name, x in accounts.items() if not isinstance(x, str)}
+    return "\n".join([*([_rows(counted)] if counted else []), *missing])
+
+
+def _rows(accounts: dict[str, Account]) -> str:
     first = next(iter(accounts.values()))
     head = ("method", "FLOPs", "MACs of visual tokens", "visual attention", "read by text")
     rows = [(*head, "visual tokens x layers")]

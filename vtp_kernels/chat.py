@@ -1,31 +1,41 @@
 """From questions about pictures to answers, with any Hugging Face processor."""
 
 import torch
-from PIL import Image
 
 
-def chat_inputs(processor, images: list[Image.Image], prompts: list[str]):
-    """Model inputs, one picture and one question a row, padded on the left as generation needs it.
+def chat_inputs(processor, images: list, prompts: list[str]):
+    """Model inputs, one question a row, padded on the left as generation needs it.
 
-    The processor's own chat template is used, or LLaVA-1.5's "USER: <image> ... ASSISTANT:".
+    `images` has one picture a row, or a list of those that come before the question. The
+    processor's own chat template is used, or LLaVA-1.5's "USER: <image> ... ASSISTANT:".
     """
+    rows = [list(row) if isinstance(row, (list, tuple)) else [row] for row in images]
+    asked = list(zip(rows, prompts, strict=True))
     if getattr(processor, "chat_template", None):
         texts = [
             processor.apply_chat_template(
                 [
                     {
                         "role": "user",
-                        "content": [{"type": "image"}, {"type": "text", "text": prompt}],
+                        "content": [{"type": "image"}] * len(row)
+                        + [{"type": "text", "text": prompt}],
                     }
                 ],
                 add_generation_prompt=True,
             )
-            for prompt in prompts
+            for row, prompt in asked
         ]
     else:
-        texts = [f"USER: {processor.image_token}\n{prompt} ASSISTANT:" for prompt in prompts]
+        line = f"{processor.image_token}\n"
+        texts = [f"USER: {line * len(row)}{prompt} ASSISTANT:" for row, prompt in asked]
     processor.tokenizer.padding_side = "left"
-    return processor(images=images, text=texts, return_tensors="pt", padding=True)
+    single = all(len(row) == 1 for row in rows)
+    return processor(
+        images=[row[0] for row in rows] if single else rows,
+        text=texts,
+        return_tensors="pt",
+        padding=True,
+    )
 
 
 @torch.no_grad()

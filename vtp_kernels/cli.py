@@ -1,4 +1,4 @@
-"""The command line: `python -m vtp_kernels demo | run | info | selftest | flops | lvpruning`."""
+"""The command line: `python -m vtp_kernels demo | run | serve | info | selftest | flops | ...`."""
 
 import argparse
 import json
@@ -43,17 +43,36 @@ def _parser() -> argparse.ArgumentParser:
         "run", help="the same with a checkpoint, a picture and a method of your own"
     )
     run.add_argument("--model", required=True, help="a folder or a hub name")
-    run.add_argument("--image", type=Path, required=True)
+    run.add_argument(
+        "--image",
+        type=Path,
+        required=True,
+        action="append",
+        help="may be given several times: all of them come before each question",
+    )
     run.add_argument(
         "--prompt", required=True, action="append", help="may be given several times: one batch"
     )
-    run.add_argument(
-        "--method", default="fastv", help="fastv, fastv:2:0.5, random:0.22, ... or a JSON file"
-    )
-    run.add_argument("--max-new-tokens", type=int, default=64)
-    run.add_argument("--device", help="default: the GPU if there is one")
-    run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    run.add_argument("--method", default="fastv", help=METHOD)
+    run.add_argument("--max-new-tokens", type=_positive, default=64)
     run.set_defaults(command=_run)
+
+    serve = commands.add_parser(
+        "serve", help="transformers' OpenAI-compatible server, with a method at work in the model"
+    )
+    serve.add_argument("--model", required=True, help="a folder or a hub name")
+    serve.add_argument("--method", required=True, help=METHOD)
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine alone)"
+    )
+    serve.add_argument("--port", type=_port, default=8000, help="0: one that is free")
+    serve.set_defaults(command=_serve)
+
+    for command in (run, serve):
+        command.add_argument("--device", help="default: the GPU if there is one")
+        command.add_argument(
+            "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16")
+        )
 
     for command in (demo, run):
         command.add_argument(
@@ -86,13 +105,17 @@ def _parser() -> argparse.ArgumentParser:
     flops.add_argument("--visual", type=_positive, default=576, help="visual tokens")
     flops.add_argument("--text", type=_positive, default=64, help="other tokens")
     flops.add_argument(
-        "--before", type=_count, default=35, help="how many of these come before the picture"
+        "--before",
+        type=_count,
+        help="how many of these come before the picture (default: 35, or all if there are fewer)",
     )
     flops.add_argument(
-        "--fusion-layer", type=int, default=14, help="visipruner: where fusion happens"
+        "--fusion-layer", type=int, help="visipruner: where fusion happens (default: 14)"
     )
-    flops.add_argument("--kept", type=int, default=0, help="visipruner: tokens left then")
-    flops.add_argument("--exit-layer", type=int, help="visipruner: where these leave too")
+    flops.add_argument("--kept", type=int, help="visipruner: tokens left then (default: 0)")
+    flops.add_argument(
+        "--exit-layer", type=int, help="visipruner: where these leave too (default: nowhere)"
+    )
     flops.add_argument("--json", action="store_true")
     flops.set_defaults(command=_flops)
 
@@ -100,6 +123,16 @@ def _parser() -> argparse.ArgumentParser:
 
     lvpruning.add_to(commands)
     return parser
+
+
+METHOD = "none, fastv, fastv:2:0.5, random:0.22, ... or a JSON file"
+
+
+def _port(text: str) -> int:
+    value = _count(text)
+    if value > 65535:
+        raise argparse.ArgumentTypeError(f"expected at most 65535, got {value}")
+    return value
 
 
 def _positive(text: str) -> int:
@@ -115,24 +148,27 @@ def _count(text: str, least: int = 0) -> int:
 
 def _demo(args: argparse.Namespace) -> None:
     from vtp_kernels import demo
+    from vtp_kernels.pictures import check_writable
 
+    check_writable(args.out, "--out")
     comparison = demo.pocket(args.image, seed=args.seed, repeats=args.repeats, picture=args.out)
     _print(comparison, args.json)
 
 
 def _run(args: argparse.Namespace) -> None:
-    from vtp_kernels import demo, plot
+    from vtp_kernels import demo
     from vtp_kernels.methods import method_from_spec
+    from vtp_kernels.pictures import check_writable, load_image
 
-    method, image = (
-        method_from_spec(args.method),
-        plot.load_image(args.image),
-    )  # before the model is loaded
+    # What can be wrong without the model is found out before it is loaded.
+    method, images = method_from_spec(args.method), [load_image(path) for path in args.image]
+    check_writable(args.out, "--out")
+    demo.device_of(args.device)
     model, processor = demo.load(args.model, device=args.device, dtype=args.dtype)
     comparison = demo.compare(
         model,
         processor,
-        image,
+        images,
         args.prompt,
         {} if method is None else {args.method: method},
         max_new_tokens=args.max_new_tokens,
@@ -140,6 +176,20 @@ def _run(args: argparse.Namespace) -> None:
         picture=args.out,
     )
     _print(comparison, args.json)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from vtp_kernels import serve
+    from vtp_kernels.methods import method_from_spec
+
+    serve.serve(
+        args.model,
+        method_from_spec(args.method),
+        host=args.host,
+        port=args.port,
+        device=args.device,
+        dtype=args.dtype,
+    )
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -155,23 +205,30 @@ def _selftest(args: argparse.Namespace) -> int:
 
 def _flops(args: argparse.Namespace) -> None:
     from vtp_kernels import accounting
-    from vtp_kernels.methods import method_from_spec
+    from vtp_kernels.methods import VisiPruner, method_from_spec
 
-    config = accounting.text_config(args.model)
-    course = accounting.Course(args.fusion_layer, args.kept, args.exit_layer)
-    accounts = {
-        spec: accounting.account(
-            config,
-            method_from_spec(spec),
-            text=args.text,
-            before=min(args.before, args.text),
-            visual=args.visual,
-            course=course,
-        )
-        for spec in ("none", *args.method)
-    }
+    methods = {spec: method_from_spec(spec) for spec in ("none", *args.method)}
+    given = {name: getattr(args, name) for name in ("fusion_layer", "kept", "exit_layer")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not any(isinstance(method, VisiPruner) for method in methods.values()):
+        option = next(iter(given)).replace("_", "-")
+        raise ValueError(f"--{option}: is of visipruner, which is not among the methods")
+    accounts = accounting.accounts(
+        accounting.model_config(args.model),
+        methods,
+        text=args.text,
+        before=min(35, args.text) if args.before is None else args.before,
+        visual=args.visual,
+        course=accounting.Course(**given),
+    )
+    if all(isinstance(x, str) for x in accounts.values()):
+        raise NotImplementedError(accounts["none"])
     if args.json:
-        print(json.dumps({spec: x.to_dict() for spec, x in accounts.items()}, indent=2))
+        plain = {
+            spec: {"error": x} if isinstance(x, str) else x.to_dict()
+            for spec, x in accounts.items()
+        }
+        print(json.dumps(plain, indent=2))
         return
     print(
         f"{args.model}: {args.visual} visual and {args.text} other tokens, prefill of the language "
@@ -187,3 +244,5 @@ def _print(comparison, as_json: bool) -> None:
     print(comparison)
     if comparison.picture:
         print(f"\nWhat was kept: {comparison.picture}")
+    if comparison.not_drawn:
+        print(f"\nWhat was kept is not drawn: {comparison.not_drawn}")

@@ -9,6 +9,7 @@ import itertools
 import os
 import statistics
 import time
+import warnings
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -17,7 +18,10 @@ from tqdm import tqdm
 
 from vtp_kernels import plot
 from vtp_kernels.chat import chat_inputs, greedy_answers
+from vtp_kernels.methods import Schedule
 from vtp_kernels.models import prune
+from vtp_kernels.models.grids import PictureGrid, picture_grids
+from vtp_kernels.pictures import check_writable, load_image
 
 DENSE = "dense"
 
@@ -47,6 +51,9 @@ class Comparison:
     rows: list[Row]
     expected: list[str] | None
     picture: str | None = None
+    """The file with what was kept, if one was written."""
+    not_drawn: str | None = None
+    """Why there is none, where one was asked for."""
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -85,25 +92,43 @@ def compare(
     repeats: int = 9,
     picture: str | os.PathLike | None = None,
 ) -> Comparison:
-    """Answers every prompt about one picture in one batch, dense and with each method.
+    """Answers every prompt about the same pictures in one batch, dense and with each method.
+
+    Methods, pictures and `picture` are checked before anything is computed.
 
     Args:
         model: a model of a supported family, in eval mode.
         processor: its processor.
-        image: a path or a PIL image.
+        image: a path or a PIL image, or a sequence of them: all of them come before each question.
         prompts: one question a row of the batch.
         methods: label -> method.
         expected: the true answers, if they are known.
         max_new_tokens: length of an answer at most.
         repeats: timed prefills of each method, taken in turn; the speed-up is the median of the
             ratios to the dense prefill of the same turn.
-        picture: where to write the PNG of what was kept for the first prompt.
+        picture: where to write the PNG of what was kept for the first prompt. Where it is not known
+            which token shows what, none is written, and the comparison says why.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: the model, or one of the methods in it, is not
+            supported; there is no question, or no picture.
+        OSError: a picture cannot be read, or `picture` cannot be written.
     """
     if not prompts:
         raise ValueError("prompts: expected at least one question, got none")
-    loaded = plot.load_image(image)
+    if picture is not None:
+        check_writable(picture, "picture")
+    for method in (Schedule({}), *methods.values()):
+        prune(model, method).remove()
+    images = image if isinstance(image, (list, tuple)) else [image]
+    if not images:
+        raise ValueError("image: expected at least one picture, got none")
+    loaded = [load_image(one) for one in images]
     inputs = chat_inputs(processor, [loaded] * len(prompts), prompts).to(model.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    grids, not_drawn = None, None
+    if picture is not None and methods:
+        grids, not_drawn = _grids(model, processor, inputs, loaded * len(prompts))
     rows, drawings = [], []
     for label, method in tqdm(
         {DENSE: None, **methods}.items(), desc="answering", leave=False, disable=None
@@ -112,14 +137,16 @@ def compare(
             answers = greedy_answers(model, processor, inputs, max_new_tokens)
             if run is not None:
                 report = run.report()
-                drawings.append(plot.tokens(loaded, report.kept, title=label))
+                if grids is not None:
+                    drawings.append(plot.tokens(loaded, report, grids=grids, title=label))
         if run is None:
             report = _dense_report(model, inputs)
         rows.append(_row(label, answers, report, expected))
     _time_prefills(model, inputs, [None, *methods.values()], rows, repeats)
-    if picture is not None and drawings:
+    if drawings:
         plot.stack(drawings, picture)
-    return Comparison(prompts, rows, expected, None if picture is None else os.fspath(picture))
+    drawn = os.fspath(picture) if drawings else None
+    return Comparison(prompts, rows, expected, drawn, not_drawn)
 
 
 def pocket(
@@ -174,15 +201,88 @@ def load(path: str | os.PathLike, *, device: str | None = None, dtype: str = "au
     """(model, processor) from a folder or a hub name; weights from safetensors only.
 
     On a CPU, float16 checkpoints are computed in float32: CPUs have no fast float16 arithmetic.
-    """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    Weights that the model has no place for are left out, with a warning.
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    Raises:
+        ValueError: the checkpoint lacks weights of the model or has them in other shapes, which
+            would then be random; it cannot be read; or `device` is not there.
+        OSError: there is no such checkpoint.
+    """
+    from transformers import AutoProcessor
+
+    device = device_of(device)
     processor = AutoProcessor.from_pretrained(path)
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    if device == "cpu" and dtype == "auto" and model.dtype == torch.float16:
+    model = _from_pretrained(path, dtype=dtype)
+    if device.type == "cpu" and dtype == "auto" and model.dtype == torch.float16:
         model = model.float()
     return model.to(device).eval(), processor
+
+
+def check_checkpoint(path: str | os.PathLike) -> None:
+    """Raise ValueError, as `load` does, for one that is not all there; no weights are loaded."""
+    _from_pretrained(path, device_map="meta")
+
+
+def _from_pretrained(path: str | os.PathLike, **settings):
+    """A model whose weights are all in its checkpoint."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        model, loading = AutoModelForImageTextToText.from_pretrained(
+            path,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name them
+            **settings,
+        )
+    except SafetensorError as error:
+        raise ValueError(f"model: the weights of {str(path)!r} cannot be read: {error}") from error
+    _check_weights(path, loading)
+    return model
+
+
+def _check_weights(path: str | os.PathLike, loading: dict) -> None:
+    """Raise ValueError if a model is not all there, by transformers' loading info."""
+    faults = [
+        (f"{str(path)!r} has no weights for", loading["missing_keys"]),
+        (
+            f"{str(path)!r} has weights of another shape for",
+            [key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]],
+        ),
+    ]
+    for what, keys in faults:
+        if keys:
+            raise ValueError(
+                f"model: {what} {_named(keys)}; with random ones it would answer nonsense"
+            )
+    if loading["unexpected_keys"]:
+        warnings.warn(
+            f"model: weights of {str(path)!r} that the model has no place for are left out: "
+            f"{_named(loading['unexpected_keys'])}",
+            stacklevel=4,
+        )
+
+
+def _named(keys, most: int = 4) -> str:
+    keys = sorted(keys)
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + more
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of that name; None: the GPU if there is one. ValueError if it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: {name!r} is not there: {reason}") from error
+    if device.type == "meta":
+        raise ValueError("device: 'meta' holds no weights to compute with")
+    return device
 
 
 def pruned(model, method, **settings):
@@ -190,10 +290,16 @@ def pruned(model, method, **settings):
     return contextlib.nullcontext() if method is None else prune(model, method, **settings)
 
 
+def _grids(model, processor, inputs, images: list) -> tuple[list[PictureGrid] | None, str | None]:
+    """The grids of all pictures, or why they are not known."""
+    try:
+        return picture_grids(model, inputs, images=images, processor=processor), None
+    except (NotImplementedError, ValueError) as error:
+        return None, str(error)
+
+
 def _dense_report(model, inputs):
     """What an empty schedule reports is the dense model."""
-    from vtp_kernels.methods import Schedule
-
     with torch.no_grad(), prune(model, Schedule({})) as run:
         model(**inputs, logits_to_keep=1)
     return run.report()

@@ -1,64 +1,90 @@
 """Pictures of what was kept: the image with its dropped patches dimmed, layer by layer."""
 
+from __future__ import annotations
+
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
+from vtp_kernels.pictures import load_image
 from vtp_kernels.selection import Selection
 
-PANEL = 224  # pixels; the width of one panel
+if TYPE_CHECKING:
+    from vtp_kernels.models.grids import PictureGrid
+
+PANEL = 224  # pixels; the longer side of one panel
 CAPTION = 18
 _GAP = 6
 _MARGIN = 10  # around a curve
-_DIM = 0.22  # brightness left to a patch whose token is gone
+_DIM = 0.22  # what is left of a patch whose token is gone: the rest is black
+
+
+class _Look(NamedTuple):
+    """A row of panels: `stayed` {layer: bool [H, W]}, whose cells lie at `box` of the picture."""
+
+    picture: Image.Image
+    name: str
+    stayed: dict[int, Tensor]
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
 
 
 def tokens(
     image,
-    kept: Mapping[int, torch.Tensor],
+    kept,
     path: str | os.PathLike | None = None,
     *,
     visual: torch.Tensor | None = None,
     sample: int = 0,
     grid: tuple[int, int] | None = None,
+    grids: Sequence[PictureGrid] | None = None,
     title: str = "all",
 ) -> Image.Image:
     """Draws which visual tokens were kept, one panel per layer at which some left.
 
+    Every picture has a row of panels; two where the model looks at it twice, as a whole and in
+    crops. What of a picture the model is not shown at all is white.
+
     Args:
-        image: a `PIL.Image.Image` or a path: the picture the tokens came from.
-        kept: `report().kept`: layer -> bool [B, S] over the original sequence, or bool [B, N] / [N]
-            over the visual tokens alone.
+        image: a `PIL.Image.Image` or a path: the picture the tokens came from. A sequence of them
+            for a prompt with several, in their order.
+        kept: a report, or its `kept`: layer -> bool [B, S] over the original sequence; or bool
+            [B, N] / [N] over the visual tokens alone.
         path: where to write the PNG; None writes nothing.
         visual: bool [B, S], which positions of the sequence are visual; default `kept.visual` when
             `kept` comes from a report, else every position.
         sample: row of the batch.
-        grid: (rows, columns) of the visual tokens; default: square.
+        grid: (rows, columns) of each picture's visual tokens, where all of these are cells of one
+            grid; default: square.
+        grids: what `vtp_kernels.models.grids.picture_grids(model, inputs)` says: for pictures of
+            any shape, crops, and a picture at the end of its prompt. In place of `grid` and
+            `visual`. Default: those of the report, if it has them.
         title: caption of the first panel, which shows the whole picture.
 
     Returns:
         The drawn picture.
 
     Raises:
-        ValueError: the tokens do not fill `grid`, or `sample` is not in the batch.
+        ValueError: the tokens do not fill `grid`, there are more pictures than `image`, or fewer,
+            or `sample` is not in the batch.
         OSError: the image cannot be read.
     """
-    picture = load_image(image).resize((PANEL, PANEL))
-    visual = visual if visual is not None else getattr(kept, "visual", None)
-    masks = {layer: _visual_mask(mask, visual, sample) for layer, mask in sorted(kept.items())}
-    row = [(title, picture)]
-    for layer, mask in masks.items():
-        rows, columns = grid or _square(mask.numel())
-        if rows * columns != mask.numel():
-            raise ValueError(
-                f"grid: expected {mask.numel()} cells, one a visual token, got {rows} x {columns}"
-            )
-        caption = f"layer {layer}: {int(mask.sum())} of {mask.numel()}"
-        row.append((caption, _dim(picture, mask.view(rows, columns))))
-    drawn = panels(row)
+    pictures = [load_image(one) for one in _listed(image)]
+    grids = getattr(kept, "grids", None) if grids is None else grids
+    kept = getattr(kept, "kept", kept)
+    visual = getattr(kept, "visual", None) if visual is None else visual
+    masks = {layer: _row(mask, sample) for layer, mask in sorted(kept.items())}
+    if grids is None:
+        looks = _looks_by_order(
+            pictures, masks, None if visual is None else _row(visual, sample), grid
+        )
+    else:
+        looks = _looks_by_grids(pictures, masks, [x for x in grids if x.prompt == sample])
+    drawn = stack([_panels_of(look, title) for look in looks])
     if path is not None:
         drawn.save(Path(path))
     return drawn
@@ -110,13 +136,15 @@ def curve(
 
 
 def panels(row: list[tuple[str, Image.Image]]) -> Image.Image:
-    """Puts captioned pictures side by side, all in one size."""
-    sheet = Image.new("RGB", (len(row) * (PANEL + _GAP) - _GAP, PANEL + CAPTION + _GAP), "white")
+    """Puts captioned pictures side by side, each as large as fits into a panel."""
+    fitted = [(caption, _fitted(panel, Image.NEAREST)) for caption, panel in row]
+    height = max(panel.height for _, panel in fitted)
+    sheet = Image.new("RGB", (len(row) * (PANEL + _GAP) - _GAP, height + CAPTION + _GAP), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (caption, panel) in enumerate(row):
+    for i, (caption, panel) in enumerate(fitted):
         left = i * (PANEL + _GAP)
         draw.text((left + 2, 2), caption, fill="black")
-        sheet.paste(panel.resize((PANEL, PANEL), Image.NEAREST), (left, CAPTION))
+        sheet.paste(panel, (left, CAPTION))
     return sheet
 
 
@@ -130,22 +158,6 @@ def stack(rows: list[Image.Image], path: str | os.PathLike | None = None) -> Ima
     if path is not None:
         sheet.save(Path(path))
     return sheet
-
-
-def load_image(image) -> Image.Image:
-    """An RGB picture from a path or a PIL image; ValueError names a file that is no picture."""
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if not isinstance(image, (str, os.PathLike)):
-        raise TypeError(f"image: expected a path or a PIL image, got {type(image).__name__}")
-    try:
-        return Image.open(image).convert("RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"image: no such file: {os.fspath(image)!r}") from None
-    except OSError as error:
-        raise ValueError(
-            f"image: {os.fspath(image)!r} cannot be read as a picture: {error}"
-        ) from error
 
 
 def _curve_of(selection, sample: int) -> tuple[list[float], int, int]:
@@ -170,23 +182,109 @@ def _curve_of(selection, sample: int) -> tuple[list[float], int, int]:
     return finite, int(row.isposinf().sum()), int(counts[sample])
 
 
-def _visual_mask(mask: torch.Tensor, visual: torch.Tensor | None, sample: int) -> torch.Tensor:
+def _listed(image) -> list:
+    return list(image) if isinstance(image, (list, tuple)) else [image]
+
+
+def _row(mask: Tensor, sample: int) -> Tensor:
     if mask.dim() == 1:
         mask = mask[None]
     if not 0 <= sample < mask.shape[0]:
         raise ValueError(f"sample: expected 0 to {mask.shape[0] - 1}, got {sample}")
-    mask = mask[sample].cpu()
-    return mask if visual is None else mask[visual[sample].cpu()]
+    return mask[sample].cpu()
 
 
-def _square(count: int) -> tuple[int, int]:
-    side = round(count**0.5)
-    return side, side
+def _looks_by_grids(
+    pictures: list[Image.Image], masks: dict[int, Tensor], grids: list[PictureGrid]
+) -> list[_Look]:
+    if len(pictures) != len(grids):
+        raise ValueError(
+            f"image: expected the {len(grids)} pictures of the prompt, got {len(pictures)}"
+        )
+    needed = max((int(grid.columns.max()) + 1 for grid in grids), default=0)
+    for mask in masks.values():
+        if len(mask) < needed:
+            raise ValueError(
+                f"kept: with grids expected bool [B, S] over the whole sequence, at least {needed} "
+                f"columns, got {len(mask)}"
+            )
+    looks = []
+    for index, (picture, grid) in enumerate(zip(pictures, grids, strict=True)):
+        for view in grid.views:
+            names = [_number(index, len(pictures)), view.name if len(grid.views) > 1 else ""]
+            columns = grid.columns[view.tokens]
+            stayed = {layer: mask[columns] for layer, mask in masks.items()}
+            looks.append(_Look(picture, ", ".join(filter(None, names)), stayed, view.box))
+    return looks
 
 
-def _dim(picture: Image.Image, mask: torch.Tensor) -> Image.Image:
-    light = Image.fromarray((mask.to(torch.uint8) * 255).numpy(), "L").resize(
-        picture.size, Image.NEAREST
+def _looks_by_order(
+    pictures: list[Image.Image],
+    masks: dict[int, Tensor],
+    visual: Tensor | None,
+    grid: tuple[int, int] | None,
+) -> list[_Look]:
+    """Visual tokens belong to the pictures in turn: each stretch of them to one, or if there is
+    one stretch, equal parts of it."""
+    if visual is None:
+        counts = {layer: len(mask) for layer, mask in masks.items()}
+        runs = [max(counts.values(), default=0)]
+    else:
+        stretches, lengths = torch.unique_consecutive(visual, return_counts=True)
+        runs = lengths[stretches].tolist()
+        masks = {layer: mask[visual] for layer, mask in masks.items()}
+    if len(runs) == 1 and runs[0] % len(pictures) == 0:
+        runs = [runs[0] // len(pictures)] * len(pictures)
+    if len(runs) != len(pictures):
+        raise ValueError(
+            f"image: the visual tokens stand in {len(runs)} places of the prompt, got "
+            f"{len(pictures)} pictures; pass all of them, and the grids of picture_grids(model, "
+            "inputs)"
+        )
+    looks = []
+    for index, (picture, run) in enumerate(zip(pictures, runs, strict=True)):
+        first = sum(runs[:index])
+        rows, columns = grid or (round(run**0.5),) * 2
+        if rows * columns != run:
+            raise ValueError(
+                f"grid: expected {run} cells, one a visual token, got {rows} x {columns}; for what "
+                "is no square of them pass the grids of picture_grids(model, inputs)"
+            )
+        stayed = {
+            layer: mask[first : first + run].view(rows, columns) for layer, mask in masks.items()
+        }
+        looks.append(_Look(picture, _number(index, len(pictures)), stayed))
+    return looks
+
+
+def _number(index: int, count: int) -> str:
+    return f"picture {index + 1}" if count > 1 else ""
+
+
+def _panels_of(look: _Look, title: str) -> Image.Image:
+    picture = _fitted(look.picture)
+    row = [(": ".join(filter(None, (title, look.name))), picture)]
+    for layer, mask in look.stayed.items():
+        caption = f"layer {layer}: {int(mask.sum())} of {mask.numel()}"
+        row.append((caption, _dim(picture, mask, look.box)))
+    return panels(row)
+
+
+def _fitted(picture: Image.Image, resample: int | None = None) -> Image.Image:
+    """As large as a panel has room for."""
+    scale = PANEL / max(picture.size)
+    return picture.resize([max(round(side * scale), 1) for side in picture.size], resample)
+
+
+def _dim(picture: Image.Image, mask: Tensor, box: tuple[float, float, float, float]) -> Image.Image:
+    left, top, right, bottom = (
+        round(share * side) for share, side in zip(box, picture.size * 2, strict=True)
     )
+    cells = Image.fromarray((mask.to(torch.uint8) * 255).numpy())
+    light = Image.new("L", picture.size)
+    light.paste(cells.resize((right - left, bottom - top), Image.NEAREST), (left, top))
     dark = Image.blend(Image.new("RGB", picture.size, "black"), picture, _DIM)
-    return Image.composite(picture, dark, light)
+    shown = Image.new("L", picture.size)
+    shown.paste(255, (left, top, right, bottom))
+    unseen = Image.new("RGB", picture.size, "white")
+    return Image.composite(Image.composite(picture, dark, light), unseen, shown)

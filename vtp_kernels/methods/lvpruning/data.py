@@ -77,14 +77,10 @@ class LlavaConversations:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Conversation:
-        from PIL import Image
+        from vtp_kernels.pictures import load_image
 
         paths, turns = self.entries[index]
-        images = []
-        for name in paths:
-            with Image.open(self.folder / name) as image:
-                images.append(image.convert("RGB"))
-        return Conversation(tuple(images), turns)
+        return Conversation(tuple(load_image(self.folder / name) for name in paths), turns)
 
 
 def _paths_and_turns(

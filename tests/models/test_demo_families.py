@@ -1,0 +1,118 @@
+"""`demo.compare` and its drawing, in every family and with pictures of any shape."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_llava import tiny_llava
+from tiny_models import FAMILIES
+from tiny_processors import PROCESSORS
+from transformers import LlamaForCausalLM
+
+import vtp_kernels as vtp
+from vtp_kernels import demo, plot
+from vtp_kernels.models import grids
+
+SCHEDULE = {"half": vtp.Schedule({3: 0.5, 5: 0})}
+LINES = {"llava": 1, "qwen2_5_vl": 1}  # rows of panels for a picture; else the crops have one, too
+
+
+def picture(width, height, seed=0):
+    noise = np.random.default_rng(seed).integers(160, 255, (height, width, 3), np.uint8)
+    return Image.fromarray(noise)
+
+
+def model_of(family):
+    return tiny_llava() if family == "llava" else FAMILIES[family].model("sdpa")
+
+
+def dimmed(drawn, column, lines, width, height):
+    """Of the pictures in a column of panels, the share that is dimmed; what is white is not seen
+    by the model."""
+    shades, left, each = np.asarray(drawn.convert("L")), column * (plot.PANEL + plot._GAP), []
+    for line in range(lines):
+        top = line * (height + plot.CAPTION + plot._GAP) + plot.CAPTION
+        panel = shades[top : top + height, left : left + width]
+        each.append((panel < 80).sum() / (panel < 255).sum())
+    return each
+
+
+@pytest.mark.parametrize("family", PROCESSORS)
+@pytest.mark.parametrize("size", [(80, 80), (180, 90), (60, 140)], ids=["square", "wide", "tall"])
+def test_one_picture(family, size, tmp_path):
+    out = tmp_path / "kept.png"
+    comparison = demo.compare(
+        model_of(family),
+        PROCESSORS[family](),
+        picture(*size),
+        ["w5 w6", "w7"],
+        SCHEDULE,
+        max_new_tokens=2,
+        repeats=1,
+        picture=out,
+    )
+    assert comparison.picture == str(out) and comparison.not_drawn is None
+    drawn = Image.open(out)
+    width, height = (round(plot.PANEL * side / max(size)) for side in size)
+    lines = LINES.get(family, 2)
+    if family == "internvl" and size == (80, 80):
+        lines = 1  # one tile
+    assert drawn.size == (
+        3 * (plot.PANEL + plot._GAP) - plot._GAP,
+        lines * (height + plot.CAPTION + plot._GAP),
+    )
+    half, none = (dimmed(drawn, column, lines, width, height) for column in (1, 2))
+    assert max(dimmed(drawn, 0, lines, width, height)) == 0
+    assert 0.05 < np.mean(half) < 0.95 and min(none) > 0.99
+
+
+@pytest.mark.parametrize("family", PROCESSORS)
+def test_two_pictures_and_a_batch(family, tmp_path):
+    comparison = demo.compare(
+        model_of(family),
+        PROCESSORS[family](),
+        [picture(180, 90), picture(90, 100, 1)],
+        ["w5 w6", "w7"],
+        SCHEDULE,
+        max_new_tokens=2,
+        repeats=1,
+        picture=tmp_path / "kept.png",
+    )
+    assert len(comparison.rows[1].answers) == 2
+    # In OneVision pictures among others are not cut; in a square one, InternVL has one tile.
+    heights = {"llava": (112, 224), "qwen2_5_vl": (112, 224), "llava_onevision": (112, 224)}
+    heights |= {"internvl": (112, 112, 224), "llava_next": (112, 112, 224, 224)}
+    expected = sum(height + plot.CAPTION + plot._GAP for height in heights[family])
+    assert Image.open(tmp_path / "kept.png").height == expected
+
+
+def test_a_layout_that_is_not_known_leaves_the_answers(tmp_path, monkeypatch):
+    """It is found out before an answer is computed; the picture is left out."""
+
+    def unknown(given):
+        raise NotImplementedError("what it shows is not known")
+
+    monkeypatch.setitem(grids.GRIDS, "llava", unknown)
+    given = (tiny_llava(), PROCESSORS["llava"](), picture(80, 80), ["w5"], SCHEDULE)
+    out = tmp_path / "kept.png"
+    comparison = demo.compare(*given, max_new_tokens=2, repeats=1, picture=out)
+    assert comparison.rows[1].answers and not out.exists()
+    assert comparison.picture is None and comparison.not_drawn == "what it shows is not known"
+
+
+def test_what_cannot_be_is_refused_before_any_answer(tmp_path, monkeypatch):
+    model, processor = tiny_llava(), PROCESSORS["llava"]()
+    monkeypatch.setattr(demo, "greedy_answers", lambda *given: pytest.fail("an answer"))
+    for change, kind, message in (
+        ({"methods": {"late": vtp.FastV(layer=77)}}, ValueError, "there is no layer 77"),
+        ({"image": []}, ValueError, "image: expected at least one picture"),
+        ({"picture": tmp_path / "no" / "kept.png"}, OSError, "picture: cannot write"),
+    ):
+        given = {"image": picture(80, 80), "methods": SCHEDULE} | change
+        with pytest.raises(kind, match=message):
+            demo.compare(model, processor, prompts=["w5"], **given)
+    text = LlamaForCausalLM(model.config.text_config)
+    with pytest.raises(NotImplementedError, match="LlamaForCausalLM is not supported"):
+        demo.compare(text, processor, picture(80, 80), ["w5"], {})
+    with torch.no_grad():  # and no method is left in the model
+        vtp.apply(model, vtp.FastV(layer=2)).remove()

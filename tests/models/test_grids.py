@@ -1,0 +1,236 @@
+"""Which visual token shows which part of a picture: read off the colours of a picture whose red is
+how far right and whose green is how far down, through the families' own processors and models."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_llava import IMAGE, tiny_llava
+from tiny_models import FAMILIES, grid
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+import vtp_kernels as vtp
+from vtp_kernels.models.grids import picture_grids
+
+NEWLINE = -9.0
+PLAIN = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+CROP = {"crop_size": {"height": 56, "width": 56}}
+SHORT = {"size": {"shortest_edge": 56}}
+PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
+PROCESSORS = {
+    "llava": CLIPImageProcessorPil(**SHORT, **CROP, **PLAIN),
+    "llava padded": LlavaImageProcessorPil(**SHORT, **CROP, **PLAIN, do_pad=True),
+    "llava squeezed": CLIPImageProcessorPil(size={"height": 56, "width": 56}, **CROP, **PLAIN),
+    "llava_next": LlavaNextImageProcessorPil(
+        **SHORT, **CROP, **PLAIN, image_grid_pinpoints=PINPOINTS
+    ),
+    "llava_onevision": LlavaOnevisionImageProcessorPil(
+        size={"height": 56, "width": 56},
+        **PLAIN,
+        image_grid_pinpoints=[*PINPOINTS, [56, 56], [168, 224]],
+    ),
+    "internvl": GotOcr2ImageProcessorPil(
+        size={"height": 112, "width": 112}, **PLAIN, crop_to_patches=True, max_patches=6
+    ),
+    "qwen2_5_vl": Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=2, **PLAIN, size={"shortest_edge": 64, "longest_edge": 4096}
+    ),
+}
+SIZES = ((90, 200), (150, 60), (100, 100), (330, 440))  # height, width
+
+
+def gradient(height, width):
+    y, x = np.mgrid[:height, :width] + 0.5
+    shares = np.stack((x / width, y / height, np.ones_like(x)), -1)
+    return Image.fromarray(np.round(shares * 255).astype(np.uint8))
+
+
+class Colours(nn.Module):
+    """A vision tower that sees the mean colour of each patch."""
+
+    def __init__(self, tower):
+        super().__init__()
+        self.config = tower.config
+        self.cls = tower.config.model_type != "siglip_vision_model"
+
+    def forward(self, pixel_values, **options):
+        seen = nn.functional.avg_pool2d(pixel_values, 14).flatten(2).transpose(1, 2)
+        if self.cls:
+            seen = torch.cat((torch.zeros(len(seen), 1, 3), seen), 1)
+        return BaseModelOutputWithPooling(last_hidden_state=seen, hidden_states=(seen,) * 8)
+
+
+class MeanOfFour(nn.Module):
+    def forward(self, given):
+        return given.view(*given.shape[:-1], 4, 3).mean(-2)
+
+
+def colours(model, family, pictures):
+    """[N, 3]: what the model's visual tokens show, in the order of the text's rows."""
+    if family == "qwen2_5_vl":
+        patches = pictures["pixel_values"].view(-1, 3, 2 * 4 * 4).mean(-1)
+        return patches.view(-1, 4, 3).mean(1)
+    base = model.model
+    base.vision_tower = Colours(base.vision_tower)
+    base.multi_modal_projector = MeanOfFour() if family == "internvl" else nn.Identity()
+    if hasattr(base, "image_newline"):
+        base.image_newline = nn.Parameter(torch.full((3,), NEWLINE))
+    rows = base.get_image_features(**pictures, return_dict=True).pooler_output
+    return rows.flatten(0, 1) if isinstance(rows, torch.Tensor) else torch.cat(list(rows))
+
+
+def model_of(family):
+    model = tiny_llava() if family == "llava" else FAMILIES[family].model("sdpa")
+    if hasattr(model.config, "image_grid_pinpoints"):
+        model.config.image_grid_pinpoints = PROCESSORS[family].image_grid_pinpoints
+    return model
+
+
+def processed(kind, images, nested=False):
+    pictures = dict(PROCESSORS[kind]([images] if nested else images, return_tensors="pt"))
+    counts = pictures.pop("num_patches", None)
+    if not nested:
+        pictures.pop("batch_num_images", None)
+    return pictures, counts
+
+
+def check_view(view, seen):
+    """Every cell shows the mean colour of its part of the picture, padding being black."""
+    rows, columns = view.tokens.shape
+    left, top, right, bottom = view.box
+    for i in range(rows):
+        for j in range(columns):
+            x, wide = middle(left + (right - left) * torch.tensor([j, j + 1]) / columns)
+            y, high = middle(top + (bottom - top) * torch.tensor([i, i + 1]) / rows)
+            expected = torch.stack((x, y, torch.ones(()))) * wide * high
+            # Processors pad by whole pixels, of which a cell here is 14 high.
+            bound = 0.02 if wide * high == 1 else 1 / 14
+            torch.testing.assert_close(seen[view.tokens[i, j]], expected, atol=bound, rtol=0)
+
+
+def middle(ends):
+    """Of what lies within the picture: its middle, and its share of the whole stretch."""
+    inside = ends.clamp(0, 1)
+    return inside.mean(), (inside[1] - inside[0]) / (ends[1] - ends[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_cells_show_their_part_of_the_picture(kind):
+    """Four pictures in two prompts, the last of them at the very end."""
+    family = kind.split()[0]
+    images = [gradient(*size) for size in SIZES]
+    pictures, tiles = processed(kind, images)
+    model = model_of(family)
+    parts = model_of(family)
+    seen = colours(model, family, pictures)
+    counts = counted(family, pictures, tiles, len(seen))
+    ids, ends = prompts_of(counts)
+    grids = picture_grids(
+        parts, {**pictures, "input_ids": ids}, images=images, processor=PROCESSORS[kind]
+    )
+    assert [picture.prompt for picture in grids] == [0, 0, 1, 1]
+    assert [len(picture.columns) for picture in grids] == counts
+    for picture, end in zip(grids, ends, strict=True):
+        tokens, seen = seen[: len(picture.columns)], seen[len(picture.columns) :]
+        assert (ids[picture.prompt, picture.columns] == IMAGE).all()
+        assert int(picture.columns[-1]) == end
+        used = torch.cat([view.tokens.flatten() for view in picture.views])
+        assert len(used.unique()) == len(used)
+        newlines = torch.ones(len(tokens), dtype=torch.bool)
+        newlines[used] = False
+        assert torch.equal(newlines, (tokens == NEWLINE).all(1))
+        for view in picture.views:
+            check_view(view, tokens)
+
+
+def counted(family, pictures, tiles, total):
+    if family == "internvl":
+        counts = [16 * n for n in tiles.tolist()]
+    elif family == "qwen2_5_vl":
+        counts = [int(thw.prod()) // 4 for thw in pictures["image_grid_thw"]]
+    elif family == "llava":
+        counts = [16] * 4
+    else:
+        model = model_of(family).model
+        features = model.get_image_features(**pictures, return_dict=True).pooler_output
+        counts = [len(part) for part in features]
+    assert sum(counts) == total
+    return counts
+
+
+def prompts_of(counts):
+    """Two left-padded prompts of two pictures each, and the column of each picture's last token."""
+    rows = [
+        [1, 5, *[IMAGE] * a, 7, *[IMAGE] * b, *tail]
+        for (a, b), tail in zip((counts[:2], counts[2:]), ((3, 4), ()), strict=True)
+    ]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    ends = [width - 4 - counts[1], width - 3, width - 2 - counts[3], width - 1]
+    return ids, ends
+
+
+@torch.no_grad()
+def test_pictures_among_others_are_padded_in_onevision():
+    images = [gradient(90, 200), gradient(150, 60)]
+    pictures, _ = processed("llava_onevision", images, nested=True)
+    seen = colours(model_of("llava_onevision"), "llava_onevision", pictures)
+    ids = torch.tensor([[1, *[IMAGE] * 17, 5, *[IMAGE] * 17, 6]])
+    grids = picture_grids(model_of("llava_onevision"), {**pictures, "input_ids": ids})
+    for index, picture in enumerate(grids):
+        (view,) = picture.views
+        assert view.box[1 - index] < 0 < 1 < view.box[3 - index]
+        check_view(view, seen[17 * index : 17 * index + 17])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_columns_are_those_of_the_report(family):
+    """Where pictures do not end a prompt."""
+    tiny = FAMILIES[family]
+    model = tiny.model("sdpa")
+    inputs = tiny.batch(model, ((0,), 4), ((2, 1), 2), ((), 3))
+    grids = picture_grids(model, inputs)
+    assert [picture.prompt for picture in grids] == [0, 1, 1]
+    with vtp.prune(model, vtp.FastV(layer=3, keep=0.5)) as run:
+        model(**inputs)
+    visual = torch.zeros_like(run.report().kept.visual)
+    for picture in grids:
+        visual[picture.prompt, picture.columns] = True
+    assert torch.equal(visual, run.report().kept.visual)
+
+
+def test_what_is_not_known_is_refused():
+    model = model_of("internvl")
+    ids = torch.tensor([[1, *[IMAGE] * 48, 5]])
+    pixels = torch.zeros(3, 3, 112, 112)
+    with pytest.raises(NotImplementedError, match="images: how InternVL lays out tiles"):
+        picture_grids(model, {"input_ids": ids, "pixel_values": pixels})
+    with pytest.raises(ValueError, match="images: expected the 1 pictures of inputs, got 2"):
+        picture_grids(
+            model, {"input_ids": ids, "pixel_values": pixels}, images=[gradient(9, 20)] * 2
+        )
+    with pytest.raises(ValueError, match="input_ids: 47 visual tokens follow upon each other"):
+        picture_grids(model, {"input_ids": ids[:, 2:], "pixel_values": pixels})
+    llava = tiny_llava()
+    with pytest.raises(ValueError, match="the 48 visual tokens of prompt 0 are not those of whole"):
+        picture_grids(llava, {"input_ids": ids, "pixel_values": torch.zeros(2, 3, 56, 56)})
+    with pytest.raises(ValueError, match="no visual tokens for 1 of 4 pictures"):
+        picture_grids(llava, {"input_ids": ids, "pixel_values": torch.zeros(4, 3, 56, 56)})
+    generator = torch.Generator().manual_seed(0)
+    videos = grid(generator, 0, "_videos")
+    with pytest.raises(NotImplementedError, match="pixel_values_videos: frames of videos"):
+        picture_grids(model_of("qwen2_5_vl"), {"input_ids": ids, **videos})
+    assert picture_grids(llava, {"input_ids": torch.tensor([[1, 5, 6]])}) == []
