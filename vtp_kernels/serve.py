@@ -6,12 +6,11 @@ import contextlib
 import os
 import socket
 import threading
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vtp_kernels.models import apply
+from vtp_kernels.models import apply, handle
 
 if TYPE_CHECKING:
     from vtp_kernels.methods import Method
@@ -134,15 +133,13 @@ def pruned_server(
 
 def _pruning(load: Any, method: Method | None) -> Any:
     """`load`, with the method at work in whatever it loads: /reset has the model loaded anew."""
-    pruned: weakref.WeakSet = weakref.WeakSet()
     lock = threading.Lock()
 
     def load_pruned(*args: Any, **kwargs: Any) -> Any:
         model, processor = load(*args, **kwargs)
         with lock:
-            if method is not None and model not in pruned:
+            if method is not None and handle(model) is None:
                 apply(model, method)
-                pruned.add(model)
         return model, processor
 
     return load_pruned

@@ -14,7 +14,7 @@ from vtp_kernels.methods import Method, Schedule, method_of
 from vtp_kernels.methods.scorers import SCORERS
 
 from .families import parts_of
-from .handle import prune
+from .handle import NothingToReport, prune
 
 __all__ = ["calibrate"]
 
@@ -67,7 +67,7 @@ def calibrate(
             model(**batch, logits_to_keep=1)
             try:
                 report = run.report()
-            except RuntimeError:  # no call with images
+            except NothingToReport:
                 continue
         lost_text = [event["layer"] for event in report.events if "text_after" in event]
         if lost_text:

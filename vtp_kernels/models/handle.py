@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from vtp_kernels._shown import shown
 from vtp_kernels.methods import METHODS, Method, method_of
 from vtp_kernels.ops._dispatch import choose
 
@@ -28,6 +29,10 @@ _handles: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.We
 _lock = threading.Lock()
 
 
+class NothingToReport(RuntimeError):
+    """No call with images has run yet."""
+
+
 class Handle:
     """A method at work in a model. As a context manager it removes itself at the end."""
 
@@ -43,7 +48,7 @@ class Handle:
         """
         record = self._engine.last_prefill
         if record is None:
-            raise RuntimeError("nothing to report: no call with images has run yet")
+            raise NothingToReport("nothing to report: no call with images has run yet")
         return record.report()
 
     def remove(self) -> None:
@@ -120,9 +125,9 @@ def apply(
     """
     method = method_of(method)
     if positions not in POSITIONS:
-        raise ValueError(f"positions: got {positions!r}, expected one of {POSITIONS}")
+        raise ValueError(f"positions: got {shown(positions)}, expected one of {POSITIONS}")
     if output_rows not in OUTPUT_ROWS:
-        raise ValueError(f"output_rows: got {output_rows!r}, expected one of {OUTPUT_ROWS}")
+        raise ValueError(f"output_rows: got {shown(output_rows)}, expected one of {OUTPUT_ROWS}")
     parts = parts_of(model)
     check_method(parts, method, positions)
     for op in ENGINE_OPS:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vtp_kernels import _native, _triton
+from vtp_kernels._shown import shown
 
 BACKENDS = ("native", "triton", "reference")
 _NAMESPACES = {"native": torch.ops.vtp_kernels, "triton": torch.ops.vtp_kernels_triton}
@@ -83,7 +84,7 @@ def choose(op: str, x: Tensor, backend: str | None) -> str:
             if _why_not(op, default, device, dtype) is None:
                 return default
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
+        raise ValueError(f"backend must be one of {BACKENDS} or None, got {shown(backend)}")
     reason = why_not(op, backend, x.device, x.dtype)
     if reason is not None:
         raise NotImplementedError(

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from vtp_kernels._shown import shown
+
 __all__ = ["KEY", "SCORES", "Budget", "without_budget"]
 
 #: Where the settings stand in vLLM's `mm_processor_kwargs`. Of the ways that settings travel, this
@@ -37,11 +39,11 @@ class Budget:
 
     def __post_init__(self) -> None:
         if isinstance(self.keep, bool) or not isinstance(self.keep, int):
-            raise TypeError(f"{KEY}.keep: expected an int, got {self.keep!r}")
+            raise TypeError(f"{KEY}.keep: expected an int, got {shown(self.keep)}")
         if self.keep < 1:
             raise ValueError(f"{KEY}.keep: expected at least 1, got {self.keep}")
         if self.score not in SCORES:
-            raise ValueError(f"{KEY}.score: expected one of {SCORES}, got {self.score!r}")
+            raise ValueError(f"{KEY}.score: expected one of {SCORES}, got {shown(self.score)}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,7 +66,7 @@ class Budget:
             return None
         known = [field.name for field in fields(cls)]
         if not isinstance(value, Mapping):
-            raise TypeError(f"{KEY}: expected a mapping with {known}, got {value!r}")
+            raise TypeError(f"{KEY}: expected a mapping with {known}, got {shown(value)}")
         if unknown := sorted(map(str, value.keys() - set(known))):
             raise ValueError(f"{KEY}: there is no {', '.join(unknown)}; expected {known}")
         if "keep" not in value:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtp_kernels._shown import shown
 from vtp_kernels.methods import InflectionPruning
 from vtp_kernels.models.towers import tower_of
 from vtp_kernels.models.vision import SEEN, PromptVision, VisionWatch
@@ -124,7 +125,7 @@ def _loaded(name: str) -> Encoder:
 
 def _check(method: InflectionPruning) -> None:
     if not isinstance(method, InflectionPruning):
-        raise TypeError(f"method: expected an InflectionPruning, got {method!r}")
+        raise TypeError(f"method: expected an InflectionPruning, got {shown(method)}")
     if method.llm_layers:
         raise ValueError(
             "method.llm_layers: expected (), for all layers of a served model have the same rows, "
