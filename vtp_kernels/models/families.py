@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .positions import POSITIONS
 from .ranks import all_heads
+from .unwrapping import inside
 
 __all__ = ["FAMILIES", "Family", "ModelParts", "parts_of"]
 
@@ -154,15 +155,18 @@ FAMILIES = {
 
 
 def parts_of(model: nn.Module) -> ModelParts:
-    """The parts of a supported model. Raises NotImplementedError with what is supported."""
-    model = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps the module
-    names = {cls.__name__ for cls in type(model).__mro__}
-    for name, family in FAMILIES.items():
-        if names.intersection(family.architectures):
-            _check_text_model(model, family)
-            return _parts(model, name, family)
+    """The parts of a supported model, or of the one in a wrapper (peft, DistributedDataParallel,
+    torch.compile ...). Raises NotImplementedError with what is supported."""
+    around = []
+    for found in inside(model):
+        names = {cls.__name__ for cls in type(found).__mro__}
+        for name, family in FAMILIES.items():
+            if names.intersection(family.architectures):
+                _check_text_model(found, family)
+                return _parts(found, name, family)
+        around.append(type(found).__name__)
     raise NotImplementedError(
-        f"{type(model).__name__} is not supported. Supported are: {_supported()}"
+        f"{' around '.join(around)} is not supported. Supported are: {_supported()}"
     )
 
 
