@@ -15,6 +15,7 @@ from vtp_kernels.ops._dispatch import choose
 from .engine import ENGINE_OPS, Engine
 from .families import FAMILIES, parts_of
 from .limits import check_method
+from .placement import like_hidden
 from .positions import POSITIONS
 from .report import Report
 from .towers import TOWERS
@@ -125,8 +126,9 @@ def apply(
         raise ValueError(f"output_rows: got {output_rows!r}, expected one of {OUTPUT_ROWS}")
     parts = parts_of(model)
     check_method(parts, method, positions)
+    hidden = like_hidden(parts.text)
     for op in ENGINE_OPS:
-        choose(op, next(parts.text.parameters()), backend)
+        choose(op, hidden, backend)
     with _lock:
         if parts.text in _handles:
             raise ValueError(

@@ -14,8 +14,9 @@ from vtp_kernels.ops import _checks
 from .cache import check_cache, is_static
 from .families import ModelParts
 from .masks import mask_of
+from .placement import why_gone
 
-__all__ = ["check_method", "check_padding", "check_prefill"]
+__all__ = ["check_method", "check_padding", "check_placement", "check_prefill"]
 
 
 def check_method(parts: ModelParts, method: Method, positions: str) -> None:
@@ -37,6 +38,18 @@ def check_method(parts: ModelParts, method: Method, positions: str) -> None:
             f"{family} cannot run {name} with positions={positions!r}: its visual tokens have rows "
             "and columns for positions, which do not close up; use 'original'"
         )
+    check_placement(parts, method)
+
+
+def check_placement(parts: ModelParts, method: Method) -> None:
+    """Raise where the weights by which a method looks at a layer are not there when it does."""
+    for layer in method.observed_layers(len(parts.layers)):
+        reason = why_gone(parts.layers[layer])
+        if reason is not None:
+            raise NotImplementedError(
+                f"model: {type(method).__name__} computes what layer {layer} attended to once the "
+                f"layer has run, and its weights are gone by then: {reason}"
+            )
 
 
 def check_prefill(parts: ModelParts, arguments: dict[str, Any], cache: Any, past: int) -> None:

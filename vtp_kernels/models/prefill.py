@@ -32,7 +32,7 @@ from .counts import Counts, added, on_host
 from .decision import decision
 from .families import ModelParts
 from .forgetting import Text, forget_visual
-from .limits import check_padding, check_prefill
+from .limits import check_padding, check_placement, check_prefill
 from .masks import (
     causal_mask,
     columns_of,
@@ -44,6 +44,7 @@ from .masks import (
 )
 from .observation import Observation
 from .packing import Packing, others_look_into
+from .placement import key_dtype
 from .positions import close_up, rows_that_left
 from .report import PrefillRecord, StageRecord
 from .rows import Kept, PromptRows
@@ -87,6 +88,7 @@ class Prefill:
         cache = arguments.get("past_key_values")
         self.past = 0 if cache is None else int(cache.get_seq_length())
         check_prefill(parts, arguments, cache, self.past)
+        check_placement(parts, method)  # weights may have been offloaded after apply()
 
         self.asked = rows_asked_for(arguments.get("logits_to_keep", 0), rows, visual.device)
         mask = mask_of(arguments)
@@ -246,7 +248,7 @@ class Prefill:
             config=self.parts.text.config,
             method=self.method,
             depth=len(self.parts.layers),
-            bytes_per_number=self.parts.text.dtype.itemsize,
+            bytes_per_number=key_dtype(self.cache, self.parts.text).itemsize,
             prompt_visual=self.prompt_visual,
             text=[a - b for a, b in zip(self.real_at_start, self.visual_at_start, strict=True)],
             visual=self.visual_at_start,
