@@ -39,6 +39,37 @@ def seen_through(linear):
     return linear(torch.eye(linear.in_features)).T
 
 
+@torch.no_grad()
+def gathered(model, inputs, kept, cache=None, tokens=()):
+    """Logits [1, 1, V] of the prompt's last row, and then of each further token, where rows are
+    taken out by hand: those of one prompt that are not in `kept` {layer: bool [1, S]}.
+
+    Where rows are rounded by scales that many share, no mask can do the same as taking them out.
+    """
+    text = model.model.language_model
+    features = model.model.get_image_features(inputs["pixel_values"]).pooler_output
+    hidden = text.embed_tokens(inputs["input_ids"])
+    hidden[inputs["input_ids"] == model.config.image_token_id] = torch.cat(tuple(features))
+    here, logits = torch.arange(hidden.shape[1]), []
+    for step in range(1 + len(tokens)):
+        if step:
+            hidden = text.embed_tokens(torch.tensor([[tokens[step - 1]]]))
+            here = torch.tensor([inputs["input_ids"].shape[1] + step - 1])
+        for index, layer in enumerate(text.layers):
+            if index in kept and not step:
+                stays = kept[index][0][here]
+                hidden, here = hidden[:, stays], here[stays]
+            embeddings = text.rotary_emb(hidden, position_ids=here[None])
+            hidden = layer(
+                hidden,
+                position_embeddings=embeddings,
+                attention_mask=None,
+                past_key_values=cache,
+            )
+        logits.append(model.lm_head(text.norm(hidden)[:, -1:]))
+    return logits
+
+
 def answers(top, applied_to, method):
     """What a model says in generate() and in a plain call, and what was kept."""
     inputs = prompts()

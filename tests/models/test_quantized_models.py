@@ -8,6 +8,7 @@ from by_hand import (
     answers,
     assert_same_answers,
     differ,
+    gathered,
     plain_like,
     prompts,
     seen_through,
@@ -135,29 +136,6 @@ def test_loaded_by_transformers(bits, tmp_path):
 # ---- quantised as it runs ---------------------------------------------------------------------
 
 
-@torch.no_grad()
-def gathered(model, inputs, kept):
-    """The logits of the last row where rows are taken out by hand, of one prompt.
-
-    With scales taken from all numbers that come in, other rows make other numbers: no mask can do
-    the same as taking them out.
-    """
-    text = model.model.language_model
-    features = model.model.get_image_features(inputs["pixel_values"]).pooler_output
-    hidden = text.embed_tokens(inputs["input_ids"])
-    visual = inputs["input_ids"] == model.config.image_token_id
-    hidden[visual] = torch.cat(tuple(features))
-    positions = torch.arange(hidden.shape[1])[None]
-    here = torch.arange(hidden.shape[1])
-    for index, layer in enumerate(text.layers):
-        if index in kept:
-            stays = kept[index][0][here]
-            hidden, here = hidden[:, stays], here[stays]
-        embeddings = text.rotary_emb(hidden, position_ids=positions[:, here])
-        hidden = layer(hidden, position_embeddings=embeddings, attention_mask=None)
-    return model.lm_head(text.norm(hidden)[:, -1:])
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("method", [vtp.FastV(2, 0.5), vtp.PyramidDrop((2, 4), (0.5, 0.25))])
 def test_quantised_as_it_runs(method):
@@ -169,9 +147,9 @@ def test_quantised_as_it_runs(method):
     with vtp.prune(model, method) as run, torch.no_grad():
         logits = model(**inputs, logits_to_keep=1).logits
         kept = run.report().kept
-    torch.testing.assert_close(logits, gathered(model, inputs, kept), rtol=0, atol=1e-4)
-    assert not torch.allclose(logits, gathered(whole, inputs, kept), atol=1e-2)
-    assert not torch.allclose(logits, gathered(model, inputs, {}), atol=1e-2)
+    torch.testing.assert_close(logits, gathered(model, inputs, kept)[0], rtol=0, atol=1e-4)
+    assert not torch.allclose(logits, gathered(whole, inputs, kept)[0], atol=1e-2)
+    assert not torch.allclose(logits, gathered(model, inputs, {})[0], atol=1e-2)
     # Scores are of the same row, rounded by a scale of its own: nearly the same tokens.
     with vtp.prune(whole, method) as run, torch.no_grad():
         whole(**inputs)

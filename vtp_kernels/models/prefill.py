@@ -27,6 +27,8 @@ from .cache import (
     is_static,
     past_length,
     prune_cache,
+    put_away,
+    why_no_forgetting,
 )
 from .counts import Counts, added, on_host
 from .decision import decision
@@ -239,6 +241,7 @@ class Prefill:
         """Forgets what is to be forgotten, after the last layer. What report() needs."""
         self._check_attended()
         if self.cache is not None:
+            self.cache.vtp.stop_observing()
             self._forget()
             if any(self.layer_keys):
                 self._note_padding()
@@ -276,15 +279,17 @@ class Prefill:
         if cache is None:
             return
         check_cache(cache)
-        if self.forgetful_layers and is_static(cache):
+        reason = why_no_forgetting(cache) if self.forgetful_layers else None
+        if reason is not None:
             raise NotImplementedError(
-                "past_key_values: a StaticCache keeps room for all rows, so no layer of it can "
-                "forget visual tokens; use a DynamicCache, or a method that keeps them"
+                f"past_key_values: {reason}, so no layer of it can forget visual tokens; use a "
+                "DynamicCache that is not offloaded, or a method that keeps them"
             )
         state = CacheState(
             layers=self.layer_keys,  # fills as layers are entered
             removed=0,
             prompt=self.past + self.prompt_visual.shape[1] - self.asked.drafts,
+            observed=self.observed_layers if put_away(cache) else frozenset(),
         )
         if self.past_state is not None:
             state.removed = self.past_state.removed
