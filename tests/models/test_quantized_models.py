@@ -98,6 +98,19 @@ def test_four_bits_are_as_the_weights_they_stand_for(quantized, name, tmp_path):
     assert differ(answers(whole, whole, method), expected)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_quantized_while_a_method_is_at_work(name, tmp_path):
+    model, inputs = tiny_llava("sdpa"), prompts()
+    method = pruning_method(name, model, tmp_path)
+    with torch.no_grad(), vtp.prune(model, method):
+        model(**inputs)
+        swapped(model, four_bit)
+        got = model(**inputs).logits
+    plain = plain_like(model, seen_through)
+    with torch.no_grad(), vtp.prune(plain, method):
+        torch.testing.assert_close(got, plain(**inputs).logits, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_loaded_by_transformers(bits, tmp_path):
     """The usual way. A mask does the same: bitsandbytes rounds each row of eight bits by itself,

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from by_hand import KINDS, answers, assert_same_answers, differ, plain_like, prompts
+from masked_reference import MaskedReference
 from pruning_methods import pruning_method
 from tiny_llava import one, tiny_llava
 from torch import nn
@@ -114,6 +115,58 @@ def test_a_model_for_a_task(models):
     model = adapted("CAUSAL_LM")
     plain = models[1][("default",)]
     assert_same_answers(answers(model, model, METHOD), answers(plain, plain, METHOD))
+
+
+class Prompted(MaskedReference):
+    """Of a prompt whose virtual tokens come as embeddings, so that no ids do."""
+
+    def __init__(self, *args, ids, **settings):
+        super().__init__(*args, **settings)
+        self.ids = ids
+
+    def _begin(self, module, args, kwargs):
+        super()._begin(module, args, {"input_ids": self.ids} | kwargs)
+
+
+@pytest.mark.parametrize("make", [one, prompts])
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_virtual_tokens_are_text(kind, make):
+    """In front of the left padding, as embeddings or as keys that are in the cache already."""
+    stages, inputs = {2: 0.5, 4: 0.25}, make()
+    torch.manual_seed(4)
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    models = [peft.get_peft_model(tiny_llava(kind), config).eval() for kind in ("sdpa", "eager")]
+    models[1].prompt_encoder.load_state_dict(models[0].prompt_encoder.state_dict())
+    ids = inputs["input_ids"]
+    if kind == "PromptTuningConfig":
+        ids = torch.cat((torch.full((len(ids), 5), 1), ids), dim=1)
+    method = vtp.PyramidDrop(tuple(stages), tuple(stages.values()))
+    with torch.no_grad():
+        with vtp.prune(models[0], method) as run:
+            got = models[0](**inputs, logits_to_keep=1).logits
+        with Prompted(models[1].get_base_model(), stages, ids=ids) as masked:
+            expected = models[1](**inputs, logits_to_keep=1).logits
+    assert all(torch.equal(run.report().kept[layer], masked.kept[layer]) for layer in stages)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+def test_adapters_may_come_while_a_method_is_at_work(models, tmp_path):
+    """Whatever is done to the children of an attention is done to what runs; and it stays."""
+    _, plain = models
+    inputs = prompts()
+    for name in KINDS:
+        model = tiny_llava("sdpa")
+        method = pruning_method(name, model, tmp_path)
+        with torch.no_grad():
+            with vtp.prune(plain[("default",)], method):
+                expected = plain[("default",)](**inputs).logits
+            with vtp.prune(model, method):
+                model(**inputs)
+                wrapped = peft.get_peft_model(model, lora(1)).eval()
+                torch.testing.assert_close(wrapped(**inputs).logits, expected, rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                wrapped(**inputs).logits, plain[("default",)](**inputs).logits, rtol=0, atol=1e-4
+            )
 
 
 # ---- wrappers that pass over the hooks of the model -------------------------------------------

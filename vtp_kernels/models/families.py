@@ -182,7 +182,8 @@ def _check_text_model(model: nn.Module, family: Family) -> None:
     if sliding or (getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")):
         raise NotImplementedError(
             "a text model with sliding-window attention is not supported: its window counts rows, "
-            "and rows that leave would move it"
+            "and rows that leave would move it; where all prompts and answers fit into the window, "
+            "load the model with sliding_window=None in its text config"
         )
     all_heads(text.layers[0].self_attn)
 

@@ -69,19 +69,23 @@ def check_prefill(parts: ModelParts, arguments: dict[str, Any], cache: Any, past
         )
     if arguments.get("cu_seq_lens_q") is not None:
         raise NotImplementedError(
-            "cu_seq_lens_q: packed sequences are not supported, pass a left-padded batch"
-        )
-    if parts.text.config._attn_implementation == "flex_attention":
-        raise NotImplementedError(
-            "the attention implementation 'flex_attention' is not supported; use 'sdpa', "
-            "'flash_attention_2' or 'eager'"
+            "cu_seq_lens_q: packed sequences are not supported: prompts that share a row of the "
+            "batch would be taken for one; pass a left-padded batch"
         )
     if cache is not None:
         check_cache(cache)
+    if is_static(cache) and parts.text.config._attn_implementation == "flex_attention":
+        raise NotImplementedError(
+            "past_key_values: a StaticCache with the attention implementation 'flex_attention' is "
+            "not supported: transformers makes it masks that go by how full the cache is when they "
+            "are read, not when they are made; use a DynamicCache, or 'sdpa'"
+        )
     if past and is_static(cache):
         raise NotImplementedError(
             "past_key_values: a StaticCache that already holds keys cannot take further images "
-            "while pruning; use a DynamicCache for conversations with several images"
+            "while pruning: the mask that comes with it is made for the first layer, and does not "
+            "tell the keys of others apart; use a DynamicCache for conversations with several "
+            "images"
         )
     mask = mask_of(arguments)
     if isinstance(mask, torch.Tensor) and mask.dim() == 4 and not is_static(cache):
