@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from by_hand import KINDS, answers, assert_same_answers, differ, plain_like, prompts
 from masked_reference import MaskedReference
 from pruning_methods import pruning_method
@@ -262,14 +261,6 @@ def test_what_a_call_was_given_is_found():
 # ---- data parallelism -------------------------------------------------------------------------
 
 
-@pytest.fixture
-def alone():
-    """A group of processes with nobody else in it."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def data_parallel(model):
     wrapper = nn.DataParallel(model)
     wrapper.device_ids = []  # as where there is no GPU
@@ -291,6 +282,9 @@ def test_data_parallel(alone, kind):
             assert torch.equal(wrapper(**inputs, logits_to_keep=2).logits, expected)
             with pytest.raises(ValueError, match="at work in this model already"):
                 vtp.apply(model, METHOD)
+            assert vtp.handle(wrapper) is vtp.handle(model) is not None
+            vtp.remove(wrapper)
+            assert vtp.handle(model) is None
         assert not torch.equal(wrapper(**inputs, logits_to_keep=2).logits, expected)
 
 
