@@ -9,14 +9,39 @@ of its own class, whose methods also move what is remembered here.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers import cache_utils
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    QuantizedCache,
+    QuantizedLayer,
+    StaticCache,
+    StaticLayer,
+)
 
-__all__ = ["CacheState", "KeyRows", "PrunedCache", "check_cache", "past_length", "prune_cache"]
+__all__ = [
+    "CacheState",
+    "KeyRows",
+    "PrunedCache",
+    "attended",
+    "check_cache",
+    "is_quantized",
+    "is_static",
+    "past_length",
+    "prune_cache",
+    "put_away",
+    "why_no_forgetting",
+]
+
+# Layers that attend to exact keys as long as these are new, and to rounded ones later. Transformers
+# 5.17 has but the one kind, which quantizes in groups.
+_QUANTIZED = (QuantizedLayer, getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer))
 
 
 class KeyRows:
@@ -101,6 +126,14 @@ class CacheState:
     """bool [B, C]: columns that were padding when rows left, and left with them; None if none."""
     served: bool = True
     """Whether a call is under way that knows of all this."""
+    observed: frozenset[int] = frozenset()
+    """Layers of which to keep what their attention got, for caches that put it away at once."""
+    attended: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Keys and values that the last of these got, by layer."""
+
+    def stop_observing(self) -> None:
+        """Once all decisions have been made."""
+        self.observed, self.attended = frozenset(), {}
 
     def stages(self) -> Iterator[tuple[int, KeyRows]]:
         """Each distinct KeyRows with the first layer it belongs to."""
@@ -128,7 +161,7 @@ class PrunedCache:
         grows = layer_idx == 0 and not is_static(self)
         return (length + self.vtp.removed if grows else length), offset
 
-    def update(self, *args: Any, **kwargs: Any) -> Any:
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **more: Any) -> Any:
         if not self.vtp.served:
             raise RuntimeError(
                 "past_key_values: visual tokens have left this cache, and no pruning method is at "
@@ -136,23 +169,29 @@ class PrunedCache:
                 "future, or padding. Go on within `with vtp.prune(...)`, or keep the handle of "
                 "vtp.apply(...) on; or encode the conversation anew"
             )
-        return super().update(*args, **kwargs)
+        attended = super().update(key, value, layer_idx, *args, **more)
+        if layer_idx in self.vtp.observed:
+            self.vtp.attended = {layer_idx: attended}
+        return attended
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self._take_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        self._refuse_quantized("batch_select_indices")
         super().batch_select_indices(indices)
         self._take_rows(torch.arange(self._batch(), device=indices.device)[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self._refuse_quantized("batch_repeat_interleave")
         batch = self._batch()
         super().batch_repeat_interleave(repeats)
         index = torch.arange(batch, device=self.layers[0].keys.device)
         self._take_rows(index.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
+        self._refuse_quantized("crop")
         if tokens_to_remove > 0:  # up to transformers 5.17: the length to crop to
             tokens_to_remove = min(tokens_to_remove - self.get_seq_length(), 0)
         appended = self.layers[0].get_seq_length() - self.vtp.prompt
@@ -164,6 +203,13 @@ class PrunedCache:
         super().crop(tokens_to_remove)
         for layer, rows in self.vtp.stages():
             rows.crop(self.layers[layer].get_seq_length())
+
+    def _refuse_quantized(self, name: str) -> None:
+        if is_quantized(self):
+            raise NotImplementedError(
+                f"{name}: transformers does this to the last rows of a quantized cache alone, not "
+                "to those it has quantized; use a DynamicCache"
+            )
 
     def reset(self) -> None:
         super().reset()
@@ -215,16 +261,69 @@ def prune_cache(cache: Any, state: CacheState) -> None:
 
 
 def check_cache(cache: Any) -> None:
-    """Raise NotImplementedError for caches whose layers do not simply hold all keys, in order."""
-    plain = isinstance(cache, DynamicCache | StaticCache) and not cache.offloading
-    for layer in cache.layers if plain else ():
-        plain = plain and type(layer) in (DynamicLayer, StaticLayer)
-    if not plain:
-        kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", ())})
+    """Raise NotImplementedError for caches whose layers do not keep all rows, in order."""
+    known = isinstance(cache, DynamicCache | StaticCache | QuantizedCache) or type(cache) is Cache
+    other = [kind for kind in _kinds(cache) if not _keeps_all(kind)]
+    if known and not other:
+        return
+    what = type(cache).__name__
+    if other:
+        what += f" with layers of {', '.join(sorted(kind.__name__ for kind in other))}"
+    why = "only caches whose layers keep all rows, in order, can lose some and go on"
+    if any(getattr(kind, "is_sliding", False) for kind in other):
+        why = "a sliding window counts rows, and rows that leave would move it"
+    raise NotImplementedError(
+        f"past_key_values: {what} is not supported: {why}; use a DynamicCache (the default), a "
+        "StaticCache or a QuantizedCache with full attention, offloaded or not"
+    )
+
+
+def _kinds(cache: Any) -> set[type]:
+    """The classes of a cache's layers, and of those it has yet to make."""
+    kinds = {type(layer) for layer in getattr(cache, "layers", ())}
+    later = getattr(cache, "layer_class_to_replicate", None)
+    return kinds if later is None else kinds | {getattr(later, "func", later)}
+
+
+def _keeps_all(kind: type) -> bool:
+    return kind in (DynamicLayer, StaticLayer) or issubclass(kind, _QUANTIZED)
+
+
+def is_quantized(cache: Any) -> bool:
+    return any(issubclass(kind, _QUANTIZED) for kind in _kinds(cache))
+
+
+def why_no_forgetting(cache: Any) -> str | None:
+    """Why rows cannot be taken out of a layer of a cache that holds them, or None if they can."""
+    if is_static(cache):
+        return "a StaticCache keeps room for all rows"
+    if is_quantized(cache):
+        return "a QuantizedCache holds rows in groups that share their scales"
+    if cache.offloading:
+        return "an offloaded cache has moved its layers away"
+    return None
+
+
+def put_away(cache: Any) -> bool:
+    """Whether the layers of a cache do not hold what their attention got, or not where it was."""
+    return is_quantized(cache) or cache.offloading
+
+
+def attended(cache: Any, layer: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, Hkv, N, D] that a layer's attention got last. A static cache has unused
+    slots behind them.
+
+    Raises NotImplementedError where they have been put away, and nobody kept them.
+    """
+    if isinstance(cache, PrunedCache) and layer in cache.vtp.attended:
+        return cache.vtp.attended[layer]
+    if put_away(cache):
         raise NotImplementedError(
-            f"past_key_values: {type(cache).__name__} of {kinds} is not supported, only "
-            "DynamicCache and StaticCache with full attention, not offloaded"
+            f"past_key_values: {type(cache).__name__} has quantized or moved what layer {layer} "
+            "attended to, so no scores can be had from it; use a DynamicCache that is not offloaded"
         )
+    held = cache.layers[layer]
+    return held.keys, held.values
 
 
 def past_length(cache: Any, layer: int) -> int:

@@ -35,6 +35,7 @@ from .prefill import Prefill
 from .report import PrefillRecord
 from .shadow import StaysBehind
 from .towers import MODELS, TOWERS, tower_of
+from .unwrapping import passed_to, refuse_replicas
 from .vision import VisionWatch
 
 __all__ = ["ENGINE_OPS", "Engine"]
@@ -164,6 +165,9 @@ class Engine(StaysBehind):
         if not self.parts.has_images(arguments):
             self._warn_of_embeddings(arguments)
             return None
+        refuse_replicas(module)
+        if module is self.parts.base:  # the hook on `top` was passed over
+            arguments |= passed_to(self.parts.top)
         call = Prefill(
             self.parts, self.method, self.positions, self.backend, self.shadows, arguments
         )

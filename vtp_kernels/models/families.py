@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .positions import POSITIONS
 from .ranks import all_heads
+from .unwrapping import inside
 
 __all__ = ["FAMILIES", "Family", "ModelParts", "parts_of"]
 
@@ -154,15 +155,18 @@ FAMILIES = {
 
 
 def parts_of(model: nn.Module) -> ModelParts:
-    """The parts of a supported model. Raises NotImplementedError with what is supported."""
-    model = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps the module
-    names = {cls.__name__ for cls in type(model).__mro__}
-    for name, family in FAMILIES.items():
-        if names.intersection(family.architectures):
-            _check_text_model(model, family)
-            return _parts(model, name, family)
+    """The parts of a supported model, or of the one in a wrapper (peft, DistributedDataParallel,
+    torch.compile ...). Raises NotImplementedError with what is supported."""
+    around = []
+    for found in inside(model):
+        names = {cls.__name__ for cls in type(found).__mro__}
+        for name, family in FAMILIES.items():
+            if names.intersection(family.architectures):
+                _check_text_model(found, family)
+                return _parts(found, name, family)
+        around.append(type(found).__name__)
     raise NotImplementedError(
-        f"{type(model).__name__} is not supported. Supported are: {_supported()}"
+        f"{' around '.join(around)} is not supported. Supported are: {_supported()}"
     )
 
 
@@ -178,7 +182,8 @@ def _check_text_model(model: nn.Module, family: Family) -> None:
     if sliding or (getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")):
         raise NotImplementedError(
             "a text model with sliding-window attention is not supported: its window counts rows, "
-            "and rows that leave would move it"
+            "and rows that leave would move it; where all prompts and answers fit into the window, "
+            "load the model with sliding_window=None in its text config"
         )
     all_heads(text.layers[0].self_attn)
 

@@ -16,6 +16,7 @@ from vtp_kernels.ops._dispatch import choose
 from .engine import ENGINE_OPS, Engine
 from .families import FAMILIES, parts_of
 from .limits import check_method
+from .placement import like_hidden
 from .positions import POSITIONS
 from .report import Report
 from .towers import TOWERS
@@ -96,6 +97,8 @@ def apply(
     Parameters
     ----------
     model : a transformers model of a supported family, see `supported_models()`
+        Or a wrapper around one: of peft, torch.compile, DistributedDataParallel. Its weights may be
+        quantized, and offloaded by accelerate.
     method : VisiPruner, LVPruning, InflectionPruning, FastV, PyramidDrop, RandomPruning, Schedule,
         a Method of your own, or a string that stands for one, as `vtp.method` reads it
     positions : "original" | "contiguous"
@@ -115,9 +118,11 @@ def apply(
     ------
     NotImplementedError
         If the model is not supported, its family cannot run the method or those positions, or
-        `backend` cannot serve it. Later, in calls with images: flex_attention, quantized,
-        sliding-window or offloaded caches, 4D masks, packed sequences, a static cache where layers
-        are to forget visual tokens.
+        `backend` cannot serve it; for DataParallel on several devices, and where a method looks at
+        a layer whose weights are taken away when it has run (FSDP of single layers, accelerate's
+        preload_module_classes). Later, in calls with images: sliding-window caches, 4D masks,
+        packed sequences, flex_attention with a static cache, and a static, quantized or offloaded
+        cache where layers are to forget visual tokens.
     ValueError
         If the method does not fit the model (a layer it does not have), the model is pruned
         already, or `backend` is unknown. Later, in calls with images: labels, output_attentions,
@@ -130,8 +135,9 @@ def apply(
         raise ValueError(f"output_rows: got {shown(output_rows)}, expected one of {OUTPUT_ROWS}")
     parts = parts_of(model)
     check_method(parts, method, positions)
+    hidden = like_hidden(parts.text)
     for op in ENGINE_OPS:
-        choose(op, next(parts.text.parameters()), backend)
+        choose(op, hidden, backend)
     with _lock:
         if parts.text in _handles:
             raise ValueError(

@@ -14,8 +14,9 @@ from vtp_kernels.ops import _checks
 from .cache import check_cache, is_static
 from .families import ModelParts
 from .masks import mask_of
+from .placement import why_gone
 
-__all__ = ["check_method", "check_padding", "check_prefill"]
+__all__ = ["check_method", "check_padding", "check_placement", "check_prefill"]
 
 
 def check_method(parts: ModelParts, method: Method, positions: str) -> None:
@@ -37,6 +38,18 @@ def check_method(parts: ModelParts, method: Method, positions: str) -> None:
             f"{family} cannot run {name} with positions={positions!r}: its visual tokens have rows "
             "and columns for positions, which do not close up; use 'original'"
         )
+    check_placement(parts, method)
+
+
+def check_placement(parts: ModelParts, method: Method) -> None:
+    """Raise where the weights by which a method looks at a layer are not there when it does."""
+    for layer in method.observed_layers(len(parts.layers)):
+        reason = why_gone(parts.layers[layer])
+        if reason is not None:
+            raise NotImplementedError(
+                f"model: {type(method).__name__} computes what layer {layer} attended to once the "
+                f"layer has run, and its weights are gone by then: {reason}"
+            )
 
 
 def check_prefill(parts: ModelParts, arguments: dict[str, Any], cache: Any, past: int) -> None:
@@ -56,19 +69,23 @@ def check_prefill(parts: ModelParts, arguments: dict[str, Any], cache: Any, past
         )
     if arguments.get("cu_seq_lens_q") is not None:
         raise NotImplementedError(
-            "cu_seq_lens_q: packed sequences are not supported, pass a left-padded batch"
-        )
-    if parts.text.config._attn_implementation == "flex_attention":
-        raise NotImplementedError(
-            "the attention implementation 'flex_attention' is not supported; use 'sdpa', "
-            "'flash_attention_2' or 'eager'"
+            "cu_seq_lens_q: packed sequences are not supported: prompts that share a row of the "
+            "batch would be taken for one; pass a left-padded batch"
         )
     if cache is not None:
         check_cache(cache)
+    if is_static(cache) and parts.text.config._attn_implementation == "flex_attention":
+        raise NotImplementedError(
+            "past_key_values: a StaticCache with the attention implementation 'flex_attention' is "
+            "not supported: transformers makes it masks that go by how full the cache is when they "
+            "are read, not when they are made; use a DynamicCache, or 'sdpa'"
+        )
     if past and is_static(cache):
         raise NotImplementedError(
             "past_key_values: a StaticCache that already holds keys cannot take further images "
-            "while pruning; use a DynamicCache for conversations with several images"
+            "while pruning: the mask that comes with it is made for the first layer, and does not "
+            "tell the keys of others apart; use a DynamicCache for conversations with several "
+            "images"
         )
     mask = mask_of(arguments)
     if isinstance(mask, torch.Tensor) and mask.dim() == 4 and not is_static(cache):

@@ -146,8 +146,9 @@ def _shape_of(attention_mask: Any) -> torch.Size:
         return attention_mask.shape
     shape = getattr(attention_mask, "shape", None)
     raise NotImplementedError(
-        f"attention_mask: expected a tensor [B, S] or [B, 1, Q, S], got "
-        f"{type(attention_mask).__name__} {shape if shape is None else tuple(shape)}"
+        "attention_mask: expected a tensor [B, S] or [B, 1, Q, S], which tells what is padding, "
+        f"got {type(attention_mask).__name__} {shape if shape is None else tuple(shape)}; pass the "
+        "2D padding mask [B, S]"
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .cache import attended
 from .projections import project, rotate
 from .ranks import all_heads
 
@@ -40,9 +41,9 @@ class Observation:
         return self._rotated(states, self.cos[:, rows], self.sin[:, rows])
 
     def keys(self, past: int) -> Tensor:
-        """[B, Hkv, past + S, D] of all rows, as the cache holds them."""
+        """[B, Hkv, past + S, D] of all rows, as the attention got them from the cache."""
         if self.cache is not None:
-            return self._cached("keys", past)
+            return self._cached(past)[0]
         return self._rotated(self.unrotated_keys(), self.cos, self.sin)
 
     def unrotated_keys(self) -> Tensor:
@@ -52,14 +53,14 @@ class Observation:
         return self._unrotated_keys
 
     def values(self, past: int) -> Tensor:
-        """[B, Hkv, past + S, D] of all rows, as the cache holds them."""
+        """[B, Hkv, past + S, D] of all rows, as the attention got them from the cache."""
         if self.cache is not None:
-            return self._cached("values", past)
+            return self._cached(past)[1]
         return project(self.attention, "v_proj", self.hidden)
 
-    def _cached(self, name: str, past: int) -> Tensor:
-        held = getattr(self.cache.layers[self.attention.layer_idx], name)
-        return held[:, :, : past + self.hidden.shape[1]]
+    def _cached(self, past: int) -> tuple[Tensor, ...]:
+        rows = past + self.hidden.shape[1]
+        return tuple(x[:, :, :rows] for x in attended(self.cache, self.attention.layer_idx))
 
     def _rotated(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return rotate(self.attention, states, states[:, :1], cos, sin)[0]

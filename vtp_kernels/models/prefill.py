@@ -27,12 +27,14 @@ from .cache import (
     is_static,
     past_length,
     prune_cache,
+    put_away,
+    why_no_forgetting,
 )
 from .counts import Counts, added, on_host
 from .decision import decision
 from .families import ModelParts
 from .forgetting import Text, forget_visual
-from .limits import check_padding, check_prefill
+from .limits import check_padding, check_placement, check_prefill
 from .masks import (
     causal_mask,
     columns_of,
@@ -44,6 +46,7 @@ from .masks import (
 )
 from .observation import Observation
 from .packing import Packing, others_look_into
+from .placement import key_dtype
 from .positions import close_up, rows_that_left
 from .report import PrefillRecord, StageRecord
 from .rows import Kept, PromptRows
@@ -87,6 +90,7 @@ class Prefill:
         cache = arguments.get("past_key_values")
         self.past = 0 if cache is None else int(cache.get_seq_length())
         check_prefill(parts, arguments, cache, self.past)
+        check_placement(parts, method)  # weights may have been offloaded after apply()
 
         self.asked = rows_asked_for(arguments.get("logits_to_keep", 0), rows, visual.device)
         mask = mask_of(arguments)
@@ -237,6 +241,7 @@ class Prefill:
         """Forgets what is to be forgotten, after the last layer. What report() needs."""
         self._check_attended()
         if self.cache is not None:
+            self.cache.vtp.stop_observing()
             self._forget()
             if any(self.layer_keys):
                 self._note_padding()
@@ -246,7 +251,7 @@ class Prefill:
             config=self.parts.text.config,
             method=self.method,
             depth=len(self.parts.layers),
-            bytes_per_number=self.parts.text.dtype.itemsize,
+            bytes_per_number=key_dtype(self.cache, self.parts.text).itemsize,
             prompt_visual=self.prompt_visual,
             text=[a - b for a, b in zip(self.real_at_start, self.visual_at_start, strict=True)],
             visual=self.visual_at_start,
@@ -274,15 +279,17 @@ class Prefill:
         if cache is None:
             return
         check_cache(cache)
-        if self.forgetful_layers and is_static(cache):
+        reason = why_no_forgetting(cache) if self.forgetful_layers else None
+        if reason is not None:
             raise NotImplementedError(
-                "past_key_values: a StaticCache keeps room for all rows, so no layer of it can "
-                "forget visual tokens; use a DynamicCache, or a method that keeps them"
+                f"past_key_values: {reason}, so no layer of it can forget visual tokens; use a "
+                "DynamicCache that is not offloaded, or a method that keeps them"
             )
         state = CacheState(
             layers=self.layer_keys,  # fills as layers are entered
             removed=0,
             prompt=self.past + self.prompt_visual.shape[1] - self.asked.drafts,
+            observed=self.observed_layers if put_away(cache) else frozenset(),
         )
         if self.past_state is not None:
             state.removed = self.past_state.removed

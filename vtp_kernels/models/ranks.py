@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .placement import out_features
+
 __all__ = ["AllHeads", "all_heads"]
 
 
@@ -56,14 +58,20 @@ def all_heads(attention: nn.Module) -> AllHeads:
 
     Raises NotImplementedError where that cannot be told, or ranks have different numbers of them.
     """
-    config, weight = attention.config, attention.q_proj.weight
-    if weight.shape[0] != config.num_attention_heads * attention.head_dim:
+    query = getattr(attention, "q_proj", None)
+    if query is None:
         raise NotImplementedError(
-            f"a query projection to {weight.shape[0]} features for {config.num_attention_heads} "
+            f"an attention of class {type(attention).__name__} is not supported: it has no q_proj "
+            "from which to have its queries"
+        )
+    config, features = attention.config, out_features(query)
+    if features != config.num_attention_heads * attention.head_dim:
+        raise NotImplementedError(
+            f"a query projection to {features} features for {config.num_attention_heads} "
             f"heads of {attention.head_dim} is not supported; where ranks share the heads, weights "
             "must be DTensors, which know of their whole"
         )
-    group = _group(weight)
+    group = _group(getattr(query, "weight", None))
     size = 1 if group is None else dist.get_world_size(group)
     if config.num_attention_heads % size or config.num_key_value_heads % size:
         raise NotImplementedError(
@@ -73,8 +81,9 @@ def all_heads(attention: nn.Module) -> AllHeads:
     return AllHeads(config.num_attention_heads, group if size > 1 else None)
 
 
-def _group(weight: Tensor) -> Any:
-    """The ranks that have a piece each of a query projection, or None if it is in one piece."""
+def _group(weight: Any) -> Any:
+    """The ranks that have a piece each of a query projection, or None if it is in one piece. Only
+    a DTensor can be in pieces."""
     if not any(placement.is_shard() for placement in getattr(weight, "placements", ())):
         return None
     mesh = weight.device_mesh

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from vtp_kernels.models.families import ModelParts, parts_of
 from vtp_kernels.models.masked_run import MaskedRun
+from vtp_kernels.models.placement import device_of
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data import IGNORE, Batch, Collator, Dataset
@@ -73,7 +74,7 @@ def train(
     """
     recipe = recipe or Recipe()
     parts = parts_of(model)
-    device = next(parts.text.parameters()).device
+    device = device_of(parts.text)
     _check(parts, dataset, recipe)
     with Processes(device) as processes, _frozen(model):
         run = _Run(parts, dataset, Collator(processor), Path(out), recipe, processes, device)
