@@ -230,7 +230,7 @@ def select_topk(
     keep = torch.zeros_like(scores, dtype=torch.bool) if keep is None else keep
     competing = ~keep if candidates is None else candidates & ~keep
     if threshold is not None:
-        competing = competing & (scores > threshold)  # False for NaN
+        competing = competing & (_wide(scores) > threshold)  # False for NaN
 
     # Kept rows first: they are what survives when the row needs more than its capacity.
     group = torch.where(keep, 0, torch.where(competing, 1, 2))
