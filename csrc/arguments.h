@@ -76,8 +76,16 @@ struct Integers {
   }
 };
 
+// An element of a bool tensor. In torch any byte but 0 is True (`uint8.view(torch.bool)`), while a
+// C++ bool may only be 0 or 1, which compilers count on: masks are read as bytes.
+struct MaskByte {
+  uint8_t byte;
+
+  VTP_INLINE operator bool() const { return byte != 0; }
+};
+
 // Arrays without data are absent options.
-using Mask = View<const bool, 2>;
+using Mask = View<const MaskByte, 2>;
 
 enum class HeadReduce : uint8_t { mean, max, sum };
 enum class Rule : uint8_t { chord, kneedle, iqr, mass };

@@ -138,7 +138,7 @@ class Reader {
 
   template <int Rank>
   Mask mask(const char* name, const OptionalTensor& t, const int64_t (&expected)[Rank]) const {
-    return view<bool>(name, t, dtypes::boolean, expected);
+    return view<MaskByte>(name, t, dtypes::boolean, expected);
   }
 
   template <int Rank>

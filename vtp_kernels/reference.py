@@ -9,6 +9,7 @@ Rules that hold for all ops:
 * Tokens are ranked by (score descending, index ascending). NaN ranks below -inf; -0.0 equals +0.0.
 * Indices come back ascending, padded with -1.
 * Padded keys (`valid` False) never reach a result, whatever bits they hold.
+* A mask is True in every byte that is not 0, as for torch (`uint8.view(torch.bool)`).
 * Query head h reads key/value head `h // (Hq // Hkv)`.
 """
 
@@ -36,6 +37,11 @@ __all__ = [
 def _wide(x: Tensor) -> Tensor:
     """The dtype scores are computed in: float32, or float64 for float64 inputs."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _truth(mask: Tensor | None) -> Tensor | None:
+    """The mask in bytes of 0 and 1: what torch makes of others may differ from op to op."""
+    return None if mask is None else mask.view(torch.uint8) != 0
 
 
 def _repeat_heads(x: Tensor, heads: int) -> Tensor:
@@ -80,6 +86,7 @@ def attention_scores(
 ) -> Tensor:
     batch, _, rows, _ = query.shape
     length = key.shape[2]
+    candidates, valid, query_valid = _truth(candidates), _truth(valid), _truth(query_valid)
     logits = _logits(query, key, scale)
 
     attended = torch.ones(batch, 1, rows, length, dtype=torch.bool, device=query.device)
@@ -121,6 +128,7 @@ def token_contribution(
     valid: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
+    candidates, valid = _truth(candidates), _truth(valid)
     attended = torch.ones_like(candidates) if valid is None else valid
     weights = _softmax(_logits(query[:, :, None], key, scale)[:, :, 0], attended[:, None, :])
     value = _repeat_heads(value, query.shape[1]).masked_fill(~attended[:, None, :, None], 0.0)
@@ -166,6 +174,7 @@ def passive_attention(
     #
     # Rows of padding, and rows with no key left, output 0.
     length = query.shape[2]
+    visual, valid = _truth(visual), _truth(valid)
     valid = torch.ones_like(visual) if valid is None else valid
     visual = visual & valid
     is_first = visual & (visual.cumsum(1) == 1)
@@ -227,6 +236,7 @@ def select_topk(
     length = scores.shape[1]
     if capacity is None:
         capacity = length if keep is not None else min(k, length)
+    candidates, keep = _truth(candidates), _truth(keep)
     keep = torch.zeros_like(scores, dtype=torch.bool) if keep is None else keep
     competing = ~keep if candidates is None else candidates & ~keep
     if threshold is not None:

@@ -1,5 +1,6 @@
 """What holds for all ops: registration, torch.compile, autograd, choice of backend, info()."""
 
+import inspect
 import subprocess
 import sys
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 import vtp_kernels as vtp
+from backends import runs
+from gpu.variants import VARIANTS, assert_same_bits
 from schema import positional
 from vtp_kernels import _native
 from vtp_kernels.ops._dispatch import BACKENDS, why_not
@@ -156,6 +159,43 @@ def test_opcheck(draw, op):
     """Schema, fake kernel, mutation and aliasing, tracing with static and dynamic shapes."""
     arguments = native_arguments(op, draw)
     torch.library.opcheck(getattr(torch.ops.vtp_kernels, op).default, arguments)
+
+
+#: op -> its masks
+MASKS = {
+    op: {"candidates", "keep", "query_valid", "valid", "visual"} & set(parameters)
+    for op in INPUTS
+    if (parameters := inspect.signature(getattr(vtp, op)).parameters)
+}
+
+
+@pytest.mark.parametrize(
+    "op, device, backend, emulated",
+    [
+        pytest.param(op, *run.values, id=f"{run.id}-{op}", marks=run.marks)
+        for op in MASKS
+        if MASKS[op]
+        for run in runs(op)
+    ],
+    indirect=["emulated"],
+)
+def test_every_byte_of_a_mask_but_0_is_true(draw, op, backend):
+    """As in torch: `uint8.view(torch.bool)`, or a picture's mask of 0 and 255. Same bits as with
+    0 and 1, on every path of the op."""
+    tried = set()
+    for variant in VARIANTS:
+        if variant.op != op:
+            continue
+        arguments = variant.draw(draw, 70, batch=2)
+        want = variant.run(arguments, backend)
+        for name in MASKS[op] & set(arguments):
+            mask = arguments[name]
+            byte = draw.integers(2, 256, *mask.shape, dtype=torch.uint8)
+            byte[..., ::3] = draw.integer(1, 3) * 254 % 253 + 1  # 2 or 255
+            odd = (mask.to(torch.uint8) * byte).view(torch.bool)
+            assert_same_bits(variant.run({**arguments, name: odd}, backend), want)
+            tried.add(name)
+    assert tried == MASKS[op]
 
 
 @pytest.mark.parametrize("op", INPUTS)
