@@ -1,6 +1,7 @@
 """What holds for all ops: registration, torch.compile, autograd, choice of backend, info()."""
 
 import inspect
+import re
 import subprocess
 import sys
 
@@ -196,6 +197,69 @@ def test_every_byte_of_a_mask_but_0_is_true(draw, op, backend):
             assert_same_bits(variant.run({**arguments, name: odd}, backend), want)
             tried.add(name)
     assert tried == MASKS[op]
+
+
+MOST = 2147418112  # entries in a dimension
+LONG = torch.zeros(1, 1, 1, 1).expand(1, 1, 2**31, 1)  # one number, seen again and again
+MASK = torch.ones(1, 4, dtype=torch.bool)
+#: op, argument and what it has too many of -> every argument
+TOO_LONG = {
+    ("select_topk", "scores"): {"scores": LONG[0, :, :, 0], "k": 3},
+    ("inflection", "curve"): {"curve": LONG[0, :, :, 0]},
+    ("cls_inflection", "features"): {"features": LONG[0], "cls": LONG[0, 0, :1]},
+    ("attention_scores", "query"): {
+        "query": LONG,
+        "key": torch.zeros(1, 1, 4, 1),
+        "candidates": MASK,
+    },
+    ("attention_scores", "key"): {
+        "query": torch.zeros(1, 1, 1, 1),
+        "key": LONG,
+        "candidates": MASK,
+    },
+    ("token_contribution", "key"): {
+        "query": torch.zeros(1, 1, 1),
+        "key": LONG,
+        "value": LONG,
+        "candidates": MASK,
+    },
+    ("passive_attention", "query"): {"query": LONG, "key": LONG, "value": LONG, "visual": MASK},
+    ("compact_kv", "keys[0]"): {
+        "keys": [LONG],
+        "values": [LONG],
+        "indices": torch.zeros(1, 1, dtype=torch.int64),
+    },
+    ("compact_rows", "tensors[0]"): {
+        "tensors": [LONG[0]],
+        "indices": torch.zeros(1, 1, dtype=torch.int64),
+    },
+    ("compact_rows", "tensors[0]", "elements in a row"): {
+        "tensors": [torch.zeros(1, 1, 1, 1).expand(1, 1, 2**16, 2**15)],
+        "indices": torch.zeros(1, 1, dtype=torch.int64),
+    },
+    ("compact_rows", "indices"): {
+        "tensors": [torch.zeros(1, 4)],
+        "indices": torch.zeros(1, 1, dtype=torch.int64).expand(1, 2**31),
+    },
+}
+
+
+@pytest.mark.parametrize("case", TOO_LONG)
+def test_rows_too_many_to_count_are_refused(case):
+    op, name, what = (*case, "entries in every dimension")[:3]
+    message = rf"^{re.escape(name)} must have at most {MOST} {what}, got \[1, "
+    with pytest.raises(ValueError, match=message):
+        getattr(vtp, op)(**TOO_LONG[case])
+
+
+@pytest.mark.skipif(_native.missing is not None, reason=str(_native.missing))
+@pytest.mark.parametrize("case", TOO_LONG)
+def test_native_code_refuses_them_itself(case):
+    op, name, what = (*case, "entries in every dimension")[:3]
+    given = positional(op, TOO_LONG[case] | {"k_per_row": None})
+    message = rf"vtp_kernels: {name.removesuffix('[0]')} must have at most {MOST} {what}"
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.vtp_kernels, op)(*given)
 
 
 @pytest.mark.parametrize("op", INPUTS)
