@@ -156,6 +156,22 @@ struct Inflection {
   int32_t* counts = nullptr;   // [B]
 };
 
+// How far below the chord, as a share of the larger of its two ends, a curve may lie by rounding:
+// the epsilon of the scores' dtype; eight of float64, in which distances are computed, too.
+VTP_INLINE double chord_epsilon(DType dtype) {
+  switch (dtype) {
+    case DType::f16:
+      return 0x1p-10;
+    case DType::bf16:
+      return 0x1p-7;
+    case DType::f32:
+      return 0x1p-23;
+    case DType::f64:
+      break;
+  }
+  return 0x1p-49;
+}
+
 // Which row goes where: slot p of a row of slots takes source row indices[p] while p < count.
 struct RowIndices {
   View<const int64_t, 4> indices;  // [L, B, H, K]; stride 0 where shared

@@ -317,20 +317,24 @@ def _quantile(y: Tensor, n: Tensor, q: float) -> Tensor:
     return torch.where(t < 0.5, low + step * t, high - step * (1.0 - t))
 
 
-def _chord(y: Tensor, n: Tensor) -> Tensor:
-    """Point farthest from the chord through both ends, on either side; the first of equals.
+def _chord(y: Tensor, n: Tensor, dtype: torch.dtype) -> Tensor:
+    """Point farthest below the chord through both ends; the first of equals.
 
-    The distance times the chord's length is |(y_0 - y_i) * (n - 1) - i * (y_0 - y_{n-1})|.
-    No knee when every distance is 0.
+    The distance below it, times the chord's length, is (y_0 - y_i) * (n - 1) - i * (y_0 - y_{n-1}).
+    No knee when the curve is nowhere below its chord by more than scores of `dtype` are rounded:
+    by epsilon * max(|y_0|, |y_{n-1}|), half an epsilon for y_i and half for the chord. float64 is
+    also what distances are computed in, and takes eight.
     """
     last = (n - 1).clamp(min=0)
     i = torch.arange(y.shape[1], device=y.device)
     drop = y[:, :1] - y
-    distance = (drop * last.double() - i.double() * drop.gather(1, last)).abs()
-    distance = distance.masked_fill(i >= n, -1.0)
-    farthest = distance.amax(1, keepdim=True)
-    first = torch.where(distance == farthest, i, y.shape[1]).amin(1, keepdim=True)
-    return torch.where(farthest > 0.0, first, -1)
+    distance = drop * last.double() - i.double() * drop.gather(1, last)
+    epsilon = torch.finfo(dtype).eps * (8 if dtype == torch.float64 else 1)
+    noise = epsilon * torch.maximum(y[:, :1].abs(), y.gather(1, last).abs()) * last.double()
+    below = (distance > noise) & (i < n)
+    farthest = distance.masked_fill(~below, 0.0).amax(1, keepdim=True)
+    first = torch.where(below & (distance == farthest), i, y.shape[1]).amin(1, keepdim=True)
+    return torch.where(below.any(1, keepdim=True), first, -1)
 
 
 def _kneedle(y: Tensor, n: Tensor, sensitivity: float) -> Tensor:
@@ -407,7 +411,7 @@ def inflection(
     if rule in ("chord", "kneedle") and clip_quantile < 1.0:
         y = torch.minimum(y, _quantile(y, n, clip_quantile))
     if rule == "chord":
-        knee = _chord(y, n)
+        knee = _chord(y, n, curve.dtype)
     elif rule == "kneedle":
         knee = _kneedle(y, n, sensitivity)
     elif rule == "iqr":
