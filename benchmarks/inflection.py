@@ -7,13 +7,14 @@ from benchmarks.harness import Case, assert_equal
 
 
 def eager(curve):
-    """Sort, distance to the chord, all up to the knee in the original order, -1 behind."""
+    """Sort, distance below the chord, all up to the knee in the original order, -1 behind."""
     ranked, order = curve.double().sort(dim=1, descending=True, stable=True)
     ranked = ranked.clamp(max=torch.quantile(ranked, 0.995, dim=1, keepdim=True))
     last = curve.shape[1] - 1
     place = torch.arange(last + 1, device=curve.device)
     chord = (ranked[:, :1] - ranked) * last - place * (ranked[:, :1] - ranked[:, -1:])
-    knee = chord.abs().argmax(1, keepdim=True)
+    depth, knee = chord.max(1, keepdim=True)
+    knee = knee.masked_fill(depth <= 0, last)
     kept = order.masked_fill(place > knee, last + 1).sort(dim=1).values
     return kept.masked_fill(kept == last + 1, -1)
 

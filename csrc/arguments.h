@@ -76,8 +76,16 @@ struct Integers {
   }
 };
 
+// An element of a bool tensor. In torch any byte but 0 is True (`uint8.view(torch.bool)`), while a
+// C++ bool may only be 0 or 1, which compilers count on: masks are read as bytes.
+struct MaskByte {
+  uint8_t byte;
+
+  VTP_INLINE operator bool() const { return byte != 0; }
+};
+
 // Arrays without data are absent options.
-using Mask = View<const bool, 2>;
+using Mask = View<const MaskByte, 2>;
 
 enum class HeadReduce : uint8_t { mean, max, sum };
 enum class Rule : uint8_t { chord, kneedle, iqr, mass };
@@ -147,6 +155,22 @@ struct Inflection {
   int64_t* indices = nullptr;  // [B, capacity]
   int32_t* counts = nullptr;   // [B]
 };
+
+// How far below the chord, as a share of the larger of its two ends, a curve may lie by rounding:
+// the epsilon of the scores' dtype; eight of float64, in which distances are computed, too.
+VTP_INLINE double chord_epsilon(DType dtype) {
+  switch (dtype) {
+    case DType::f16:
+      return 0x1p-10;
+    case DType::bf16:
+      return 0x1p-7;
+    case DType::f32:
+      return 0x1p-23;
+    case DType::f64:
+      break;
+  }
+  return 0x1p-49;
+}
 
 // Which row goes where: slot p of a row of slots takes source row indices[p] while p < count.
 struct RowIndices {

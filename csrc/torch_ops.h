@@ -57,6 +57,9 @@ inline const int32_t u8 = aoti_torch_dtype_uint8(), boolean = aoti_torch_dtype_b
 constexpr int64_t kAny = -1;
 constexpr int64_t kMaxHeadDim = 256;
 
+// Kernels count positions in int32, and a loop's last step may go past the end.
+constexpr int64_t kMaxSize = (int64_t{1} << 31) - (1 << 16);
+
 inline int32_t dtype_of(const Tensor& t) {
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
@@ -108,16 +111,23 @@ class Reader {
     const auto sizes = t.sizes(), strides = t.strides();
     bool fits = sizes.size() == Rank;
     for (int i = 0; fits && i < Rank; ++i) {
-      fits = (expected[i] == kAny || sizes[i] == expected[i]) &&
-             sizes[i] < std::numeric_limits<int32_t>::max();
+      fits = expected[i] == kAny || sizes[i] == expected[i];
     }
     check(fits, name, " must have shape ", shape_text(expected, Rank), ", got ",
           shape_text(sizes.data(), sizes.size()));
+    small_enough(name, t);
     check(sizes[Rank - 1] <= 1 || strides[Rank - 1] == 1, name,
           " must have stride 1 in its last dimension");
     for (int i = 0; i < Rank; ++i) {
       view.size[i] = sizes[i];
       view.stride[i] = strides[i];
+    }
+  }
+
+  static void small_enough(const char* name, const Tensor& t) {
+    for (const int64_t size : t.sizes()) {
+      check(size <= kMaxSize, name, " must have at most ", kMaxSize,
+            " entries in every dimension, got ", shape_text(t.sizes().data(), t.dim()));
     }
   }
 
@@ -138,7 +148,7 @@ class Reader {
 
   template <int Rank>
   Mask mask(const char* name, const OptionalTensor& t, const int64_t (&expected)[Rank]) const {
-    return view<bool>(name, t, dtypes::boolean, expected);
+    return view<MaskByte>(name, t, dtypes::boolean, expected);
   }
 
   template <int Rank>
@@ -235,6 +245,7 @@ struct Rows {
     read.where("indices", indices);
     check(dtype_of(indices) == dtypes::i64, "indices must be int64");
     check(rank >= 2 && rank <= 4, "indices must have 2 to 4 dimensions, got ", rank);
+    read.small_enough("indices", indices);
     view.indices.data = data_of<const int64_t>(indices);
     // Where each of [L, B, H, K] is among the dimensions; -1: not there.
     const int from[4] = {rank > 2 ? 0 : -1, rank > 2 ? 1 : 0, rank > 3 ? 2 : -1,
@@ -572,6 +583,7 @@ struct Ops {
     for (Tensor& x : sources) {
       check(device.holds(x) && x.dim() >= 2 && x.size(0) == batch, "tensors must be [", batch,
             ", S, ...] on ", device.name());
+      Read::small_enough("tensors", x);
       std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
       if (Device::kReadsValues) rows.check_range(0, sizes[1]);
       sizes[1] = rows.slots;
@@ -581,6 +593,8 @@ struct Ops {
         dense_rows = dense_rows && (sizes[i] <= 1 || x.stride(i) == row_elements);
         row_elements *= sizes[i];
       }
+      check(row_elements <= kMaxSize, "tensors must have at most ", kMaxSize,
+            " elements in a row, got ", shape_text(x.sizes().data(), x.dim()));
       if (!dense_rows) x = torch::stable::contiguous(x);
       out.push_back(device.empty(sizes, dtype_of(x)));
 

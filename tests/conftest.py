@@ -16,10 +16,9 @@ import zlib
 import pytest
 import torch
 
+from backends import INTERPRETED, runs
 from emulator import serving
-from vtp_kernels.ops._dispatch import BACKENDS, why_not
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     from triton_kernels import interpreter
 
@@ -35,20 +34,7 @@ def pytest_generate_tests(metafunc):
     op = getattr(metafunc.module, "OP", None)
     if op is None or "backend" not in metafunc.fixturenames:
         return
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    runs = [
-        pytest.param(
-            *(device, backend, False),
-            id=f"{device}-{backend}",
-            marks=pytest.mark.gpu if device == "cuda" else (),
-        )
-        for device in devices
-        for backend in BACKENDS
-        if why_not(op, backend, device) is None
-    ]
-    if serving.why_not() is None and why_not(op, "native", "cpu") is None and not INTERPRETED:
-        runs.append(pytest.param("cpu", "native", True, id="emulated"))
-    metafunc.parametrize("device, backend, emulated", runs, indirect=["emulated"])
+    metafunc.parametrize("device, backend, emulated", runs(op), indirect=["emulated"])
 
 
 def pytest_collection_modifyitems(config, items):

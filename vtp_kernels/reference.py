@@ -9,6 +9,7 @@ Rules that hold for all ops:
 * Tokens are ranked by (score descending, index ascending). NaN ranks below -inf; -0.0 equals +0.0.
 * Indices come back ascending, padded with -1.
 * Padded keys (`valid` False) never reach a result, whatever bits they hold.
+* A mask is True in every byte that is not 0, as for torch (`uint8.view(torch.bool)`).
 * Query head h reads key/value head `h // (Hq // Hkv)`.
 """
 
@@ -36,6 +37,11 @@ __all__ = [
 def _wide(x: Tensor) -> Tensor:
     """The dtype scores are computed in: float32, or float64 for float64 inputs."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _truth(mask: Tensor | None) -> Tensor | None:
+    """The mask in bytes of 0 and 1: what torch makes of others may differ from op to op."""
+    return None if mask is None else mask.view(torch.uint8) != 0
 
 
 def _repeat_heads(x: Tensor, heads: int) -> Tensor:
@@ -80,6 +86,7 @@ def attention_scores(
 ) -> Tensor:
     batch, _, rows, _ = query.shape
     length = key.shape[2]
+    candidates, valid, query_valid = _truth(candidates), _truth(valid), _truth(query_valid)
     logits = _logits(query, key, scale)
 
     attended = torch.ones(batch, 1, rows, length, dtype=torch.bool, device=query.device)
@@ -121,6 +128,7 @@ def token_contribution(
     valid: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
+    candidates, valid = _truth(candidates), _truth(valid)
     attended = torch.ones_like(candidates) if valid is None else valid
     weights = _softmax(_logits(query[:, :, None], key, scale)[:, :, 0], attended[:, None, :])
     value = _repeat_heads(value, query.shape[1]).masked_fill(~attended[:, None, :, None], 0.0)
@@ -166,6 +174,7 @@ def passive_attention(
     #
     # Rows of padding, and rows with no key left, output 0.
     length = query.shape[2]
+    visual, valid = _truth(visual), _truth(valid)
     valid = torch.ones_like(visual) if valid is None else valid
     visual = visual & valid
     is_first = visual & (visual.cumsum(1) == 1)
@@ -227,10 +236,11 @@ def select_topk(
     length = scores.shape[1]
     if capacity is None:
         capacity = length if keep is not None else min(k, length)
+    candidates, keep = _truth(candidates), _truth(keep)
     keep = torch.zeros_like(scores, dtype=torch.bool) if keep is None else keep
     competing = ~keep if candidates is None else candidates & ~keep
     if threshold is not None:
-        competing = competing & (scores > threshold)  # False for NaN
+        competing = competing & (_wide(scores) > threshold)  # False for NaN
 
     # Kept rows first: they are what survives when the row needs more than its capacity.
     group = torch.where(keep, 0, torch.where(competing, 1, 2))
@@ -307,20 +317,24 @@ def _quantile(y: Tensor, n: Tensor, q: float) -> Tensor:
     return torch.where(t < 0.5, low + step * t, high - step * (1.0 - t))
 
 
-def _chord(y: Tensor, n: Tensor) -> Tensor:
-    """Point farthest from the chord through both ends, on either side; the first of equals.
+def _chord(y: Tensor, n: Tensor, dtype: torch.dtype) -> Tensor:
+    """Point farthest below the chord through both ends; the first of equals.
 
-    The distance times the chord's length is |(y_0 - y_i) * (n - 1) - i * (y_0 - y_{n-1})|.
-    No knee when every distance is 0.
+    The distance below it, times the chord's length, is (y_0 - y_i) * (n - 1) - i * (y_0 - y_{n-1}).
+    No knee when the curve is nowhere below its chord by more than scores of `dtype` are rounded:
+    by epsilon * max(|y_0|, |y_{n-1}|), half an epsilon for y_i and half for the chord. float64 is
+    also what distances are computed in, and takes eight.
     """
     last = (n - 1).clamp(min=0)
     i = torch.arange(y.shape[1], device=y.device)
     drop = y[:, :1] - y
-    distance = (drop * last.double() - i.double() * drop.gather(1, last)).abs()
-    distance = distance.masked_fill(i >= n, -1.0)
-    farthest = distance.amax(1, keepdim=True)
-    first = torch.where(distance == farthest, i, y.shape[1]).amin(1, keepdim=True)
-    return torch.where(farthest > 0.0, first, -1)
+    distance = drop * last.double() - i.double() * drop.gather(1, last)
+    epsilon = torch.finfo(dtype).eps * (8 if dtype == torch.float64 else 1)
+    noise = epsilon * torch.maximum(y[:, :1].abs(), y.gather(1, last).abs()) * last.double()
+    below = (distance > noise) & (i < n)
+    farthest = distance.masked_fill(~below, 0.0).amax(1, keepdim=True)
+    first = torch.where(below & (distance == farthest), i, y.shape[1]).amin(1, keepdim=True)
+    return torch.where(below.any(1, keepdim=True), first, -1)
 
 
 def _kneedle(y: Tensor, n: Tensor, sensitivity: float) -> Tensor:
@@ -397,7 +411,7 @@ def inflection(
     if rule in ("chord", "kneedle") and clip_quantile < 1.0:
         y = torch.minimum(y, _quantile(y, n, clip_quantile))
     if rule == "chord":
-        knee = _chord(y, n)
+        knee = _chord(y, n, curve.dtype)
     elif rule == "kneedle":
         knee = _kneedle(y, n, sensitivity)
     elif rule == "iqr":

@@ -55,12 +55,12 @@ double quantile(const double* y, int64_t n, double q) {
   return t < 0.5 ? low + step * t : high - step * (1.0 - t);
 }
 
-int64_t chord(const double* y, int64_t n) {
+int64_t chord(const double* y, int64_t n, double epsilon) {
   const double last = static_cast<double>(n - 1), whole_drop = y[0] - y[n - 1];
-  double farthest = 0.0;
+  double farthest = epsilon * std::max(std::fabs(y[0]), std::fabs(y[n - 1])) * last;
   int64_t knee = -1;
   for (int64_t i = 0; i < n; ++i) {
-    const double distance = std::fabs((y[0] - y[i]) * last - static_cast<double>(i) * whole_drop);
+    const double distance = (y[0] - y[i]) * last - static_cast<double>(i) * whole_drop;
     if (distance > farthest) {
       farthest = distance;
       knee = i;
@@ -121,7 +121,7 @@ int64_t find_knee(const Inflection& a, double* y, int64_t n) {
   if (!(y[0] > y[n - 1])) return -1;
   switch (a.rule) {
     case Rule::chord:
-      return chord(y, n);
+      return chord(y, n, chord_epsilon(a.curve.dtype));
     case Rule::kneedle:
       return kneedle(y, n, a.sensitivity);
     case Rule::iqr:

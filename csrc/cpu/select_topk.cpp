@@ -60,7 +60,7 @@ class SelectRow {
     rank_competitors();
     int32_t competing = count_from<Key>(keys_, size_, 1), kept = 0;
     if (a_.keep) {
-      const bool* keep = a_.keep.at(row_);
+      const MaskByte* keep = a_.keep.at(row_);
       int32_t both = 0;
       for (int32_t i = 0; i < size_; ++i) {
         kept += keep[i];
@@ -84,7 +84,7 @@ class SelectRow {
       for (int32_t i = 0; i < size_; ++i) keys_[i] = widen(scores[i]) > threshold ? keys_[i] : 0;
     }
     if (a_.candidates) {
-      const bool* candidate = a_.candidates.at(row_);
+      const MaskByte* candidate = a_.candidates.at(row_);
       for (int32_t i = 0; i < size_; ++i) keys_[i] = candidate[i] ? keys_[i] : 0;
     }
   }
@@ -92,7 +92,7 @@ class SelectRow {
   // Kept rows come before all others; where they alone exceed the capacity they compete for it.
   void place_kept(bool crowded) const {
     const Score* scores = view_as<const Score>(a_.scores).at(row_);
-    const bool* keep = a_.keep.at(row_);
+    const MaskByte* keep = a_.keep.at(row_);
     if (crowded) {
       for (int32_t i = 0; i < size_; ++i) keys_[i] = keep[i] ? sortable(widen(scores[i])) : 0;
     } else {

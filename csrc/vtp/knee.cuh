@@ -74,16 +74,17 @@ VTP_DEVICE int first_rank(int rank, KneeScratch<Threads>& scratch) {
   return block_extreme<Threads>(rank, Min{}, scratch.ranks);
 }
 
-// The rank farthest from the chord through both ends, the first of equals.
+// The rank farthest below the chord through both ends, the first of equals.
 template <int Threads>
-VTP_DEVICE int chord_knee(const FiniteRun& y, KneeScratch<Threads>& scratch) {
+VTP_DEVICE int chord_knee(const FiniteRun& y, double epsilon, KneeScratch<Threads>& scratch) {
   const double last = static_cast<double>(y.n - 1), top = y(0);
-  const double whole_drop = __dsub_rn(top, y(y.n - 1));
-  double farthest = 0.0;
+  const double bottom = y(y.n - 1), whole_drop = __dsub_rn(top, bottom);
+  const double height = fabs(top) > fabs(bottom) ? fabs(top) : fabs(bottom);
+  double farthest = __dmul_rn(__dmul_rn(epsilon, height), last);  // nearer is rounding
   int rank = kNoRank;
   for (int i = static_cast<int>(threadIdx.x); i < y.n; i += Threads) {
     const double drop = __dmul_rn(__dsub_rn(top, y(i)), last);
-    const double distance = fabs(__dsub_rn(drop, __dmul_rn(static_cast<double>(i), whole_drop)));
+    const double distance = __dsub_rn(drop, __dmul_rn(static_cast<double>(i), whole_drop));
     if (distance > farthest) {
       farthest = distance;
       rank = i;
@@ -259,7 +260,7 @@ VTP_DEVICE int find_knee(const Inflection& a, const uint32_t* keys, int n,
   if (!(y(0) > y(n - 1))) return -1;
   switch (a.rule) {
     case Rule::chord:
-      return chord_knee(y, scratch);
+      return chord_knee(y, chord_epsilon(a.curve.dtype), scratch);
     case Rule::kneedle:
       return kneedle_knee(y, a.sensitivity, scratch);
     case Rule::iqr:

@@ -40,6 +40,7 @@ using Stream = void*;
 
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
+  (void)cudaGetLastError();  // or the next launch would be told of it
   throw std::runtime_error(std::string("vtp_kernels: ") + what + ": " + cudaGetErrorString(status));
 }
 

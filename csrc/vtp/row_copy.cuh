@@ -216,7 +216,11 @@ int64_t fill_plan(const CompactRows& a, CopyShape shape, int64_t first, CopyPlan
     c.chain_blocks = shape.one_block ? 1 : static_cast<uint32_t>(divide_up(plan.slots, tile));
     const int64_t tensor_blocks = t.batch * t.heads * c.chain_blocks * c.row_blocks();
     if (total + tensor_blocks > kMostBlocks) {
-      if (total == 0) throw std::runtime_error("vtp_kernels: a tensor has too many rows");
+      if (total == 0) {
+        throw std::runtime_error("vtp_kernels: a tensor must take at most " +
+                                 std::to_string(kMostBlocks) + " blocks to be moved, got " +
+                                 std::to_string(tensor_blocks));
+      }
       break;
     }
     plan.first_block[plan.tensor_count] = static_cast<uint32_t>(total);
@@ -235,7 +239,9 @@ int64_t fill_plan(const CompactRows& a, CopyShape shape, int64_t first, CopyPlan
 template <class F>
 void for_each_plan(const CompactRows& a, CopyShape shape, const F& f) {
   if (a.rows.indices.size[3] > kMostSlots) {
-    throw std::runtime_error("vtp_kernels: too many slots in a row");
+    throw std::runtime_error("vtp_kernels: indices must have rows of at most " +
+                             std::to_string(kMostSlots) + ", got " +
+                             std::to_string(a.rows.indices.size[3]));
   }
   for (int64_t first = 0; first < a.tensor_count;) {
     const auto run = [&](auto& plan) {

@@ -8,7 +8,7 @@ namespace vtp::cuda {
 
 // One row of a SelectTopk, but for the scores.
 struct SelectRow {
-  const bool *candidates, *keep;  // null: all, none
+  const MaskByte *candidates, *keep;  // null: all, none
   bool has_threshold;
   float threshold;
   int64_t k, capacity;
@@ -71,18 +71,20 @@ class SelectSource {
 
  private:
   template <int Count>
-  VTP_DEVICE static unsigned fetch_bits(const bool* mask, int inside) {
-    const auto* bytes = reinterpret_cast<const unsigned char*>(mask);  // a bool would be compared
+  VTP_DEVICE static unsigned fetch_bits(const MaskByte* mask, int inside) {
+    static_assert(Count <= 24);
     unsigned bits = 0;
 #pragma unroll
     for (int i = 0; i < Count; ++i) {
-      bits |= (i * kWarp < inside ? bytes[i * kWarp] : 0u) << i;
+      // Bit 8 of 255 more says whether a byte is 0. Compared, each would be waited for by itself.
+      const unsigned byte = i * kWarp < inside ? mask[i * kWarp].byte : 0u;
+      bits |= ((byte << i) + (255u << i)) & (256u << i);
     }
-    return bits;
+    return bits >> 8;
   }
 
   Score score_;
-  const bool *candidates_, *keep_;
+  const MaskByte *candidates_, *keep_;
   uint32_t floor_ = kAbsentKey;  // the key of the threshold
   uint32_t kept_bits_ = kKeptKey;
 };

@@ -103,9 +103,12 @@ Floats<Rank> floats(DType dtype, const int64_t (&size)[Rank]) {
 }
 
 Mask mask(int64_t rows, int64_t columns) {
-  auto* data = allocate<bool>(rows * columns);
+  auto* data = allocate<MaskByte>(rows * columns);
   const int64_t ones = integer(0, 10);
-  std::generate_n(data, rows * columns, [&] { return integer(1, 10) <= ones; });
+  std::generate_n(data, rows * columns, [&] {
+    const int64_t truth = coin() ? 1 : integer(1, 255);
+    return MaskByte{static_cast<uint8_t>(integer(1, 10) <= ones ? truth : 0)};
+  });
   Mask m;
   m.data = data;
   m.size[0] = rows, m.size[1] = columns, m.stride[0] = columns, m.stride[1] = 1;

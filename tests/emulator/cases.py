@@ -66,7 +66,10 @@ class Draw:
         return laid_out(x, self.layout)
 
     def bools(self, *shape, p=0.5):
-        return laid_out(torch.rand(shape, generator=self.generator) < p, self.layout)
+        """True is any byte but 0."""
+        byte = torch.randint(1, 256, shape, generator=self.generator).to(torch.uint8)
+        byte[torch.rand(shape, generator=self.generator) >= p] = 0
+        return laid_out(byte.view(torch.bool), self.layout)
 
     def integers(self, high, *shape, dtype=torch.int64):
         x = torch.randint(0, max(high, 1), shape, generator=self.generator)

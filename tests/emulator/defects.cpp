@@ -338,6 +338,19 @@ __global__ void large_static_kernel() {
   large.x[0] = 0;
 }
 
+struct Small {
+  int x[2 * 1024];
+};
+
+__global__ void static_and_dynamic_kernel() {
+  VTP_SHARED(Small, small);
+  small.x[0] = 0;
+}
+
+void static_and_dynamic(size_t dynamic_shared) {
+  launch("static_and_dynamic", static_and_dynamic_kernel, 1, 1, dynamic_shared, nullptr);
+}
+
 void large_static() { launch("large_static", large_static_kernel, 1, 1, 0, nullptr); }
 
 __global__ void throwing_kernel() {
@@ -402,6 +415,7 @@ void bind_defects(py::module_ m) {
   m.def("idle", idle, py::arg("grid_x") = 1, py::arg("grid_y") = 1, py::arg("block_x") = 1,
         py::arg("block_z") = 1, py::arg("dynamic_shared") = 0);
   m.def("large_static", large_static);
+  m.def("static_and_dynamic", static_and_dynamic, py::arg("dynamic_shared"));
   m.def("throwing", throwing);
   m.def("trap", trap);
 }

@@ -153,6 +153,10 @@ def test_limits_of_a_launch(kernels, defects):
             defects.idle(**limits)
     with pytest.raises(RuntimeError, match="more than 48 KB of static shared memory"):
         defects.large_static()
+    for granted, too_many in ((40, 41), (56, 57)):  # beside 8 KB of static: of 48, and of 64
+        defects.static_and_dynamic(granted << 10)
+        with pytest.raises(RuntimeError, match=r"static_and_dynamic.* may have: \d+ of"):
+            defects.static_and_dynamic(too_many << 10)
 
 
 def test_launches_are_counted_by_kernel(kernels, defects):

@@ -19,8 +19,10 @@ def knee(scores, rule, min_keep, max_keep, clip_quantile, mass):
         y = [min(x, float(np.quantile(y, clip_quantile))) for x in y]
     last, found = None, len(y) >= 3 and y[0] > y[-1]
     if found and rule == "chord":
-        away = [abs((y[0] - x) * (len(y) - 1) - i * (y[0] - y[-1])) for i, x in enumerate(y)]
-        last = away.index(max(away)) if max(away) > 0 else None
+        chord = np.linspace(y[0], y[-1], len(y))
+        below = [line - x for line, x in zip(chord, y, strict=True)]
+        rounding = np.finfo(np.float32).eps * max(abs(y[0]), abs(y[-1]))
+        last = below.index(max(below)) if max(below) > rounding else None
     elif found and rule == "iqr":
         q1, q3 = np.percentile(y, [25, 75])
         last = sum(x > q3 + 1.5 * (q3 - q1) for x in y) - 1

@@ -1,5 +1,7 @@
 """What holds for all ops: registration, torch.compile, autograd, choice of backend, info()."""
 
+import inspect
+import re
 import subprocess
 import sys
 
@@ -7,6 +9,8 @@ import pytest
 import torch
 
 import vtp_kernels as vtp
+from backends import runs
+from gpu.variants import VARIANTS, assert_same_bits
 from schema import positional
 from vtp_kernels import _native
 from vtp_kernels.ops._dispatch import BACKENDS, why_not
@@ -156,6 +160,106 @@ def test_opcheck(draw, op):
     """Schema, fake kernel, mutation and aliasing, tracing with static and dynamic shapes."""
     arguments = native_arguments(op, draw)
     torch.library.opcheck(getattr(torch.ops.vtp_kernels, op).default, arguments)
+
+
+#: op -> its masks
+MASKS = {
+    op: {"candidates", "keep", "query_valid", "valid", "visual"} & set(parameters)
+    for op in INPUTS
+    if (parameters := inspect.signature(getattr(vtp, op)).parameters)
+}
+
+
+@pytest.mark.parametrize(
+    "op, device, backend, emulated",
+    [
+        pytest.param(op, *run.values, id=f"{run.id}-{op}", marks=run.marks)
+        for op in MASKS
+        if MASKS[op]
+        for run in runs(op)
+    ],
+    indirect=["emulated"],
+)
+def test_every_byte_of_a_mask_but_0_is_true(draw, op, backend):
+    """As in torch: `uint8.view(torch.bool)`, or a picture's mask of 0 and 255. Same bits as with
+    0 and 1, on every path of the op."""
+    tried = set()
+    for variant in VARIANTS:
+        if variant.op != op:
+            continue
+        arguments = variant.draw(draw, 70, batch=2)
+        want = variant.run(arguments, backend)
+        for name in MASKS[op] & set(arguments):
+            mask = arguments[name]
+            byte = draw.integers(2, 256, *mask.shape, dtype=torch.uint8)
+            byte[..., ::3] = draw.integer(1, 3) * 254 % 253 + 1  # 2 or 255
+            odd = (mask.to(torch.uint8) * byte).view(torch.bool)
+            assert_same_bits(variant.run({**arguments, name: odd}, backend), want)
+            tried.add(name)
+    assert tried == MASKS[op]
+
+
+MOST = 2147418112  # entries in a dimension
+LONG = torch.zeros(1, 1, 1, 1).expand(1, 1, 2**31, 1)  # one number, seen again and again
+MASK = torch.ones(1, 4, dtype=torch.bool)
+#: op, argument and what it has too many of -> every argument
+TOO_LONG = {
+    ("select_topk", "scores"): {"scores": LONG[0, :, :, 0], "k": 3},
+    ("inflection", "curve"): {"curve": LONG[0, :, :, 0]},
+    ("cls_inflection", "features"): {"features": LONG[0], "cls": LONG[0, 0, :1]},
+    ("attention_scores", "query"): {
+        "query": LONG,
+        "key": torch.zeros(1, 1, 4, 1),
+        "candidates": MASK,
+    },
+    ("attention_scores", "key"): {
+        "query": torch.zeros(1, 1, 1, 1),
+        "key": LONG,
+        "candidates": MASK,
+    },
+    ("token_contribution", "key"): {
+        "query": torch.zeros(1, 1, 1),
+        "key": LONG,
+        "value": LONG,
+        "candidates": MASK,
+    },
+    ("passive_attention", "query"): {"query": LONG, "key": LONG, "value": LONG, "visual": MASK},
+    ("compact_kv", "keys[0]"): {
+        "keys": [LONG],
+        "values": [LONG],
+        "indices": torch.zeros(1, 1, dtype=torch.int64),
+    },
+    ("compact_rows", "tensors[0]"): {
+        "tensors": [LONG[0]],
+        "indices": torch.zeros(1, 1, dtype=torch.int64),
+    },
+    ("compact_rows", "tensors[0]", "elements in a row"): {
+        "tensors": [torch.zeros(1, 1, 1, 1).expand(1, 1, 2**16, 2**15)],
+        "indices": torch.zeros(1, 1, dtype=torch.int64),
+    },
+    ("compact_rows", "indices"): {
+        "tensors": [torch.zeros(1, 4)],
+        "indices": torch.zeros(1, 1, dtype=torch.int64).expand(1, 2**31),
+    },
+}
+
+
+@pytest.mark.parametrize("case", TOO_LONG)
+def test_rows_too_many_to_count_are_refused(case):
+    op, name, what = (*case, "entries in every dimension")[:3]
+    message = rf"^{re.escape(name)} must have at most {MOST} {what}, got \[1, "
+    with pytest.raises(ValueError, match=message):
+        getattr(vtp, op)(**TOO_LONG[case])
+
+
+@pytest.mark.skipif(_native.missing is not None, reason=str(_native.missing))
+@pytest.mark.parametrize("case", TOO_LONG)
+def test_native_code_refuses_them_itself(case):
+    op, name, what = (*case, "entries in every dimension")[:3]
+    given = positional(op, TOO_LONG[case] | {"k_per_row": None})
+    message = rf"vtp_kernels: {name.removesuffix('[0]')} must have at most {MOST} {what}"
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.vtp_kernels, op)(*given)
 
 
 @pytest.mark.parametrize("op", INPUTS)

@@ -16,11 +16,21 @@ LENGTHS = (0, 1, 2, 3, 31, 576, 577, 2880, 10000)
 NAN, INF = math.nan, math.inf
 
 
-def chord(y):
+#: What two roundings to a dtype come to, as a share of a number; some more for the arithmetic of
+#: float64, in which the knee is sought.
+ROUNDING = {
+    torch.float16: 2.0**-10,
+    torch.bfloat16: 2.0**-7,
+    torch.float32: 2.0**-23,
+    torch.float64: 2.0**-49,
+}
+
+
+def chord(y, rounding):
     last = len(y) - 1
-    best, knee = 0.0, None
+    best, knee = rounding * max(abs(y[0]), abs(y[last])) * last, None
     for i, score in enumerate(y):
-        distance = abs((y[0] - score) * last - i * (y[0] - y[last]))
+        distance = (y[0] - score) * last - i * (y[0] - y[last])
         if distance > best:
             best, knee = distance, i
     return knee
@@ -84,7 +94,7 @@ def expected(
         knee = None
         if len(y) >= 3 and y[0] > y[-1]:
             knee = {
-                "chord": lambda y=y: chord(y),
+                "chord": lambda y=y: chord(y, ROUNDING[curve.dtype]),
                 "kneedle": lambda y=y: kneedle(y, sensitivity),
                 "iqr": lambda y=y: iqr(y),
                 "mass": lambda y=y: mass(y, share),
@@ -234,7 +244,78 @@ def test_known_curves(backend, device):
     assert count([5.0, 3.0, 1.0, 1.0], rule="mass", mass=0.81) == 3
     assert count([5.0, -3.0, 5.0, -9.0], rule="mass", mass=1.0) == 2
     assert count([2.0, 1.0, 0.0], clip_quantile=1.0) == 3  # straight: no knee
+    assert count([8.0, 7.0, 5.0, 3.0, 0.0], clip_quantile=1.0) == 5  # above its chord: no knee
+    # Twice as far below the chord: the first. Farther above it than below: the point below.
+    assert count([8.0, 5.0, 4.0, 1.0, 0.0], clip_quantile=1.0) == 2
+    assert count([8.0, 7.9, 7.8, 1.5, 0.0], clip_quantile=1.0) == 4
     assert count([0.0, 0.0, 0.0, 9.0], clip_quantile=1.0) == 2
+
+
+def farthest_below(curve, clip_quantile):
+    """By NumPy, per row: the length of the head that ends where the sorted curve, in a square of
+    side 1, lies farthest below the diagonal; all of the row where it nowhere does."""
+    ranked = -np.sort(-curve.double().numpy(), axis=1)
+    ranked = np.minimum(ranked, np.quantile(ranked, clip_quantile, axis=1, keepdims=True))
+    height = (ranked - ranked[:, -1:]) / (ranked[:, :1] - ranked[:, -1:])
+    depth = np.linspace(1, 0, curve.shape[1]) - height
+    return np.where(depth.max(1) > 1e-5, depth.argmax(1) + 1, curve.shape[1])
+
+
+def head(curve, counts):
+    """Which tokens are the best `counts` of each row; no two scores may be equal."""
+    order = np.argsort(-curve.double().numpy(), axis=1)
+    return [sorted(row[:count].tolist()) for row, count in zip(order, counts, strict=True)]
+
+
+def distinct(curve):
+    return curve[[len(row.unique()) == curve.shape[1] for row in curve]]
+
+
+@pytest.mark.parametrize("clip_quantile", (1.0, 0.995))
+def test_chord_of_each_shape_of_curve(draw, backend, clip_quantile):
+    """Sets equal to NumPy's. A long tail keeps its head. So does what spreads evenly about a mean,
+    whose lower shoulder is as far above the chord as the head is below. An upper shoulder alone is
+    never below the chord and keeps everything."""
+    length = 400
+    drops = draw.uniform(40, length, dtype=torch.float64) + 0.1
+    falling, rising = drops.sort(descending=True)[0], drops.sort()[0]
+    for shape, fewest, most in (
+        (draw.normal(40, length).exp(), 0.005, 0.3),
+        (draw.normal(40, length), 0.01, 0.3),
+        (-falling.cumsum(1), 0.2, 0.6),  # convex
+        (-rising.cumsum(1), 1.0, 1.0),  # concave
+    ):
+        places = torch.argsort(draw.uniform(40, length), dim=1)
+        curve = distinct(shape.float().gather(1, places).cpu())
+        assert len(curve) > 20
+        counts = farthest_below(curve, clip_quantile)
+        got = vtp.inflection(curve.to(draw.device), clip_quantile=clip_quantile, backend=backend)
+        check(got, head(curve, counts), length)
+        assert fewest * length <= counts.min() and counts.max() <= most * length
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16, torch.float64))
+def test_rounding_makes_no_knee_of_a_straight_line(draw, backend, dtype):
+    for _ in range(40):
+        length = draw.integer(3, 700)
+        place = torch.arange(length, device=draw.device, dtype=torch.float64)
+        offset, slope = draw.normal(2, 8, 1, dtype=torch.float64)
+        line = (offset + slope.abs() * 2.0 ** draw.integer(-8, 3) * place / length).to(dtype)
+        for clip_quantile in (1.0, 0.995):
+            got = vtp.inflection(line, clip_quantile=clip_quantile, backend=backend)
+            assert got.counts.tolist() == [length] * 8
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16, torch.float64))
+def test_a_dent_deeper_than_rounding_is_a_knee(device, backend, dtype):
+    line = 1.0 - torch.arange(9, device=device, dtype=torch.float64) / 8
+    for dent in range(1, 8):
+        for depth, count in ((0.5, 9), (1.0, 9), (2.0, dent + 1)):
+            bent = line.clone()
+            bent[dent] -= depth * ROUNDING[dtype]
+            assert torch.equal(bent.to(dtype).double(), bent)
+            got = vtp.inflection(bent[None].to(dtype), clip_quantile=1.0, backend=backend)
+            assert got.counts.item() == count
 
 
 def test_clipping_restores_what_sinks_hide(draw, backend):

@@ -115,6 +115,24 @@ def test_float64_is_not_rounded(backend, device, dtype):
     check(vtp.select_topk(scores, 1, backend=backend), [[1]], 1)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16, torch.float64))
+def test_a_threshold_is_not_rounded_to_16_bits(draw, backend, device, dtype):
+    """It is compared in float32, or in float64: a neighbour of a score is above or below it."""
+    scores = torch.tensor([[0.1, 0.10009765625, 0.0999755859375]], dtype=dtype, device=device)
+    above = {torch.float16: 1, torch.bfloat16: 3, torch.float32: 1, torch.float64: 1}[dtype]
+    assert vtp.select_topk(scores, 3, threshold=0.1, backend=backend).counts.item() == above
+    step = torch.float64 if dtype == torch.float64 else torch.float32
+    for _ in range(20):
+        scores = draw.normal(3, 40).to(dtype)
+        score = scores[0, draw.integer(0, 40)].to(step)
+        for way in (-INF, score.item(), INF):
+            threshold = torch.nextafter(score, torch.full_like(score, way)).item()
+            selection = vtp.select_topk(scores, 40, threshold=threshold, backend=backend)
+            check(selection, expected(scores, 40, threshold=threshold, capacity=40), 40)
+    selection = vtp.select_topk(scores, 40, threshold=-(2**70), backend=backend)
+    assert selection.counts.tolist() == [40] * 3
+
+
 def test_strides(draw, backend):
     wide = curves(draw, 201)
     candidates = draw.bools(*wide.shape, p=0.6)

@@ -15,6 +15,7 @@ BOOL = (torch.bool,)
 INT64 = (torch.int64,)
 INTS = (torch.int32, torch.int64)
 MAX_HEAD_DIM = 256
+MAX_SIZE = 2**31 - 2**16  # kernels count positions in int32, as csrc/torch_ops.h says
 
 _debug = False
 
@@ -53,6 +54,11 @@ def tensor(
     if shape != sizes and not _fits(shape, sizes):
         expected = ", ".join("*" if size == ANY else str(size) for size in sizes)
         raise ValueError(f"{name} must have shape [{layout}], here [{expected}], got {list(shape)}")
+    for size in shape:
+        if size > MAX_SIZE:
+            raise ValueError(
+                f"{name} must have at most {MAX_SIZE} entries in every dimension, got {list(shape)}"
+            )
     if x.dtype not in dtypes:
         raise TypeError(f"{name} must be {_names(dtypes)}, got {_names((x.dtype,))}")
     if device is not None and x.device != device:

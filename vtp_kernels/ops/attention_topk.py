@@ -52,7 +52,7 @@ def attention_topk(
         support,
         head_reduce,
     )
-    k_per_row, k, capacity = check_topk(
+    k_per_row, k, threshold, capacity = check_topk(
         k, keep, threshold, capacity, key.shape[0], key.shape[2], query.device
     )
     scale = _checks.scale(scale, query.shape[-1])

@@ -1,5 +1,6 @@
 """compact_rows: keep the chosen rows of hidden states, masks, positions and the like."""
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -50,6 +51,11 @@ def compact_rows(
         trailing = x.shape[2:] if isinstance(x, Tensor) else ()
         dtypes = (x.dtype,) if isinstance(x, Tensor) else ()
         _checks.tensor(f"tensors[{i}]", x, "B, S, ...", (batch, length, *trailing), dtypes, device)
+        if math.prod(x.shape[2:]) > _checks.MAX_SIZE:
+            raise ValueError(
+                f"tensors[{i}] must have at most {_checks.MAX_SIZE} elements in a row, got "
+                f"{list(x.shape)}"
+            )
         length = x.shape[1]
     _checks.inference_only("compact_rows", *tensors)
     if not tensors:

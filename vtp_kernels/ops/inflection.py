@@ -32,7 +32,8 @@ def inflection(
 
     Args:
         curve: float [B, N], one score per token in any order (CLS attention, text relevance ...).
-        rule: "chord": farthest point from the chord through both ends of the sorted curve.
+        rule: "chord": the point farthest below the chord through both ends of the sorted curve; one
+            that is never below it, beyond the rounding of its dtype, has no knee.
             "kneedle": first knee of Kneedle (Satopaa et al. 2011) as the package `kneed` finds it.
             "iqr": scores above Q3 + 1.5 (Q3 - Q1). "mass": smallest set that holds the share `mass`
             of the sum of the positive scores.

@@ -31,7 +31,8 @@ def select_topk(
         candidates: bool [B, S], the tokens that compete. None: all.
         keep: bool [B, S], tokens that stay whatever their score (text). They do not compete and are
             not counted in k.
-        threshold: only scores above it compete; NaN never does then.
+        threshold: only scores above it compete, compared in float32 (in float64 for float64
+            scores); NaN never does then.
         capacity: K, the width of the result; needed when k is a tensor. Default: S with `keep`,
             else min(k, S). A row that needs more keeps its best `capacity`, kept tokens first.
         backend: "native", "triton", "reference" or None for the fastest that can serve.
@@ -51,7 +52,9 @@ def select_topk(
         _checks.tensor(
             "candidates", candidates, "B, S", (batch, length), _checks.BOOL, scores.device
         )
-    k_per_row, k, capacity = check_topk(k, keep, threshold, capacity, batch, length, scores.device)
+    k_per_row, k, threshold, capacity = check_topk(
+        k, keep, threshold, capacity, batch, length, scores.device
+    )
     _checks.inference_only("select_topk", scores)
     backend = choose("select_topk", scores, backend)
     if backend != "reference":
@@ -84,23 +87,28 @@ def check_topk(
     batch: int,
     length: int,
     device: torch.device,
-) -> tuple[Tensor | None, int, int]:
-    """Checks the selection's arguments; returns (k per row or None, k or 0, capacity)."""
+) -> tuple[Tensor | None, int, float | None, int]:
+    """Checks the selection's arguments.
+
+    Returns:
+        (k per row or None, k or 0, threshold or None, capacity).
+    """
     if keep is not None:
         _checks.tensor("keep", keep, "B, S", (batch, length), _checks.BOOL, device)
     if threshold is not None:
         _checks.number("threshold", threshold)
+        threshold = float(threshold)
     if capacity is not None:
         _checks.integer("capacity", capacity, 0)
     if isinstance(k, Tensor):
         _checks.tensor("k", k, "B", (batch,), _checks.INTS, device)
         if capacity is None:
             raise ValueError("capacity must be given when k is a tensor, got None")
-        return k, 0, capacity
+        return k, 0, threshold, capacity
     _checks.integer("k", k, 0)
     if capacity is None:
         capacity = min(k, length) if keep is None else length
-    return None, k, capacity
+    return None, k, threshold, capacity
 
 
 @register_fake("select_topk")

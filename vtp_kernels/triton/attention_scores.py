@@ -363,8 +363,8 @@ def _count_rows(query_valid, rows, BLOCK: tl.constexpr):
         count = rows * 0
         for start in range(0, rows, BLOCK):
             m = start + tl.arange(0, BLOCK)
-            valid = tl.load(query_valid + m, mask=m < rows, other=0)
-            count += tl.sum(valid.to(tl.int32))
+            counts = tl.load(query_valid + m, mask=m < rows, other=0) != 0
+            count += tl.sum(counts.to(tl.int32))
         count = tl.maximum(count, 1)
     return count.to(tl.float32)
 

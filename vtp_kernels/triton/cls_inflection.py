@@ -80,4 +80,4 @@ def cls_inflection(
             size_class(batch * length),
         )
     options = (rule, min_keep, max_keep, clip_quantile, sensitivity, mass)
-    return *inflect(keys, *options), similarity
+    return *inflect(keys, similarity.dtype, *options), similarity

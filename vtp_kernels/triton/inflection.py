@@ -68,17 +68,19 @@ def _quantile(run, n, q):
 
 
 @triton.jit
-def _chord(run, n, limit, BLOCK: tl.constexpr):
-    """The rank farthest from the chord through both ends, the first of equals."""
+def _chord(run, n, limit, epsilon, BLOCK: tl.constexpr):
+    """The rank farthest below the chord through both ends, the first of equals."""
     last = (n - 1).to(tl.float64)
     top = _scores(run, n, limit, 0)
-    whole_drop = top - _scores(run, n, limit, n - 1)
-    farthest = tl.zeros([BLOCK], tl.float64)
+    bottom = _scores(run, n, limit, n - 1)
+    whole_drop = top - bottom
+    noise = epsilon * tl.maximum(tl.abs(top), tl.abs(bottom)) * last
+    farthest = tl.zeros([BLOCK], tl.float64) + noise  # nearer is rounding
     farthest_rank = tl.full([BLOCK], NO_RANK, tl.int32)
     for start in range(0, n, BLOCK):
         rank = start + tl.arange(0, BLOCK)
         drop = (top - _scores(run, n, limit, rank)) * last
-        distance = tl.abs(drop - rank.to(tl.float64) * whole_drop)
+        distance = drop - rank.to(tl.float64) * whole_drop
         farther = (rank < n) & (distance > farthest)
         farthest = tl.where(farther, distance, farthest)
         farthest_rank = tl.where(farther, rank, farthest_rank)
@@ -227,7 +229,7 @@ def _mass(run, n, mass, BLOCK: tl.constexpr):
 
 @triton.jit
 def _find_knee(
-    run, n, differences, extremes, clip_quantile, sensitivity, mass,
+    run, n, differences, extremes, epsilon, clip_quantile, sensitivity, mass,
     RULE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     limit = tl.full([], float("inf"), tl.float64)
@@ -236,7 +238,7 @@ def _find_knee(
     knee = -1
     if _scores(run, n, limit, 0) > _scores(run, n, limit, n - 1):
         if RULE == "chord":
-            knee = _chord(run, n, limit, BLOCK)
+            knee = _chord(run, n, limit, epsilon, BLOCK)
         elif RULE == "kneedle":
             knee = _kneedle(run, n, limit, sensitivity, differences, extremes, BLOCK)
         elif RULE == "iqr":
@@ -302,8 +304,9 @@ def _emit(keys, ranked, size, count, indices, BLOCK: tl.constexpr):
 )
 @triton.jit(do_not_specialize=["size", "min_keep", "capacity", "size_class"])
 def _inflect(
-    keys, ranked, differences, extremes, clip_quantile: tl.float64, sensitivity: tl.float64,
-    mass: tl.float64, size, min_keep, capacity, indices, counts, size_class,
+    keys, ranked, differences, extremes,
+    epsilon: tl.float64, clip_quantile: tl.float64, sensitivity: tl.float64, mass: tl.float64,
+    size, min_keep, capacity, indices, counts, size_class,
     RULE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -321,6 +324,7 @@ def _inflect(
             finite,
             differences,
             extremes,
+            epsilon,
             clip_quantile,
             sensitivity,
             mass,
@@ -340,6 +344,7 @@ def _inflect(
 
 def inflect(
     keys: Tensor,
+    dtype: torch.dtype,
     rule: str,
     min_keep: int,
     max_keep: int | None,
@@ -347,7 +352,8 @@ def inflect(
     sensitivity: float,
     mass: float,
 ) -> tuple[Tensor, Tensor]:
-    """Indices and counts of rows given by their keys, int32 [B, N] without gaps."""
+    """Indices and counts of rows given by their keys, int32 [B, N] without gaps, which were made of
+    scores of `dtype`."""
     batch, size = keys.shape
     capacity = size if max_keep is None else min(max_keep, size)
     indices = keys.new_empty(batch, capacity, dtype=torch.int64)
@@ -362,6 +368,7 @@ def inflect(
             keys.sort(dim=1, descending=True).values,
             differences,
             extremes,
+            torch.finfo(dtype).eps,
             clip_quantile,
             sensitivity,
             mass,
@@ -392,4 +399,5 @@ def inflection(
         block = 1024
         parts = triton.cdiv(size, block)
         _make_keys[(batch * parts,)](curve, curve.stride(0), size, parts, keys, BLOCK=block)
-    return inflect(keys, rule, min_keep, max_keep, clip_quantile, sensitivity, mass)
+    options = (rule, min_keep, max_keep, clip_quantile, sensitivity, mass)
+    return inflect(keys, curve.dtype, *options)
