@@ -15,14 +15,22 @@ __all__ = ["Asked", "rows_asked_for"]
 class Asked(NamedTuple):
     """Of a call of S rows."""
 
-    rows: Tensor
-    """bool [S]: the rows that are asked for."""
+    rows: Tensor | slice
+    """Which rows are asked for, bool [S], or from where on to the last."""
     drafts: int
     """Rows behind the last prompt token: drafts of assisted decoding."""
     all: bool
     """Whether all are, as far as they are left: `rows` names the last one alone."""
     by_index: bool
     """Whether the model takes them by their index among S rows, and not from the end."""
+
+    def left_out_of(self, rows: Tensor) -> Tensor:
+        """bool [B, S] without those that are asked for."""
+        if self.by_index:
+            return rows & ~self.rows
+        rows = rows.clone()
+        rows[:, self.rows] = False
+        return rows
 
     def check(self, origin: Tensor, valid: Tensor | None, method: str, layer: int) -> None:
         """Raise ValueError if one has left. `origin` int64 [B, K] says which rows are there, where
@@ -50,11 +58,11 @@ def rows_asked_for(logits_to_keep: Any, rows: int, device: torch.device) -> Aske
 
     Raises IndexError for indices that are not there.
     """
-    places = torch.arange(rows, device=device)
     if not isinstance(logits_to_keep, Tensor):
         drafts = max(logits_to_keep or 1, 1) - 1
-        return Asked(places >= rows - 1 - drafts, drafts, not logits_to_keep, False)
-    asked = places == rows - 1
+        last = slice(max(rows - 1 - drafts, 0), None)
+        return Asked(last, drafts, not logits_to_keep, False)
+    asked = torch.arange(rows, device=device) == rows - 1
     index = logits_to_keep.to(device)
     if index.dtype == torch.bool:
         if index.shape != (rows,):

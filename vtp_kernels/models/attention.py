@@ -322,4 +322,4 @@ class ScoringAttention(StandIn):
             scale=seen.scale,
             backend=self.backend,
         )
-        return output, seen.all_heads.mean(scores, query)[:, past:]
+        return output, seen.heads(query).mean(scores, query)[:, past:]

@@ -65,8 +65,11 @@ def causal_mask(
             )
         return None
     rows = hidden.shape[1]
-    if kind == "sdpa" and rows == 1 and not static:
-        return None if valid is None else valid[:, None, None, :]
+    if kind == "sdpa" and not static:
+        if valid is None and rows in (1, key_length):
+            return None  # as transformers' function finds out, too
+        if rows == 1:
+            return valid[:, None, None, :]
     if static and takes_keys_by_mask(config):
         seen = int(past) + rows  # read from the device; unpadding waits for it in every layer
         valid = hidden.new_ones(len(hidden), seen).bool() if valid is None else valid[:, :seen]

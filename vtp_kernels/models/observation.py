@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .cache import attended
 from .projections import project, rotate
-from .ranks import all_heads
+from .ranks import AllHeads, all_heads
 
 __all__ = ["Observation"]
 
@@ -18,12 +18,11 @@ class Observation:
 
     Queries are computed anew for the few rows a method asks for; keys come from the cache, which
     has them. So the attention itself runs as fast as it can, and keeps no attention matrix. Where
-    ranks share the heads, these are a rank's own; `all_heads` puts together what all have.
+    ranks share the heads, these are a rank's own; `heads` tells how to put together what all have.
     """
 
     def __init__(self, attention: nn.Module, arguments: dict[str, Any]) -> None:
         self.attention = attention
-        self.all_heads = all_heads(attention)
         self.hidden: Tensor = arguments["hidden_states"]
         self.cos, self.sin = arguments["position_embeddings"]
         self.cache = arguments.get("past_key_values")
@@ -32,6 +31,11 @@ class Observation:
     @property
     def scale(self) -> float:
         return self.attention.scaling
+
+    def heads(self, query: Tensor) -> AllHeads:
+        """Where the heads are of which `query` [B, H, ...] has some."""
+        heads = self.attention.config.num_attention_heads
+        return AllHeads(heads, None) if query.shape[1] == heads else all_heads(self.attention)
 
     def queries(self, rows: slice, rotary: bool = True) -> Tensor:
         """[B, Hq, M, D] of the given rows, with their rotary position embedding or without."""

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 __all__ = ["device_of", "key_dtype", "like_hidden", "out_features", "why_gone"]
 
+# What makes a module keep its weights in pieces between two calls.
+SHARDED = ("FSDPModule", "FullyShardedDataParallel")
+
 
 def device_of(module: nn.Module) -> torch.device:
     """The device that a module's first parameter is on while it is computed with.
@@ -59,8 +62,7 @@ def why_gone(layer: nn.Module) -> str | None:
                 "accelerate loads the layer's weights as a whole, and takes them away when it has "
                 "run; leave out preload_module_classes"
             )
-        names = {cls.__name__ for cls in type(part).__mro__}
-        if names & {"FSDPModule", "FullyShardedDataParallel"}:
+        if any(cls.__name__ in SHARDED for cls in type(part).__mro__):
             return (
                 "fully sharded data parallelism gathers the layer's weights when it runs, and "
                 "takes them apart again; do not shard this layer, or shard by heads "
@@ -75,7 +77,7 @@ def _loads_all(hook: Any) -> bool:
 
 
 def _hook(module: nn.Module | None) -> Any:
-    return getattr(module, "_hf_hook", None)
+    return None if module is None else vars(module).get("_hf_hook")
 
 
 def like_hidden(text: nn.Module) -> Tensor:

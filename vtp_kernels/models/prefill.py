@@ -96,8 +96,7 @@ class Prefill:
         mask = mask_of(arguments)
         valid = padding_of(mask, rows, self.past)
         # Rows whose logits are asked for have to be there in the end, whatever they are.
-        asked = self.asked.rows
-        visual = visual & ~asked if valid is None else visual & valid & ~asked
+        visual = self.asked.left_out_of(visual if valid is None else visual & valid)
         past_state = cache.vtp if isinstance(cache, PrunedCache) else None
         past_valid = None
         if self.past:
@@ -109,7 +108,6 @@ class Prefill:
         self.visual = self.prompt_visual = visual
         self.prompt_valid = self.valid
         self.origin = torch.arange(rows, device=visual.device).expand(batch, rows)
-        self.ordinal = visual.cumsum(1) - 1
         depth = len(parts.layers)
         self.decision_layers = frozenset(method.decision_layers(depth))
         self.observed_layers = frozenset(method.observed_layers(depth))
@@ -144,13 +142,14 @@ class Prefill:
     def _read_counts(self, visual: Tensor, valid: Tensor | None, past_valid: Tensor | None) -> None:
         """The one read: rows per prompt, and whether there is padding at all."""
         real = torch.ones_like(visual) if valid is None else valid
-        before = real & (visual.cumsum(1) == 0)
-        counts = [visual.sum(1), real.sum(1), real[:, -1].long()]
-        counts += [before.sum(1), self.placeholders.sum(1)]
+        ordinal = visual.cumsum(1)
+        kinds = torch.stack((visual, real, real & (ordinal == 0), self.placeholders)).sum(2)
+        counts = [kinds, real[None, :, -1]]
         if past_valid is not None:
-            counts.append(past_valid.sum(1))
-        self.visual_at_start, self.real_at_start, ends_real, *more = torch.stack(counts).tolist()
-        self.text_before, self.placed, *past = more
+            counts.append(past_valid.sum(1)[None])
+        self.visual_at_start, self.real_at_start, *more = torch.cat(counts).tolist()
+        self.text_before, self.placed, ends_real, *past = more
+        self.prompt_ordinal = ordinal - 1
         self.valid = None if min(self.real_at_start) == visual.shape[1] else valid
         self.past_mask = past_valid if past and min(past[0]) < self.past else None
         if not all(ends_real):
@@ -340,7 +339,7 @@ class Prefill:
             visual=self.visual,
             valid=self.valid,
             origin=self.origin,
-            visual_ordinal=self.ordinal,
+            prompt_ordinal=self.prompt_ordinal,
             visual_at_start=self.visual_at_start,
             visual_now=self.visual_now,
             text_now=self.text_now,
@@ -371,14 +370,13 @@ class Prefill:
         batch, rows = self.visual.shape
         cos, sin = self.embeddings or arguments["position_embeddings"]
         indices, counts = kept.selection
-        hidden, cos, sin, self.visual, self.origin, self.ordinal = compact_rows(
+        hidden, cos, sin, self.visual, self.origin = compact_rows(
             (
                 hidden,
                 cos.expand(batch, *cos.shape[1:]),
                 sin.expand(batch, *sin.shape[1:]),
                 self.visual,
                 self.origin,
-                self.ordinal,
             ),
             indices,
             counts,
@@ -470,7 +468,7 @@ class Prefill:
         self, before: KeyRows | None, past: int, origin: Tensor, valid: Tensor | None
     ) -> KeyRows:
         """`past` keys that came earlier, and behind them rows of this call."""
-        columns = origin + self.past
+        columns = origin + self.past if self.past else origin
         if valid is not None:
             columns = columns.masked_fill(~valid, -1)
         if past:

@@ -85,7 +85,7 @@ class PromptRows:
         visual: Tensor,
         valid: Tensor | None,
         origin: Tensor,
-        visual_ordinal: Tensor,
+        prompt_ordinal: Tensor,
         visual_at_start: list[int],
         visual_now: Counts,
         text_now: Counts,
@@ -104,7 +104,7 @@ class PromptRows:
         self.valid = valid
         self.text = ~visual if valid is None else valid & ~visual
         self.origin = origin
-        self.visual_ordinal = visual_ordinal
+        self._prompt_ordinal = prompt_ordinal
         self.visual_at_start = visual_at_start
         self.visual_now = visual_now
         self.text_now = text_now
@@ -120,6 +120,10 @@ class PromptRows:
         self._past_valid = past_valid
         self._observation = observation
         self._backend = backend
+
+    @property
+    def visual_ordinal(self) -> Tensor:
+        return self._prompt_ordinal.gather(1, self.origin)
 
     def attention_scores(
         self,
@@ -160,7 +164,7 @@ class PromptRows:
         scores = attention_scores(
             query,
             observation.keys(past) if rotary else observation.unrotated_keys(),
-            candidates=pad(self.visual if among is None else among, (past, 0)),
+            candidates=behind(past, self.visual if among is None else among),
             valid=self._key_valid() if past else self.valid,
             query_positions=positions,
             query_valid=query_valid,
@@ -168,7 +172,7 @@ class PromptRows:
             support=support,
             backend=self._backend,
         )
-        return observation.all_heads.mean(scores, query)[:, past:]
+        return observation.heads(query).mean(scores, query)[:, past:]
 
     def token_contribution(self) -> tuple[Tensor, Tensor]:
         """What the visual rows added to the observed layer's output for the last prompt token.
@@ -178,8 +182,9 @@ class PromptRows:
         observation, end = self._observed(), self.prompt_end + 1
         keys = self.past + end  # drafts of assisted decoding come later
         valid = self._key_valid()
-        query, key, value = observation.all_heads.gather(
-            observation.queries(slice(end - 1, end))[:, :, 0],
+        query = observation.queries(slice(end - 1, end))[:, :, 0]
+        query, key, value = observation.heads(query).gather(
+            query,
             observation.keys(self.past)[:, :, :keys],
             observation.values(self.past)[:, :, :keys],
         )
@@ -187,7 +192,7 @@ class PromptRows:
             query,
             key,
             value,
-            candidates=pad(self.visual, (self.past, 0))[:, :keys],
+            candidates=behind(self.past, self.visual)[:, :keys],
             valid=None if valid is None else valid[:, :keys],
             scale=observation.scale,
             backend=self._backend,
@@ -376,6 +381,11 @@ def _fit(totals: Tensor, capacity: int) -> Fact:
     return Fact(
         totals <= capacity, lambda b: f"{int(totals[b])} rows stay, and capacity is {capacity}"
     )
+
+
+def behind(past: int, among: Tensor) -> Tensor:
+    """bool [B, past + S]: of `past` earlier keys none, and behind them those of `among`."""
+    return pad(among, (past, 0)) if past else among
 
 
 def rows_of(selection: Selection, width: int) -> Tensor:
