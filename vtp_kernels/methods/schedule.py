@@ -84,10 +84,12 @@ class ScheduledMethod(Method):
         keep = next(stage.keep for stage in self.stages if stage.layer == layer)
         budgets = (visual_budget(keep, n) for n in rows.visual_at_start)
         counts = [min(budget, now) for budget, now in zip(budgets, rows.visual_now, strict=True)]
-        scores = None
-        if any(0 < count < now for count, now in zip(counts, rows.visual_now, strict=True)):
-            scores = SCORERS[self.score].score(rows, self.seed)
-        return rows.keep_visual(counts, scores)
+        if not any(0 < count < now for count, now in zip(counts, rows.visual_now, strict=True)):
+            return rows.keep_visual(counts, None)
+        scorer = SCORERS[self.score]
+        if scorer.attending is not None:
+            return rows.keep_attended(counts, *scorer.attending(rows))
+        return rows.keep_visual(counts, scorer.score(rows, self.seed))
 
 
 @dataclass(frozen=True)

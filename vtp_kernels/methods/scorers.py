@@ -17,20 +17,30 @@ if TYPE_CHECKING:
 __all__ = ["SCORERS", "Scorer", "contribution", "last_token", "random", "text"]
 
 
+def last_row(rows: PromptRows) -> tuple[slice, None]:
+    """The row of the last prompt token, which pays attention to all that comes before it."""
+    return slice(rows.prompt_end, rows.prompt_end + 1), None
+
+
+def text_rows(rows: PromptRows) -> tuple[slice, Tensor]:
+    """The text after the prompt's first visual token: rows, and which of these, bool [B, M]. Text
+    before it cannot see any image, and would only dilute the mean."""
+    is_text = rows.text & (rows.visual.cumsum(1) > 0)
+    end = rows.prompt_end + 1
+    return slice(0, end), is_text[:, :end]
+
+
 def last_token(rows: PromptRows, seed: int) -> Tensor:
     """Attention that the last prompt token pays, mean over heads (FastV, arXiv 2403.06764)."""
-    return rows.attention_scores(slice(rows.prompt_end, rows.prompt_end + 1))
+    return rows.attention_scores(*last_row(rows))
 
 
 def text(rows: PromptRows, seed: int, rotary: bool = True) -> Tensor:
     """Attention that the text after the prompt's first visual token pays: mean over rows and heads.
 
-    Text before it cannot see any image, and would only dilute the mean. With rotary=False queries
-    and keys have no positions, so that what is near has no advantage.
+    With rotary=False queries and keys have no positions, so that what is near has no advantage.
     """
-    is_text = rows.text & (rows.visual.cumsum(1) > 0)
-    end = rows.prompt_end + 1
-    return rows.attention_scores(slice(0, end), query_valid=is_text[:, :end], rotary=rotary)
+    return rows.attention_scores(*text_rows(rows), rotary=rotary)
 
 
 def contribution(rows: PromptRows, seed: int) -> Tensor:
@@ -57,11 +67,13 @@ def random(rows: PromptRows, seed: int) -> Tensor:
 class Scorer(NamedTuple):
     score: Callable[[PromptRows, int], Tensor]
     needs_attention: bool
+    attending: Callable[[PromptRows], tuple[slice, Tensor | None]] | None = None
+    """Where scores are the mean attention of some rows: which rows."""
 
 
 SCORERS = {
-    "last_token": Scorer(last_token, needs_attention=True),
+    "last_token": Scorer(last_token, needs_attention=True, attending=last_row),
     "contribution": Scorer(contribution, needs_attention=True),
-    "text": Scorer(text, needs_attention=True),
+    "text": Scorer(text, needs_attention=True, attending=text_rows),
     "random": Scorer(random, needs_attention=False),
 }

@@ -44,6 +44,7 @@ __all__ = ["ENGINE_OPS", "Engine"]
 # backend.
 ENGINE_OPS = (
     "attention_scores",
+    "attention_topk",
     "select_topk",
     "compact_rows",
     "compact_kv",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -103,7 +104,7 @@ class Prefill:
             columns = columns_of(mask, rows, self.past)
             check_padding(None if past_state is None else past_state.padding, columns)
             past_valid = None if columns is None else columns[:, : self.past]
-        self._read_counts(visual, valid, past_valid)
+        self._read(visual, valid, past_valid)
 
         self.visual = self.prompt_visual = visual
         self.prompt_valid = self.valid
@@ -113,6 +114,10 @@ class Prefill:
         self.observed_layers = frozenset(method.observed_layers(depth))
         self.forgetful_layers = frozenset(method.forgetful_layers(depth))
         self.passive_layers = method.passive_layers(depth)
+        passive = self.passive_layers.keys()
+        # Layers that may be unlike the one before. Where a cache came along, all may.
+        self.changing = self.decision_layers | self.forgetful_layers | passive
+        self.changing |= {0, *(layer + 1 for layer in passive)}
         # Whether the model's own masks do not serve even before rows leave: layer 0, for whose keys
         # it makes them, has fewer than others, or they would let unused slots be read.
         self.uneven = (
@@ -139,20 +144,24 @@ class Prefill:
         self.forgotten: dict[int, Text] = {}  # by layer
         self.stages: list[StageRecord] = []
 
-    def _read_counts(self, visual: Tensor, valid: Tensor | None, past_valid: Tensor | None) -> None:
-        """The one read: rows per prompt, and whether there is padding at all."""
-        real = torch.ones_like(visual) if valid is None else valid
-        ordinal = visual.cumsum(1)
-        kinds = torch.stack((visual, real, real & (ordinal == 0), self.placeholders)).sum(2)
-        counts = [kinds, real[None, :, -1]]
-        if past_valid is not None:
-            counts.append(past_valid.sum(1)[None])
-        self.visual_at_start, self.real_at_start, *more = torch.cat(counts).tolist()
-        self.text_before, self.placed, ends_real, *past = more
-        self.prompt_ordinal = ordinal - 1
-        self.valid = None if min(self.real_at_start) == visual.shape[1] else valid
-        self.past_mask = past_valid if past and min(past[0]) < self.past else None
-        if not all(ends_real):
+    def _read(self, visual: Tensor, valid: Tensor | None, past_valid: Tensor | None) -> None:
+        """The one read: which rows are what, so that the host knows how many there are of each
+        kind, and whether there is padding at all."""
+        kinds = [
+            kind for kind in (visual, self.placeholders, valid, past_valid) if kind is not None
+        ]
+        read = torch.cat(kinds, dim=1).cpu().numpy()
+        rows = visual.shape[1]
+        is_visual, placed, real = read[:, :rows], read[:, rows : 2 * rows], read[:, 2 * rows :]
+        before = real[:, rows:] if valid is not None else real
+        real = real[:, :rows] if valid is not None else np.ones_like(is_visual)
+        self.visual_at_start = is_visual.sum(1).tolist()
+        self.real_at_start = real.sum(1).tolist()
+        self.text_before = (real & (is_visual.cumsum(1) == 0)).sum(1).tolist()
+        self.placed = placed.sum(1).tolist()
+        self.valid = None if real.all() else valid
+        self.past_mask = None if before.all() else past_valid
+        if not real[:, -1].all():
             raise ValueError(
                 "attention_mask: a prompt ends in padding; pruning needs left padding "
                 "(processor.tokenizer.padding_side = 'left')"
@@ -186,6 +195,22 @@ class Prefill:
             self._open_cache(arguments.get("past_key_values"))
         self._check_attended()
         self.entered = layer
+        if self.past or layer in self.changing:
+            hidden = self._change(layer, hidden, arguments)
+        else:  # as the layer before
+            keys = self.layer_keys[-1]
+            self.layer_keys.append(keys)
+            if keys is not None:
+                arguments.update(self.inputs[id(keys)])
+        self.packed = None
+        if self.packing is not None and layer not in self.passive_layers:
+            if not others_look_into(self.parts.layers[layer], self.shadows.get(layer)):
+                self.packed = self.packing
+                return self.packing.pack(hidden)
+        return hidden
+
+    def _change(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """What `enter` does at layers that may be unlike the one before."""
         past = past_length(self.cache, layer) if self.past else 0
         if layer in self.decision_layers:
             if torch.is_grad_enabled() and hidden.requires_grad:
@@ -210,11 +235,6 @@ class Prefill:
                 hidden[:, : self._rows_of_one().text.rows.shape[1]] if leaves_one else hidden
             )
             arguments.update(self._inputs_of(keys, layer, past, attending, arguments))
-        self.packed = None
-        if self.packing is not None and passive is None:
-            if not others_look_into(self.parts.layers[layer], self.shadows.get(layer)):
-                self.packed = self.packing
-                return self.packing.pack(hidden)
         return hidden
 
     def _check_attended(self) -> None:
@@ -339,7 +359,7 @@ class Prefill:
             visual=self.visual,
             valid=self.valid,
             origin=self.origin,
-            prompt_ordinal=self.prompt_ordinal,
+            prompt_visual=self.prompt_visual,
             visual_at_start=self.visual_at_start,
             visual_now=self.visual_now,
             text_now=self.text_now,

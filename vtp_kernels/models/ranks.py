@@ -32,7 +32,7 @@ class AllHeads(NamedTuple):
 
     def mean(self, scores: Tensor, query: Tensor) -> Tensor:
         """`scores`, a mean over the heads of `query` [B, H, ...], over all heads."""
-        if self._complete(query):
+        if not self.are_spread(query):
             return scores
         total = scores.contiguous()
         dist.all_reduce(total, group=self.group)
@@ -40,12 +40,13 @@ class AllHeads(NamedTuple):
 
     def gather(self, query: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """[B, H, ...] each, with all heads in their order."""
-        if self._complete(query):
+        if not self.are_spread(query):
             return query, *others
         return tuple(self._gather(states.contiguous()) for states in (query, *others))
 
-    def _complete(self, query: Tensor) -> bool:
-        return self.group is None or query.shape[1] == self.heads
+    def are_spread(self, query: Tensor) -> bool:
+        """Whether other ranks have heads that `query` [B, H, ...] lacks."""
+        return self.group is not None and query.shape[1] != self.heads
 
     def _gather(self, states: Tensor) -> Tensor:
         parts = [torch.empty_like(states) for _ in range(dist.get_world_size(self.group))]

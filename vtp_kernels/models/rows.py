@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from vtp_kernels._shown import shown
 from vtp_kernels.ops import (
     attention_scores,
+    attention_topk,
     compact_rows,
     inflection,
     select_topk,
@@ -85,7 +86,7 @@ class PromptRows:
         visual: Tensor,
         valid: Tensor | None,
         origin: Tensor,
-        prompt_ordinal: Tensor,
+        prompt_visual: Tensor,
         visual_at_start: list[int],
         visual_now: Counts,
         text_now: Counts,
@@ -104,7 +105,7 @@ class PromptRows:
         self.valid = valid
         self.text = ~visual if valid is None else valid & ~visual
         self.origin = origin
-        self._prompt_ordinal = prompt_ordinal
+        self._prompt_visual = prompt_visual
         self.visual_at_start = visual_at_start
         self.visual_now = visual_now
         self.text_now = text_now
@@ -123,7 +124,7 @@ class PromptRows:
 
     @property
     def visual_ordinal(self) -> Tensor:
-        return self._prompt_ordinal.gather(1, self.origin)
+        return (self._prompt_visual.cumsum(1) - 1).gather(1, self.origin)
 
     def attention_scores(
         self,
@@ -153,26 +154,39 @@ class PromptRows:
         causal : bool
             False: rows also see what comes after them.
         """
-        observation = self._observed()
+        past, observation = self.past if rotary else 0, self._observed()
+        query, options = self._asked_of(observation, rows, query_valid, rotary, causal)
+        scores = attention_scores(
+            query,
+            candidates=behind(past, self.visual if among is None else among),
+            support=support,
+            **options,
+        )
+        return observation.heads(query).mean(scores, query)[:, past:]
+
+    def _asked_of(
+        self,
+        observation: Observation,
+        rows: slice,
+        query_valid: Tensor | None,
+        rotary: bool = True,
+        causal: bool = True,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """What the ops are to know of the observed layer: queries of `rows`, and all else."""
         past = self.past if rotary else 0
         first, last, _ = rows.indices(self.hidden.shape[1])
         positions = None
         if causal and (last - first > 1 or last < self.hidden.shape[1]):
             positions = torch.arange(first, last, device=self.hidden.device) + past
             positions = positions.expand(self.hidden.shape[0], -1)
-        query = observation.queries(rows, rotary)
-        scores = attention_scores(
-            query,
-            observation.keys(past) if rotary else observation.unrotated_keys(),
-            candidates=behind(past, self.visual if among is None else among),
-            valid=self._key_valid() if past else self.valid,
-            query_positions=positions,
-            query_valid=query_valid,
-            scale=observation.scale,
-            support=support,
-            backend=self._backend,
-        )
-        return observation.heads(query).mean(scores, query)[:, past:]
+        return observation.queries(rows, rotary), {
+            "key": observation.keys(past) if rotary else observation.unrotated_keys(),
+            "valid": self._key_valid() if past else self.valid,
+            "query_positions": positions,
+            "query_valid": query_valid,
+            "scale": observation.scale,
+            "backend": self._backend,
+        }
 
     def token_contribution(self) -> tuple[Tensor, Tensor]:
         """What the visual rows added to the observed layer's output for the last prompt token.
@@ -327,9 +341,8 @@ class PromptRows:
         """
         where = f"{self.asker}: keep_visual"
         batch, width = self.visual.shape
-        counts = host_counts(f"{where}: counts", counts, batch)
+        counts = self._fitting(where, counts)
         text, there = on_host(self.text_now), on_host(self.visual_now)
-        check_fit(where, KINDS[1], counts, there)
         if scores is None:
             if any(0 < count < most for count, most in zip(counts, there, strict=True)):
                 raise ValueError(f"{where}: scores: there is a choice to make, got None")
@@ -345,12 +358,39 @@ class PromptRows:
         )
         return self._made(Kept(selection, text, counts))
 
+    def keep_attended(
+        self, counts: list[int], rows: slice, query_valid: Tensor | None = None
+    ) -> Kept:
+        """`keep_visual` by the `attention_scores` of the same arguments, in one op."""
+        observation = self._observed()
+        query, options = self._asked_of(observation, rows, query_valid)
+        heads = observation.heads(query)
+        if self.past or heads.are_spread(query):  # scores must be put together before they rank
+            return self.keep_visual(counts, self.attention_scores(rows, query_valid))
+        text = on_host(self.text_now)
+        counts = self._fitting(f"{self.asker}: keep_attended", counts)
+        selection, _ = attention_topk(
+            query,
+            k=on_device(counts, self.visual.device),
+            candidates=self.visual,
+            keep=self.text,
+            capacity=max(added(text, counts)),
+            **options,
+        )
+        return self._made(Kept(selection, text, counts))
+
     # ---- what is behind these ----------------------------------------------------------------
 
     def _keep(self, stays: Tensor, text: Counts, visual: Counts, capacity: int) -> Kept:
         scores = torch.zeros(stays.shape, device=stays.device)
         selection = select_topk(scores, 0, keep=stays, capacity=capacity, backend=self._backend)
         return self._made(Kept(selection, text, visual))
+
+    def _fitting(self, where: str, counts: Any) -> list[int]:
+        """`counts` of visual tokens as a list, if no prompt has fewer."""
+        counts = host_counts(f"{where}: counts", counts, len(self.visual))
+        check_fit(where, KINDS[1], counts, on_host(self.visual_now))
+        return counts
 
     def _made(self, kept: Kept) -> Kept:
         self.made.append(kept)
