@@ -263,7 +263,8 @@ def accuracy(
     model.eval()
     right, asked = np.zeros(len(scenes.KINDS)), np.zeros(len(scenes.KINDS))
     for start in range(0, pictures, 32):
-        batch = [scenes.scene("calibration", start + i) for i in range(32)]
+        some = range(start, min(start + 32, pictures))
+        batch = [scenes.scene("calibration", index) for index in some]
         rng = scenes.generator("calibration", 1_000_000 + start)
         packed = on_device(pack(batch, rng, questions, counts), device)
         logits, _, _ = forward(model, pixels([s.image for s in batch]).to(device), packed)
