@@ -13,6 +13,12 @@ import os
 import secrets
 import zlib
 
+# The tests take one thread, and so does every process they start. Threads wait for each other in
+# loops, and where another process is on the same cores everything takes ten times as long. Torch
+# reads these as it is loaded. OMP_NUM_THREADS from outside holds; such threads sleep as they wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 

@@ -34,9 +34,11 @@ import torch
 import torch.nn.functional as F
 
 from vtp_kernels.demo import load
+from vtp_kernels.machine import multiplies_bfloat16
 
 from . import scenes
 from .model import TOKEN, TRAINED, new_model, pixels, processor
+from .muon import Muon
 
 BACKGROUND_WEIGHT = 0.03  # 97 % of the patches are background
 COVERED = 0.3  # a patch belongs to an object that fills this share of it; less, but any: ignored
@@ -261,7 +263,8 @@ def accuracy(
     model.eval()
     right, asked = np.zeros(len(scenes.KINDS)), np.zeros(len(scenes.KINDS))
     for start in range(0, pictures, 32):
-        batch = [scenes.scene("calibration", start + i) for i in range(32)]
+        some = range(start, min(start + 32, pictures))
+        batch = [scenes.scene("calibration", index) for index in some]
         rng = scenes.generator("calibration", 1_000_000 + start)
         packed = on_device(pack(batch, rng, questions, counts), device)
         logits, _, _ = forward(model, pixels([s.image for s in batch]).to(device), packed)
@@ -298,11 +301,12 @@ class Optimizer:
             outer = [p for p in module.parameters() if id(p) not in taken]
             matrices += [{"params": inner, "scale": 2 * scale}] if inner else []
             others += [{"params": outer, "scale": scale}]
+        self.parameters = [p for group in matrices + others for p in group["params"]]
+        fast = multiplies_bfloat16(self.parameters[0].device)
         self.parts = [
-            torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            Muon(matrices, torch.bfloat16 if fast else torch.float32, weight_decay=0.05),
             torch.optim.AdamW(others, weight_decay=0.01, betas=(0.9, 0.98)),
         ]
-        self.parameters = [p for group in matrices + others for p in group["params"]]
 
     def step(self, lr: float) -> None:
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -311,6 +315,13 @@ class Optimizer:
                 group["lr"] = lr * group["scale"]
             part.step()
             part.zero_grad(set_to_none=True)
+
+
+def autocast(device: str) -> torch.autocast:
+    """bfloat16 where the machine multiplies it fast; losses differ in their last digits."""
+    return torch.autocast(
+        torch.device(device).type, torch.bfloat16, enabled=multiplies_bfloat16(device)
+    )
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -330,7 +341,7 @@ def train_tower(model, heads, args, log) -> None:
         first = step * args.tower_batch
         batch = [scenes.scene("train", first + i) for i in range(args.tower_batch)]
         target = on_device(patch_targets(batch), args.device)
-        with torch.autocast(args.device, dtype=torch.bfloat16):
+        with autocast(args.device):
             hidden, pooled = tower_features(model, pixels([s.image for s in batch]).to(args.device))
             heads_loss = heads.loss(hidden, pooled, target)
             aligned = alignment_loss(model, hidden, target)
@@ -376,7 +387,7 @@ def train_all(model, heads, args, log) -> None:
         packed = on_device(pack(batch, rng, args.questions, (phase.patches,)), args.device)
         target = on_device(patch_targets(batch), args.device)
         images = pixels([scene.image for scene in batch]).to(args.device)
-        with torch.autocast(args.device, dtype=torch.bfloat16):
+        with autocast(args.device):
             logits, hidden, pooled = forward(model, images, packed)
             labels = packed["labels"][:, 1:].flatten()
             logits = logits[:, :-1].flatten(0, 1).float()

@@ -33,11 +33,18 @@ def configure(source: Path, folder: Path, **options: str | Path) -> None:
     cmake("-S", source, "-B", folder, "-G", "Ninja", *defined)
 
 
-def install(folder: Path, **options: str | Path) -> Path:
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
+    """The build folder of all tests: the CPU kernels are compiled once."""
+    return tmp_path_factory.mktemp("library")
+
+
+def install(library: Path, folder: Path, **options: str | Path) -> Path:
     """Where the libraries are installed, moved away from where they were installed to."""
-    library, installed = folder / "library", folder / "installed"
-    # Nothing of Python or torch may be asked for.
-    configure(ROOT, library, Python_EXECUTABLE="/nonexistent", **options)
+    installed = folder / "installed"
+    # Nothing of Python or torch may be asked for. Debug compiles fast.
+    fixed = {"Python_EXECUTABLE": "/nonexistent", "CMAKE_BUILD_TYPE": "Debug"}
+    configure(ROOT, library, **fixed, **{"VTP_CUDA_ARCHS": ""} | options)
     cmake("--build", library)
     cmake("--install", library, "--prefix", installed)
     return installed.rename(folder / "moved")
@@ -49,8 +56,8 @@ def build_consumer(folder: Path, installed: Path) -> Path:
     return folder / "program"
 
 
-def test_a_program_uses_the_installed_kernels(tmp_path):
-    installed = install(tmp_path, CMAKE_BUILD_TYPE="Debug")  # compiles fast
+def test_a_program_uses_the_installed_kernels(library, tmp_path):
+    installed = install(library, tmp_path)
     files = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
     assert {"include/vtp_kernels/arguments.h", "include/vtp_kernels/cpu/ops.h"} <= files
     assert [name for name in files if name.endswith("libvtp_kernels_cpu.a")]
@@ -60,9 +67,9 @@ def test_a_program_uses_the_installed_kernels(tmp_path):
 
 
 @pytest.mark.skipif(find_nvcc() is None, reason="no nvcc here")
-def test_a_program_uses_the_installed_cuda_kernels(tmp_path):
+def test_a_program_uses_the_installed_cuda_kernels(library, tmp_path):
     """It links, and asks the library what does not take a GPU."""
     options = {"VTP_CUDA_ARCHS": "9.0", "CMAKE_CUDA_COMPILER": find_nvcc()}
-    program = build_consumer(tmp_path, install(tmp_path, **options))
+    program = build_consumer(tmp_path, install(library, tmp_path, **options))
     output = subprocess.check_output([program / "cuda_consumer"], text=True)
     assert output.startswith("for 9.0, workspace aligned, device 0: ")

@@ -26,9 +26,11 @@ def build(
 
 
 def wheel(mode: str, folder: Path, source: Path = ROOT) -> Path:
-    # Away from the tree: neither build/ nor the egg-info of an editable install is touched.
-    temporary = ("egg_info", "--egg-base", folder, "build", "--build-base", folder / "build")
-    command = ("setup.py", "-q", *temporary, "bdist_wheel", "--dist-dir", folder / "dist")
+    # Away from the tree: neither build/ nor the egg-info of an editable install is touched. Debug
+    # compiles fast.
+    temporary = ("egg_info", "--egg-base", folder, "build", "--debug", "--build-base")
+    wanted = (folder / "build", "bdist_wheel", "--dist-dir", folder / "dist")
+    command = ("setup.py", "-q", *temporary, *wanted)
     run = build(mode, *map(str, command), source=source, SOURCE_DATE_EPOCH="1700000000")
     assert run.returncode == 0, run.stderr[-4000:]
     (path,) = (folder / "dist").glob("*.whl")

@@ -30,6 +30,7 @@ PYBIND11_MODULE(vtp_kernels_emulated, m) {
       "switches", [] { return multiprocessor.switches(); },
       "How often one thread has made way for another.");
   m.def("barriers", &races::barriers, "Where barriers were met, \"file:line\"; by races builds.");
+  m.def("forget_barriers", &races::forget_barriers, "From here on barriers() begins anew.");
   m.def("ignore_barrier", &races::ignore_barrier, py::arg("site"),
         "Takes the barriers there for none when looking for races; \"\" for no such place.");
   bind_primitives(m.def_submodule("primitives"));

@@ -221,6 +221,8 @@ std::vector<std::string> barriers() {
   return sites;
 }
 
+void forget_barriers() { state.barriers.clear(); }
+
 void ignore_barrier(const std::string& wanted) {
   for (auto& [site, ignored] : state.barriers) ignored = text_of(site) == wanted;
 }

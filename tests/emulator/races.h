@@ -42,9 +42,10 @@ VTP_RACES(void note(Access, const void* /*data*/, size_t /*bytes*/, const void* 
 // Says whether accesses are the kernel's from now on, or the emulator's own; returns what was.
 bool track(bool on);
 
-// Where barriers that are no votes have been met so far; one of them, "" for none, is to be taken
-// for no barrier. What then is a race tells what the barrier is for.
+// Where barriers that are no votes have been met since they were last forgotten; one of them, "" for
+// none, is to be taken for no barrier. What then is a race tells what the barrier is for.
 std::vector<std::string> barriers();
+void forget_barriers();
 void ignore_barrier(const std::string& site);
 
 // The launch's first race, in words; "" if there is none.
@@ -57,6 +58,7 @@ __attribute__((noinline)) inline const void* this_place() { return __builtin_ret
 
 inline bool track(bool) { return false; }
 inline std::vector<std::string> barriers() { return {}; }
+inline void forget_barriers() {}
 inline void ignore_barrier(const std::string&) {}
 inline std::string found() { return ""; }
 inline const void* this_place() { return nullptr; }

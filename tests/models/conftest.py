@@ -1,16 +1,7 @@
-"""Models of these tests are so small that a second thread costs more than it brings."""
+"""Fixtures of the tests of models."""
 
 import pytest
-import torch
 import torch.distributed as dist
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

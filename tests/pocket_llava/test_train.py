@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ import torch
 
 pytest.importorskip("transformers")
 
+from transformers import LlavaForConditionalGeneration
+
 from vtp_kernels.demo import load
 from vtp_kernels.pocket_llava import scenes, train
-from vtp_kernels.pocket_llava.model import TOKEN, new_model, pixels
+from vtp_kernels.pocket_llava.model import TOKEN, config, new_model, pixels
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +113,16 @@ def test_patch_targets_name_the_object_that_covers_the_patch(pictures):
         assert target["shape_present"][b].sum() == len(picture.things)
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """What the script trains has half the layers, and is checked on four pictures."""
+    half = config()
+    half.text_config.num_hidden_layers = 4
+    monkeypatch.setattr(train, "new_model", lambda: LlavaForConditionalGeneration(half))
+    monkeypatch.setattr(train, "accuracy", partial(train.accuracy, pictures=4, questions=2))
+
+
+@pytest.mark.usefixtures("small")
 def test_a_short_run_learns_and_saves_a_loadable_model(tmp_path, monkeypatch, capsys):
     sizes = "--tower-steps 26 --tower-batch 4 --steps 26 --fewer-steps 2 --batch 2 --questions 4"
     arguments = ["train", *sizes.split(), "--device", "cpu", "--out", str(tmp_path)]

@@ -20,7 +20,7 @@ def test_two_ranks_answer_as_one(engine, score):
     script = Path(asking.__file__).with_name("ranks.py")
     run = subprocess.run(
         [sys.executable, script, str(KEEP), score, str(COUNT)],
-        env=os.environ | asking.ENVIRONMENT,
+        env=os.environ | asking.ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

@@ -50,7 +50,8 @@ class Recipe:
         What a dropped token's decision gets to know: what attention would change if the token came
         back, or the derivative at the point where it is gone. See `policy_attention`.
     precision : "bf16" | "fp32"
-        bf16 is autocast: deciders, their gradients and AdamW's state stay float32.
+        bf16 is autocast: deciders, their gradients and AdamW's state stay float32. A CPU
+        without instructions for it is faster in fp32; training warns there.
     seed : int
         First weights, order of the data, noise.
     save_every : int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from vtp_kernels.machine import multiplies_bfloat16
 from vtp_kernels.models.families import ModelParts, parts_of
 from vtp_kernels.models.masked_run import MaskedRun
 from vtp_kernels.models.placement import device_of
@@ -76,6 +78,12 @@ def train(
     parts = parts_of(model)
     device = device_of(parts.text)
     _check(parts, dataset, recipe)
+    if recipe.precision == "bf16" and not multiplies_bfloat16(device):
+        warnings.warn(
+            'Recipe.precision: this CPU has no instructions for "bf16" and takes several times as '
+            'long as for "fp32"',
+            stacklevel=2,
+        )
     with Processes(device) as processes, _frozen(model):
         run = _Run(parts, dataset, Collator(processor), Path(out), recipe, processes, device)
         run.go(stop_after)
