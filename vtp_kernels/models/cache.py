@@ -262,6 +262,8 @@ def prune_cache(cache: Any, state: CacheState) -> None:
 
 def check_cache(cache: Any) -> None:
     """Raise NotImplementedError for caches whose layers do not keep all rows, in order."""
+    if type(cache) is DynamicCache and _is_plain(cache):
+        return
     known = isinstance(cache, DynamicCache | StaticCache | QuantizedCache) or type(cache) is Cache
     other = [kind for kind in _kinds(cache) if not _keeps_all(kind)]
     if known and not other:
@@ -278,6 +280,14 @@ def check_cache(cache: Any) -> None:
     )
 
 
+def _is_plain(cache: Any) -> bool:
+    """Whether all layers are of the two plain kinds: nearly always, and soon found out."""
+    plain = (DynamicLayer, StaticLayer)
+    if getattr(cache, "layer_class_to_replicate", None) not in (None, *plain):
+        return False
+    return all(type(layer) in plain for layer in cache.layers)
+
+
 def _kinds(cache: Any) -> set[type]:
     """The classes of a cache's layers, and of those it has yet to make."""
     kinds = {type(layer) for layer in getattr(cache, "layers", ())}
@@ -290,7 +300,7 @@ def _keeps_all(kind: type) -> bool:
 
 
 def is_quantized(cache: Any) -> bool:
-    return any(issubclass(kind, _QUANTIZED) for kind in _kinds(cache))
+    return not _is_plain(cache) and any(issubclass(kind, _QUANTIZED) for kind in _kinds(cache))
 
 
 def why_no_forgetting(cache: Any) -> str | None:
@@ -306,7 +316,7 @@ def why_no_forgetting(cache: Any) -> str | None:
 
 def put_away(cache: Any) -> bool:
     """Whether the layers of a cache do not hold what their attention got, or not where it was."""
-    return is_quantized(cache) or cache.offloading
+    return cache.offloading or is_quantized(cache)
 
 
 def attended(cache: Any, layer: int) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from .attention import (
     SomeRowsAttention,
     StandIn,
 )
+from .backends import Backends
 from .cache import PrunedCache
 from .continuation import Continuation
 from .families import ModelParts
@@ -66,7 +67,8 @@ class Engine(StaysBehind):
         backend: str | None,
         output_rows: str,
     ) -> None:
-        self.parts, self.method, self.positions, self.backend = parts, method, positions, backend
+        self.parts, self.method, self.positions = parts, method, positions
+        self.backend, self.backends = backend, Backends(backend)
         self.output_rows = output_rows
         depth = len(parts.layers)
         self.observed_layers = frozenset(method.observed_layers(depth))
@@ -170,7 +172,7 @@ class Engine(StaysBehind):
         if module is self.parts.base:  # the hook on `top` was passed over
             arguments |= passed_to(self.parts.top)
         call = Prefill(
-            self.parts, self.method, self.positions, self.backend, self.shadows, arguments
+            self.parts, self.method, self.positions, self.backends, self.shadows, arguments
         )
         if not any(call.visual_at_start):
             return None

@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from vtp_kernels.methods.base import Method
 from vtp_kernels.ops import compact_rows, select_topk
+from vtp_kernels.ops.compact_rows import run as run_compact_rows
 from vtp_kernels.selection import Selection
 
 from .asked import rows_asked_for
 from .attention import AttentionShadow
+from .backends import Backends
 from .cache import (
     CacheState,
     KeyRows,
@@ -78,11 +79,12 @@ class Prefill:
         parts: ModelParts,
         method: Method,
         positions: str,
-        backend: str | None,
+        backends: Backends,
         shadows: Mapping[int, AttentionShadow],
         arguments: dict[str, Any],
     ) -> None:
-        self.parts, self.method, self.positions, self.backend = parts, method, positions, backend
+        self.parts, self.method, self.positions = parts, method, positions
+        self.backends, self.backend = backends, backends.asked
         self.shadows = shadows
         self.placeholders = visual = parts.visual_tokens(arguments)
         # None: the tower runs within this call, and tells it.
@@ -145,23 +147,18 @@ class Prefill:
         self.stages: list[StageRecord] = []
 
     def _read(self, visual: Tensor, valid: Tensor | None, past_valid: Tensor | None) -> None:
-        """The one read: which rows are what, so that the host knows how many there are of each
-        kind, and whether there is padding at all."""
-        kinds = [
-            kind for kind in (visual, self.placeholders, valid, past_valid) if kind is not None
-        ]
-        read = torch.cat(kinds, dim=1).cpu().numpy()
-        rows = visual.shape[1]
-        is_visual, placed, real = read[:, :rows], read[:, rows : 2 * rows], read[:, 2 * rows :]
-        before = real[:, rows:] if valid is not None else real
-        real = real[:, :rows] if valid is not None else np.ones_like(is_visual)
-        self.visual_at_start = is_visual.sum(1).tolist()
-        self.real_at_start = real.sum(1).tolist()
-        self.text_before = (real & (is_visual.cumsum(1) == 0)).sum(1).tolist()
-        self.placed = placed.sum(1).tolist()
-        self.valid = None if real.all() else valid
-        self.past_mask = None if before.all() else past_valid
-        if not real[:, -1].all():
+        """The one read: rows per prompt of each kind, and whether there is padding at all."""
+        real = torch.ones_like(visual) if valid is None else valid
+        before = real & (visual.cumsum(1) == 0)
+        kinds = torch.stack((visual, real, before, self.placeholders)).sum(2)
+        counts = [kinds, real[None, :, -1]]
+        if past_valid is not None:
+            counts.append(past_valid.sum(1)[None])
+        self.visual_at_start, self.real_at_start, *more = torch.cat(counts).tolist()
+        self.text_before, self.placed, ends_real, *past = more
+        self.valid = None if min(self.real_at_start) == visual.shape[1] else valid
+        self.past_mask = past_valid if past and min(past[0]) < self.past else None
+        if not all(ends_real):
             raise ValueError(
                 "attention_mask: a prompt ends in padding; pruning needs left padding "
                 "(processor.tokenizer.padding_side = 'left')"
@@ -371,7 +368,7 @@ class Prefill:
             past=past,
             past_valid=past_valid,
             vision=self._vision(layer),
-            backend=self.backend,
+            backends=self.backends,
         )
 
     def _vision(self, layer: int) -> PromptVision | None:
@@ -390,7 +387,7 @@ class Prefill:
         batch, rows = self.visual.shape
         cos, sin = self.embeddings or arguments["position_embeddings"]
         indices, counts = kept.selection
-        hidden, cos, sin, self.visual, self.origin = compact_rows(
+        hidden, cos, sin, self.visual, self.origin = run_compact_rows(
             (
                 hidden,
                 cos.expand(batch, *cos.shape[1:]),
@@ -401,7 +398,7 @@ class Prefill:
             indices,
             counts,
             align="right",
-            backend=self.backend,
+            backend=self.backends.of("compact_rows", hidden),
         )
         width, totals = indices.shape[1], added(kept.text, kept.visual)
         self.valid = right_aligned(totals, counts, width)

@@ -11,7 +11,6 @@ from torch.nn.functional import pad
 from vtp_kernels._shown import shown
 from vtp_kernels.ops import (
     attention_scores,
-    attention_topk,
     compact_rows,
     inflection,
     select_topk,
@@ -19,8 +18,10 @@ from vtp_kernels.ops import (
 )
 from vtp_kernels.ops._checks import BOOL, integer, tensor
 from vtp_kernels.ops._dispatch import FLOATS
+from vtp_kernels.ops.attention_topk import run as run_attention_topk
 from vtp_kernels.selection import Selection
 
+from .backends import Backends
 from .counts import Counts, added, on_device, on_host
 from .facts import Fact, asked_stay, check_fit, demand, equal, host_counts
 from .masks import valid_keys
@@ -98,7 +99,7 @@ class PromptRows:
         past: int,
         past_valid: Tensor | None,
         vision: PromptVision | None,
-        backend: str | None,
+        backends: Backends,
     ) -> None:
         self.hidden = hidden
         self.visual = visual
@@ -120,7 +121,7 @@ class PromptRows:
         self.made: list[Kept] = []  # what is known to be possible
         self._past_valid = past_valid
         self._observation = observation
-        self._backend = backend
+        self._backends, self._backend = backends, backends.asked
 
     @property
     def visual_ordinal(self) -> Tensor:
@@ -369,9 +370,13 @@ class PromptRows:
             return self.keep_visual(counts, self.attention_scores(rows, query_valid))
         text = on_host(self.text_now)
         counts = self._fitting(f"{self.asker}: keep_attended", counts)
-        selection, _ = attention_topk(
+        k = on_device(counts, self.visual.device)
+        per_prompt = isinstance(k, Tensor)
+        options["backend"] = self._backends.of("attention_topk", query)
+        selection, _ = run_attention_topk(
             query,
-            k=on_device(counts, self.visual.device),
+            k_per_row=k if per_prompt else None,
+            k=0 if per_prompt else k,
             candidates=self.visual,
             keep=self.text,
             capacity=max(added(text, counts)),

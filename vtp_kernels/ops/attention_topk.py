@@ -55,8 +55,46 @@ def attention_topk(
     k_per_row, k, threshold, capacity = check_topk(
         k, keep, threshold, capacity, key.shape[0], key.shape[2], query.device
     )
-    scale = _checks.scale(scale, query.shape[-1])
-    backend = choose("attention_topk", query, backend)
+    return run(
+        query,
+        key,
+        k_per_row,
+        k,
+        candidates=candidates,
+        valid=valid,
+        query_positions=query_positions,
+        query_valid=query_valid,
+        lse=lse,
+        scale=_checks.scale(scale, query.shape[-1]),
+        support=support,
+        head_reduce=head_reduce,
+        keep=keep,
+        threshold=threshold,
+        capacity=capacity,
+        backend=choose("attention_topk", query, backend),
+    )
+
+
+def run(
+    query: Tensor,
+    key: Tensor,
+    k_per_row: Tensor | None,
+    k: int,
+    *,
+    candidates: Tensor,
+    valid: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    query_valid: Tensor | None = None,
+    lse: Tensor | None = None,
+    scale: float,
+    support: str = "all",
+    head_reduce: str = "mean",
+    keep: Tensor | None = None,
+    threshold: float | None = None,
+    capacity: int,
+    backend: str,
+) -> tuple[Selection, Tensor]:
+    """`attention_topk` of arguments that are known to fit, on a backend that can serve them."""
     if backend != "reference":
         indices, counts, scores = kernel("attention_topk", backend)(
             rowwise(query),

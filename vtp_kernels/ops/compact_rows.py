@@ -63,16 +63,22 @@ def compact_rows(
     backend = choose("compact_rows", indices, backend)
     if _checks.must_read(indices, backend):
         _checks.row_indices(indices, counts, length)
-    if backend == "reference":
-        return reference.compact_rows(tensors, indices, counts, align=align)
-    rows = [rowwise(x) for x in tensors]
     try:
-        move = kernel("compact_rows", backend)
-        return tuple(move(rows, rowwise(indices), rowwise(counts), align))
+        return run(tensors, indices, counts, align=align, backend=backend)
     except RuntimeError:
         if _checks.may_read(indices):
             _checks.row_indices(indices, counts, length)
         raise
+
+
+def run(
+    tensors: Sequence[Tensor], indices: Tensor, counts: Tensor | None, *, align: str, backend: str
+) -> tuple[Tensor, ...]:
+    """`compact_rows` of arguments that are known to fit, on a backend that can serve them."""
+    if backend == "reference":
+        return reference.compact_rows(tensors, indices, counts, align=align)
+    rows = [rowwise(x) for x in tensors]
+    return tuple(kernel("compact_rows", backend)(rows, rowwise(indices), rowwise(counts), align))
 
 
 @register_fake("compact_rows")
