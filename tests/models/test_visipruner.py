@@ -358,7 +358,7 @@ def test_attention_modules_stay_where_they_are(model):
     assert list(model.state_dict()) == names
     assert [layer.self_attn for layer in model.model.language_model.layers] == modules
     touched = ["forward" in vars(attention) for attention in modules]
-    assert touched == [True] * SHALLOW + [False] + [True] * (DEPTH - FIRST)
+    assert touched == [True] * SHALLOW + [False] + [True] * (DEPTH - 1 - FIRST) + [False]
     model.to(torch.float64).to(torch.float32)
     handle.remove()
     handle.remove()

@@ -12,9 +12,11 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import threading
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vtp_kernels.methods.base import Method
@@ -31,7 +33,7 @@ from .backends import Backends
 from .cache import PrunedCache
 from .continuation import Continuation
 from .families import ModelParts
-from .packing import is_known_forward
+from .packing import is_known_forward, others_look_into
 from .prefill import Prefill
 from .report import PrefillRecord
 from .shadow import StaysBehind
@@ -93,6 +95,8 @@ class Engine(StaysBehind):
         self.last_prefill: PrefillRecord | None = None
         self.handle: Any = None  # whoever applied the method finds it again by the model
         self.shadows: dict[int, AttentionShadow] = {}  # by layer
+        self._packing: set[int] = set()  # layers that are ready for packed rows
+        self._lock = threading.Lock()
         self._hooks: list[Any] = []
         self._warned = False
 
@@ -127,13 +131,8 @@ class Engine(StaysBehind):
         for index, layer in enumerate(parts.layers):
             before = functools.partial(self._before_layer, index)
             hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            stand_in = self._stand_in(index, layer.self_attn)
-            if stand_in is not None or index in self.observed_layers:
-                self.shadows[index] = AttentionShadow(layer.self_attn, index, stand_in)
-                self.shadows[index].put()
-            if index in self.packed_layers:
-                after = self._after_layer  # before other hooks, which are to see the batch
-                hooks.append(layer.register_forward_hook(after, prepend=True, with_kwargs=True))
+            if index in self.observed_layers or index in self.passive_layers:
+                self._put_shadow(index)
         _forget_compiled_code()
 
     def detach(self) -> None:
@@ -147,7 +146,35 @@ class Engine(StaysBehind):
         for shadow in self.shadows.values():
             shadow.remove()
         self.shadows.clear()
+        self._packing.clear()
         _forget_compiled_code()
+
+    def may_pack(self, index: int) -> bool:
+        """Whether rows may come to a layer without the padding between them.
+
+        What that takes is put into the layer when it is first asked for: calls with one prompt, or
+        with prompts that keep alike, go without.
+        """
+        layer = self.parts.layers[index]
+        with self._lock:
+            if index not in self._packing:
+                if torch.compiler.is_compiling():
+                    return False
+                if index not in self.shadows:
+                    self._put_shadow(index)
+                after = self._after_layer  # before other hooks, which are to see the batch
+                self._hooks.append(
+                    layer.register_forward_hook(after, prepend=True, with_kwargs=True)
+                )
+                self._packing.add(index)
+                _forget_compiled_code()
+        return not others_look_into(layer, self.shadows[index])
+
+    def _put_shadow(self, index: int) -> None:
+        attention = self.parts.layers[index].self_attn
+        stand_in = self._stand_in(index, attention)
+        self.shadows[index] = AttentionShadow(attention, index, stand_in)
+        self.shadows[index].put()
 
     def _stand_in(self, layer: int, attention: nn.Module) -> StandIn | None:
         passive = self.passive_layers.get(layer)
@@ -172,7 +199,7 @@ class Engine(StaysBehind):
         if module is self.parts.base:  # the hook on `top` was passed over
             arguments |= passed_to(self.parts.top)
         call = Prefill(
-            self.parts, self.method, self.positions, self.backends, self.shadows, arguments
+            self.parts, self.method, self.positions, self.backends, self.may_pack, arguments
         )
         if not any(call.visual_at_start):
             return None
@@ -219,11 +246,12 @@ class Engine(StaysBehind):
         call = kwargs.get(CALL)
         if call is None:
             return None
+        hidden = call.enter(index, args[0] if args else kwargs["hidden_states"], kwargs)
         if not (index in self.shadows and isinstance(call, Prefill)):
             del kwargs[CALL]  # else the layer hands it to its attention
         if args:
-            return (call.enter(index, args[0], kwargs), *args[1:]), kwargs
-        kwargs["hidden_states"] = call.enter(index, kwargs["hidden_states"], kwargs)
+            return (hidden, *args[1:]), kwargs
+        kwargs["hidden_states"] = hidden
         return args, kwargs
 
     def _after_layer(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Any:

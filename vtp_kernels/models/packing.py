@@ -61,11 +61,11 @@ class Packing:
         return rows[0].index_select(0, self.places).unflatten(0, (self.batch, -1))
 
 
-def others_look_into(layer: nn.Module, shadow: Shadow | None) -> bool:
+def others_look_into(layer: nn.Module, shadow: Shadow) -> bool:
     """Whether anybody has hooks in a decoder layer, or a forward of their own, that would see
     packed rows where they expect a batch. `shadow` stands in front of the forward of its attention.
     (Hooks behind the layer are shown the batch.)"""
-    if shadow is None or not shadow.first or not _is_known(shadow.module, shadow.before):
+    if not shadow.first or not _is_known(shadow.module, shadow.before):
         return True  # somebody has put something in front of the attention, or had before
     for module in layer.modules():
         hooks = [*module._forward_pre_hooks.values()]

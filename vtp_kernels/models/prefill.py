@@ -6,7 +6,7 @@ in different threads do not meet.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,6 @@ from vtp_kernels.ops.compact_rows import run as run_compact_rows
 from vtp_kernels.selection import Selection
 
 from .asked import rows_asked_for
-from .attention import AttentionShadow
 from .backends import Backends
 from .cache import (
     CacheState,
@@ -47,7 +46,7 @@ from .masks import (
     valid_keys,
 )
 from .observation import Observation
-from .packing import Packing, others_look_into
+from .packing import Packing
 from .placement import key_dtype
 from .positions import close_up, rows_that_left
 from .report import PrefillRecord, StageRecord
@@ -80,12 +79,12 @@ class Prefill:
         method: Method,
         positions: str,
         backends: Backends,
-        shadows: Mapping[int, AttentionShadow],
+        may_pack: Callable[[int], bool],
         arguments: dict[str, Any],
     ) -> None:
         self.parts, self.method, self.positions = parts, method, positions
         self.backends, self.backend = backends, backends.asked
-        self.shadows = shadows
+        self.may_pack = may_pack
         self.placeholders = visual = parts.visual_tokens(arguments)
         # None: the tower runs within this call, and tells it.
         self.seen = seen_of(arguments) if method.vision_source() is not None else None
@@ -201,7 +200,7 @@ class Prefill:
                 arguments.update(self.inputs[id(keys)])
         self.packed = None
         if self.packing is not None and layer not in self.passive_layers:
-            if not others_look_into(self.parts.layers[layer], self.shadows.get(layer)):
+            if self.may_pack(layer):
                 self.packed = self.packing
                 return self.packing.pack(hidden)
         return hidden
