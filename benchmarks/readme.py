@@ -25,7 +25,7 @@ FILES = {
     "bench.json": "intel-xeon-2-cores",
     "demo.json": "intel-xeon-2-cores",
     "end_to_end.json": "intel-xeon-2-cores",
-    "inflection.json": "intel-xeon-2-cores",
+    "inflection.json": "amd-epyc-2-cores",
     "lvpruning.json": "intel-xeon-2-cores",
     "visipruner.json": "intel-xeon-2-cores",
     "vllm.json": "intel-xeon-2-cores",
