@@ -139,6 +139,12 @@ def accounts(
     for name, method in methods.items():
         try:
             check_model(config, method)
+            if method is not None:
+                method.check_model(text.num_hidden_layers)
+        except (NotImplementedError, ValueError) as error:
+            counted[name] = str(error)
+            continue
+        try:
             counted[name] = account(text, method, **prompt)
         except NotImplementedError as error:
             counted[name] = str(error)

@@ -275,6 +275,23 @@ def test_a_copy_is_dense(name, kind, tmp_path):
     assert not any(module._forward_pre_hooks for module in other.model.language_model.layers)
 
 
+def test_a_copy_of_a_layer_in_a_pruned_model():
+    model = tiny_llava()
+    with vtp.prune(model, PYRAMID):
+        layers = model.model.language_model.layers
+        layers[4] = copy.deepcopy(layers[4])
+        with torch.no_grad(), pytest.raises(RuntimeError, match="layer 4 is a copy"):
+            model(**one())
+    with vtp.prune(model, PYRAMID), torch.no_grad():
+        model(**one())
+
+
+@pytest.mark.parametrize("model", ["llava-hf/llava-1.5-7b-hf", [tiny_llava()], None])
+def test_what_is_no_model(model):
+    with pytest.raises(TypeError, match="model: expected a model that is loaded, got"):
+        vtp.apply(model, PYRAMID)
+
+
 def test_a_model_goes_through_a_file(tmp_path):
     model, inputs = tiny_llava(), one()
     dense = generate(tiny_llava(), inputs)
@@ -363,6 +380,126 @@ def test_a_call_that_breaks_off_leaves_the_cache_refused(monkeypatch):
             model(**step)
 
 
+@pytest.mark.parametrize("positions", ["original", "contiguous"])
+def test_a_method_that_is_taken_off_in_the_middle_of_a_call(positions):
+    """As where a block ends while another thread still generates: never another answer."""
+    model, inputs = tiny_llava(), one()
+    layer = model.model.language_model.layers[4]
+    with torch.no_grad(), vtp.prune(model, "random:0.3", positions=positions) as run:
+        cache = model(**inputs).past_key_values
+        step = {"input_ids": torch.full((1, 1), 5), "past_key_values": cache}
+        hook = layer.register_forward_pre_hook(lambda module, args: run.remove())
+        with pytest.raises(RuntimeError, match="no pruning method is at work"):
+            model(**step)
+        hook.remove()
+        with pytest.raises(RuntimeError, match="no pruning method is at work"):
+            model(**step)
+
+
+def test_an_interrupted_call_leaves_the_cache_refused():
+    """Nobody tells hooks of a KeyboardInterrupt."""
+    model, inputs = tiny_llava(), one()
+    with torch.no_grad():
+        with vtp.prune(model, "random:0.3"):
+            cache = model(**inputs).past_key_values
+            step = {"input_ids": torch.full((1, 1), 5), "past_key_values": cache}
+            hook = model.model.language_model.layers[0].register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model(**step)
+            hook.remove()
+        with pytest.raises(RuntimeError, match="no pruning method is at work"):
+            model(**step)
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("index", [[1], [-1], [2, 0], [3, 3, 1], [False, True, False, True]])
+def test_prompts_chosen_from_a_cache(index):
+    model, inputs = tiny_llava(), three()
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    index = torch.tensor(index)
+
+    def step(cache, rows):
+        return model(
+            input_ids=torch.full((len(rows), 1), 5),
+            attention_mask=rows,
+            position_ids=rows.sum(1, keepdim=True) - 1,
+            past_key_values=cache,
+        ).logits
+
+    for positions in ("original", "contiguous"):
+        with torch.no_grad(), vtp.prune(model, PYRAMID, positions=positions):
+            cache = model(**inputs).past_key_values
+            chosen = copy.deepcopy(cache)
+            chosen.batch_select_indices(index)
+            expected = step(cache, mask)[index]
+            torch.testing.assert_close(step(chosen, mask[index]), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("text_only", [False, True])
+def test_a_later_picture_under_other_positions(text_only):
+    """Rows that closed up in the first turn stay where they are; those of the second keep their
+    distances. The reference is the model itself, told which positions each layer's rows have."""
+    model, method = tiny_llava(), vtp.RandomPruning(2, 0.5)
+    first = batch(prompt(1, 5, 0), prompt(1, 3, 1))
+    later = (prompt(0, 30, 2), prompt(1, 4, 3)) if text_only else (prompt(1, 4, 2), prompt(1, 6, 3))
+    second = batch(*later, seed=2)
+    mask = torch.cat((first["attention_mask"], second["attention_mask"]), dim=1)
+    with torch.no_grad():
+        with vtp.prune(model, method, positions="contiguous") as run:
+            cache = model(**first).past_key_values
+            gone = ~run.report().kept[2] & first["attention_mask"].bool()
+        with vtp.prune(model, method) as run:
+            logits = model(
+                **second | {"attention_mask": mask}, past_key_values=cache, logits_to_keep=1
+            ).logits
+            kept = torch.cat((~gone, run.report().kept[2]), dim=1)
+    expected = closed_up_then_masked(first, second, mask, gone, kept)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
+
+
+def closed_up_then_masked(first, second, mask, gone, kept):
+    """The last logits of both turns in one: from layer 2 on, rows not kept are masked, and
+    positions fall by what was gone before them. Positions are those a plain call counts."""
+    model = tiny_llava("eager")
+    text, width = model.model.language_model, first["input_ids"].shape[1]
+    both = torch.cat((first["input_ids"], second["input_ids"]), dim=1)
+    pixels = torch.cat((first["pixel_values"], second["pixel_values"]))
+    order = torch.cat(((first["input_ids"] == IMAGE).sum(1), (second["input_ids"] == IMAGE).sum(1)))
+    assert int(order.sum()) == 16 * len(pixels)
+    positions = torch.arange(both.shape[1]).expand(len(both), -1)
+    shift = torch.nn.functional.pad(gone, (0, second["input_ids"].shape[1])).cumsum(1)
+    least = torch.finfo(torch.float32).min
+
+    def before(module, args, kwargs):
+        closed = torch.zeros(kept.shape).masked_fill(~kept, least)[:, None, None]
+        kwargs["attention_mask"] = (kwargs["attention_mask"] + closed).clamp(min=least)
+        embeddings = text.rotary_emb(args[0], position_ids=positions - shift)
+        return args, kwargs | {"position_embeddings": embeddings}
+
+    # Pictures in the order in which rows stand in the joined prompts.
+    turns = [(first, 0), (second, int((first["input_ids"] == IMAGE).sum()) // 16)]
+    pictures = []
+    for b in range(len(both)):
+        for inputs, start in turns:
+            before_b = int((inputs["input_ids"][:b] == IMAGE).sum()) // 16
+            count = int((inputs["input_ids"][b] == IMAGE).sum()) // 16
+            pictures += range(start + before_b, start + before_b + count)
+    for layer in text.layers[2:]:
+        layer.register_forward_pre_hook(before, with_kwargs=True)
+    assert width + second["input_ids"].shape[1] == both.shape[1]
+    with torch.no_grad():
+        return model(
+            input_ids=both,
+            attention_mask=mask,
+            position_ids=positions,
+            pixel_values=pixels[pictures],
+            logits_to_keep=1,
+        ).logits
+
+
 # --- which rows come out -------------------------------------------------------------------------
 
 
@@ -406,6 +543,25 @@ def test_rows_asked_for_that_leave_or_are_not_there():
         for wrong in (torch.tensor([width]), torch.tensor([-width - 1]), torch.ones(3).bool()):
             with pytest.raises(IndexError, match="logits_to_keep"):
                 model(**inputs, logits_to_keep=wrong)
+
+
+def test_padding_may_be_asked_for_by_index():
+    model, inputs = tiny_llava(), three()
+    asked = torch.tensor([0, inputs["input_ids"].shape[1] - 1])
+    with vtp.prune(model, PYRAMID), torch.no_grad():
+        logits = model(**inputs, logits_to_keep=asked).logits
+        last = model(**inputs, logits_to_keep=1).logits
+    real = inputs["attention_mask"][:, 0].bool()
+    assert torch.equal(logits[:, 1:], last)
+    assert logits[real, 0].isfinite().all() and logits[~real, 0].isnan().all()
+
+
+def test_a_mask_of_another_width_is_refused():
+    model, inputs = tiny_llava(), three()
+    inputs["attention_mask"] = inputs["attention_mask"][:, -5:]
+    with vtp.prune(model, PYRAMID), torch.no_grad():
+        with pytest.raises(ValueError, match=r"attention_mask: expected \[B, 64\]"):
+            model(**inputs)
 
 
 @pytest.mark.parametrize("method", [PYRAMID, vtp.RandomPruning(0, 0.3)], ids=lambda m: m.name)

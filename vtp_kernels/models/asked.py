@@ -32,17 +32,17 @@ class Asked(NamedTuple):
         rows[:, self.rows] = False
         return rows
 
-    def check(self, origin: Tensor, valid: Tensor | None, method: str, layer: int) -> None:
-        """Raise ValueError if one has left. `origin` int64 [B, K] says which rows are there, where
-        `valid` bool [B, K] says that they are no padding. Reads them, and only where rows are asked
-        for by index."""
-        if not self.by_index:
-            return
+    def check(
+        self, origin: Tensor, valid: Tensor | None, prompt: Tensor, method: str, layer: int
+    ) -> None:
+        """Raise ValueError if one that is asked for by index has left, of the rows `prompt`
+        bool [B, S] that are no padding. `origin` int64 [B, K] says which rows are there, where
+        `valid` bool [B, K] says that they are no padding. Reads them."""
         width = len(self.rows)
         places = origin if valid is None else torch.where(valid, origin, width)
         here = torch.zeros(len(origin), width + 1, dtype=torch.bool, device=origin.device)
         here.scatter_(1, places, True)
-        gone = (self.rows & ~here[:, :width]).nonzero()
+        gone = (self.rows & prompt & ~here[:, :width]).nonzero()
         if len(gone):
             prompt, row = gone[0].tolist()
             raise ValueError(

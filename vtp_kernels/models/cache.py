@@ -26,6 +26,7 @@ from transformers.cache_utils import (
 )
 
 __all__ = [
+    "AtWork",
     "CacheState",
     "KeyRows",
     "PrunedCache",
@@ -113,6 +114,14 @@ class KeyRows:
 
 
 @dataclass
+class AtWork:
+    """Whether a method is at work in its model: `on` until it is taken off, were it in the middle
+    of a call."""
+
+    on: bool = True
+
+
+@dataclass
 class CacheState:
     """What is remembered of a cache as a whole."""
 
@@ -124,8 +133,8 @@ class CacheState:
     """Rows of layer 0 up to the end of the last prompt that lost rows."""
     padding: Tensor | None = None
     """bool [B, C]: columns that were padding when rows left, and left with them; None if none."""
-    served: bool = True
-    """Whether a call is under way that knows of all this."""
+    served: AtWork | None = None
+    """The method that serves the call under way, which knows of all this; None between calls."""
     observed: frozenset[int] = frozenset()
     """Layers of which to keep what their attention got, for caches that put it away at once."""
     attended: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -162,7 +171,7 @@ class PrunedCache:
         return (length + self.vtp.removed if grows else length), offset
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **more: Any) -> Any:
-        if not self.vtp.served:
+        if self.vtp.served is None or not self.vtp.served.on:
             raise RuntimeError(
                 "past_key_values: visual tokens have left this cache, and no pruning method is at "
                 "work in the model that is to go on from it: its layers would see each other's "
@@ -180,8 +189,9 @@ class PrunedCache:
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._refuse_quantized("batch_select_indices")
+        rows = torch.arange(self._batch(), device=indices.device)[indices]
         super().batch_select_indices(indices)
-        self._take_rows(torch.arange(self._batch(), device=indices.device)[indices])
+        self._take_rows(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._refuse_quantized("batch_repeat_interleave")

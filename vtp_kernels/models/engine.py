@@ -30,7 +30,7 @@ from .attention import (
     StandIn,
 )
 from .backends import Backends
-from .cache import PrunedCache
+from .cache import AtWork, PrunedCache
 from .continuation import Continuation
 from .families import ModelParts
 from .packing import is_known_forward, others_look_into
@@ -95,6 +95,7 @@ class Engine(StaysBehind):
         self.last_prefill: PrefillRecord | None = None
         self.handle: Any = None  # whoever applied the method finds it again by the model
         self.shadows: dict[int, AttentionShadow] = {}  # by layer
+        self.at_work = AtWork()
         self._packing: set[int] = set()  # layers that are ready for packed rows
         self._lock = threading.Lock()
         self._hooks: list[Any] = []
@@ -147,6 +148,7 @@ class Engine(StaysBehind):
             shadow.remove()
         self.shadows.clear()
         self._packing.clear()
+        self.at_work.on = False
         _forget_compiled_code()
 
     def may_pack(self, index: int) -> bool:
@@ -198,9 +200,7 @@ class Engine(StaysBehind):
         refuse_replicas(module)
         if module is self.parts.base:  # the hook on `top` was passed over
             arguments |= passed_to(self.parts.top)
-        call = Prefill(
-            self.parts, self.method, self.positions, self.backends, self.may_pack, arguments
-        )
+        call = Prefill(self.parts, self.method, self.positions, self, arguments)
         if not any(call.visual_at_start):
             return None
         kwargs[CALL] = call
@@ -239,13 +239,18 @@ class Engine(StaysBehind):
             return None
         if CALL not in kwargs:
             kwargs[CALL] = Continuation(self.parts, cache, arguments)
-        cache.vtp.served = True
+        cache.vtp.served = self.at_work
         return args, kwargs
 
     def _before_layer(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         call = kwargs.get(CALL)
         if call is None:
             return None
+        if self.idle:
+            raise RuntimeError(
+                f"layer {index} is a copy, made while a method was at work in the model: copies "
+                "are without it. remove() the method, and apply it anew to the model as it is now"
+            )
         hidden = call.enter(index, args[0] if args else kwargs["hidden_states"], kwargs)
         if not (index in self.shadows and isinstance(call, Prefill)):
             del kwargs[CALL]  # else the layer hands it to its attention
@@ -263,7 +268,7 @@ class Engine(StaysBehind):
         if call is None:
             return None
         if isinstance(call.cache, PrunedCache):
-            call.cache.vtp.served = False
+            call.cache.vtp.served = None
         if not isinstance(call, Prefill) or output is None:  # None: it broke off
             return None
         self.last_prefill = call.finish()

@@ -175,7 +175,8 @@ def prune(
     backend: str | None = None,
     output_rows: str = "kept",
 ) -> Handle:
-    """`apply` for a `with` block:
+    """`apply` for a `with` block, which ends with `remove()`. The method is at work from this call
+    on, not from `with` on:
 
     with vtp.prune(model, vtp.FastV(layer=2, keep=0.5)) as run:
         model.generate(**inputs)

@@ -77,7 +77,8 @@ def _loads_all(hook: Any) -> bool:
 
 
 def _hook(module: nn.Module | None) -> Any:
-    return None if module is None else vars(module).get("_hf_hook")
+    # Not by getattr: a module that has none looks for it in three more places.
+    return getattr(module, "__dict__", {}).get("_hf_hook")
 
 
 def like_hidden(text: nn.Module) -> Tensor:

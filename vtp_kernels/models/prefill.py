@@ -6,8 +6,7 @@ in different threads do not meet.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +18,6 @@ from vtp_kernels.ops.compact_rows import run as run_compact_rows
 from vtp_kernels.selection import Selection
 
 from .asked import rows_asked_for
-from .backends import Backends
 from .cache import (
     CacheState,
     KeyRows,
@@ -53,6 +51,9 @@ from .report import PrefillRecord, StageRecord
 from .rows import Kept, PromptRows
 from .vision import PromptVision, seen_of
 
+if TYPE_CHECKING:
+    from .engine import Engine
+
 __all__ = ["Prefill"]
 
 
@@ -78,13 +79,12 @@ class Prefill:
         parts: ModelParts,
         method: Method,
         positions: str,
-        backends: Backends,
-        may_pack: Callable[[int], bool],
+        engine: Engine,
         arguments: dict[str, Any],
     ) -> None:
         self.parts, self.method, self.positions = parts, method, positions
-        self.backends, self.backend = backends, backends.asked
-        self.may_pack = may_pack
+        self.backends, self.backend = engine.backends, engine.backend
+        self.may_pack, self.at_work = engine.may_pack, engine.at_work
         self.placeholders = visual = parts.visual_tokens(arguments)
         # None: the tower runs within this call, and tells it.
         self.seen = seen_of(arguments) if method.vision_source() is not None else None
@@ -96,13 +96,13 @@ class Prefill:
 
         self.asked = rows_asked_for(arguments.get("logits_to_keep", 0), rows, visual.device)
         mask = mask_of(arguments)
+        columns = columns_of(mask, rows, None if is_static(cache) else self.past)
         valid = padding_of(mask, rows, self.past)
         # Rows whose logits are asked for have to be there in the end, whatever they are.
         visual = self.asked.left_out_of(visual if valid is None else visual & valid)
         past_state = cache.vtp if isinstance(cache, PrunedCache) else None
         past_valid = None
         if self.past:
-            columns = columns_of(mask, rows, self.past)
             check_padding(None if past_state is None else past_state.padding, columns)
             past_valid = None if columns is None else columns[:, : self.past]
         self._read(visual, valid, past_valid)
@@ -303,6 +303,7 @@ class Prefill:
         state = CacheState(
             layers=self.layer_keys,  # fills as layers are entered
             removed=0,
+            served=self.at_work,
             prompt=self.past + self.prompt_visual.shape[1] - self.asked.drafts,
             observed=self.observed_layers if put_away(cache) else frozenset(),
         )
@@ -401,7 +402,12 @@ class Prefill:
         )
         width, totals = indices.shape[1], added(kept.text, kept.visual)
         self.valid = right_aligned(totals, counts, width)
-        self.asked.check(self.origin, self.valid, type(self.method).__name__, layer)
+        if self.asked.by_index:
+            prompt = self.prompt_valid
+            if prompt is None:
+                prompt = torch.ones_like(self.prompt_visual)
+            name = type(self.method).__name__
+            self.asked.check(self.origin, self.valid, prompt, name, layer)
         self.packing = None
         if totals is not None and sum(totals) < sum(self.real_at_start):
             self.packing = Packing.of(totals, width, hidden.device)
@@ -558,6 +564,8 @@ class Prefill:
         positions = self.row_positions
         if positions is None:
             positions = arguments["position_ids"]
+            if self.stages:
+                positions = positions.expand(self.prompt_visual.shape).gather(1, self.origin)
         if shift is not None:
             positions = positions - shift
         return self.parts.text.rotary_emb(hidden, position_ids=positions)

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from vtp_kernels._shown import shown
+
 __all__ = ["inside", "passed_to", "refuse_replicas"]
 
 # Names of the child that a wrapper calls: torch.compile; DistributedDataParallel, DataParallel and
@@ -25,8 +27,10 @@ WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module", "base_model", "model")
 def inside(model: nn.Module) -> Iterator[nn.Module]:
     """The model itself and whatever it may be the wrapper of, from the outside in.
 
-    Raises NotImplementedError for DataParallel on several devices.
+    Raises TypeError for what is no module, NotImplementedError for DataParallel on several devices.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a model that is loaded, got {shown(model)}")
     found: nn.Module | None = model
     while found is not None:
         yield found
