@@ -24,7 +24,7 @@ FILES = {
     "accuracy.json": "intel-xeon-2-cores",
     "bench.json": "intel-xeon-2-cores",
     "demo.json": "intel-xeon-2-cores",
-    "end_to_end.json": "intel-xeon-2-cores",
+    "end_to_end.json": "amd-epyc-2-cores",
     "inflection.json": "amd-epyc-2-cores",
     "lvpruning.json": "intel-xeon-2-cores",
     "visipruner.json": "intel-xeon-2-cores",
@@ -85,7 +85,7 @@ def ops() -> str:
 
 def machine() -> str:
     methods = ("inflection.json", "lvpruning.json", "visipruner.json")
-    described = [_read(name) for name in ("accuracy.json", "bench.json", *methods)]
+    described = [_read(x) for x in ("accuracy.json", "bench.json", "end_to_end.json", *methods)]
     where = {
         f"{d['machine']['cpu']}, {d['machine']['cores']} cores, torch {d['versions']['torch']}, "
         f"transformers {d['versions']['transformers']}"
