@@ -200,7 +200,7 @@ class Engine(StaysBehind):
         refuse_replicas(module)
         if module is self.parts.base:  # the hook on `top` was passed over
             arguments |= passed_to(self.parts.top)
-        call = Prefill(self.parts, self.method, self.positions, self, arguments)
+        call = Prefill(self, arguments)
         if not any(call.visual_at_start):
             return None
         kwargs[CALL] = call

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vtp_kernels.methods.base import Method
 from vtp_kernels.ops import compact_rows, select_topk
 from vtp_kernels.ops.compact_rows import run as run_compact_rows
 from vtp_kernels.selection import Selection
@@ -31,7 +30,6 @@ from .cache import (
 )
 from .counts import Counts, added, on_host
 from .decision import decision
-from .families import ModelParts
 from .forgetting import Text, forget_visual
 from .limits import check_padding, check_placement, check_prefill
 from .masks import (
@@ -74,15 +72,10 @@ class Prefill:
     a method whose counts depend on the picture.
     """
 
-    def __init__(
-        self,
-        parts: ModelParts,
-        method: Method,
-        positions: str,
-        engine: Engine,
-        arguments: dict[str, Any],
-    ) -> None:
-        self.parts, self.method, self.positions = parts, method, positions
+    def __init__(self, engine: Engine, arguments: dict[str, Any]) -> None:
+        """`arguments` are those of the model's forward, by name."""
+        self.parts, self.method, self.positions = engine.parts, engine.method, engine.positions
+        parts, method = self.parts, self.method
         self.backends, self.backend = engine.backends, engine.backend
         self.may_pack, self.at_work = engine.may_pack, engine.at_work
         self.placeholders = visual = parts.visual_tokens(arguments)
