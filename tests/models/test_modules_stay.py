@@ -7,8 +7,10 @@ is what the same model says with the same done by hand, by weights, or under a m
 import contextlib
 import copy
 import functools
+import gc
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -332,6 +334,17 @@ def test_a_removed_handle_is_not_begun_again():
     with vtp.prune(model, vtp.FastV(2)) as other:
         run.remove()  # of no effect on whoever came later
         assert vtp.handle(model) is other
+
+
+def test_a_handle_that_is_kept_does_not_keep_the_model():
+    model = tiny_llava()
+    with vtp.prune(model, PYRAMID) as run:
+        model.generate(**one(), **GREEDY)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert run.report().dense_tokens
 
 
 # --- a cache and its method ----------------------------------------------------------------------

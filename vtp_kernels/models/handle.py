@@ -18,7 +18,7 @@ from .families import FAMILIES, parts_of
 from .limits import check_method
 from .placement import like_hidden
 from .positions import POSITIONS
-from .report import Report
+from .report import PrefillRecord, Report
 from .towers import TOWERS
 
 __all__ = ["OUTPUT_ROWS", "Handle", "apply", "handle", "prune", "remove", "supported_models"]
@@ -38,8 +38,8 @@ class Handle:
     """A method at work in a model. As a context manager it removes itself at the end."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._removed = False
+        self._engine: Engine | None = engine  # None once removed: it holds the model
+        self._last: PrefillRecord | None = None  # of the engine that is gone
         self.method = engine.method
 
     def report(self) -> Report:
@@ -47,7 +47,8 @@ class Handle:
 
         Waits for the GPU. Raises RuntimeError if there was no such pass yet.
         """
-        record = self._engine.last_prefill
+        engine = self._engine
+        record = self._last if engine is None else engine.last_prefill
         if record is None:
             raise NothingToReport("nothing to report: no call with images has run yet")
         return record.report()
@@ -55,14 +56,15 @@ class Handle:
     def remove(self) -> None:
         """Take the method out of the model, which then is as it was before. Twice is fine."""
         with _lock:
-            if self._removed:
+            engine = self._engine
+            if engine is None:
                 return
-            self._removed = True
-            self._engine.detach()
-            del _handles[self._engine.parts.text]
+            engine.detach()
+            del _handles[engine.parts.text]
+            self._last, self._engine = engine.last_prefill, None
 
     def __enter__(self) -> Handle:
-        if self._removed:
+        if self._engine is None:
             raise RuntimeError(
                 "this handle was removed, and its method is no longer at work: begin with "
                 "vtp.prune(model, method) again"
