@@ -9,6 +9,8 @@ from torch import Tensor
 
 from vtp_kernels.ops import _checks
 
+from .positions import rows_that_left
+
 __all__ = ["Asked", "rows_asked_for"]
 
 
@@ -32,17 +34,10 @@ class Asked(NamedTuple):
         rows[:, self.rows] = False
         return rows
 
-    def check(
-        self, origin: Tensor, valid: Tensor | None, prompt: Tensor, method: str, layer: int
-    ) -> None:
-        """Raise ValueError if one that is asked for by index has left, of the rows `prompt`
-        bool [B, S] that are no padding. `origin` int64 [B, K] says which rows are there, where
-        `valid` bool [B, K] says that they are no padding. Reads them."""
-        width = len(self.rows)
-        places = origin if valid is None else torch.where(valid, origin, width)
-        here = torch.zeros(len(origin), width + 1, dtype=torch.bool, device=origin.device)
-        here.scatter_(1, places, True)
-        gone = (self.rows & prompt & ~here[:, :width]).nonzero()
+    def check(self, origin: Tensor, real: Tensor, prompt: Tensor, method: str, layer: int) -> None:
+        """Raise ValueError if one that is asked for by index has left. `origin`, `real` and
+        `prompt` as of `rows_that_left`. Reads them."""
+        gone = rows_that_left(origin, real, self.rows & prompt).nonzero()
         if len(gone):
             prompt, row = gone[0].tolist()
             raise ValueError(

@@ -396,11 +396,8 @@ class Prefill:
         width, totals = indices.shape[1], added(kept.text, kept.visual)
         self.valid = right_aligned(totals, counts, width)
         if self.asked.by_index:
-            prompt = self.prompt_valid
-            if prompt is None:
-                prompt = torch.ones_like(self.prompt_visual)
             name = type(self.method).__name__
-            self.asked.check(self.origin, self.valid, prompt, name, layer)
+            self.asked.check(self.origin, *self._real_rows(), name, layer)
         self.packing = None
         if totals is not None and sum(totals) < sum(self.real_at_start):
             self.packing = Packing.of(totals, width, hidden.device)
@@ -414,13 +411,16 @@ class Prefill:
         self.stages.append(StageRecord(layer, kept.text, kept.visual, self.origin, self.valid))
         return hidden
 
+    def _real_rows(self) -> tuple[Tensor, Tensor]:
+        """Which rows are no padding: of those left, bool [B, K], and of the prompt, bool [B, S]."""
+        real = torch.ones_like(self.visual) if self.valid is None else self.valid
+        prompt = self.prompt_valid
+        return real, torch.ones_like(self.prompt_visual) if prompt is None else prompt
+
     def _close_up(self, arguments: dict[str, Any]) -> None:
         if self.row_positions is None:
             self.model_positions = arguments["position_ids"].expand(self.prompt_visual.shape)
-        prompt = self.prompt_valid
-        if prompt is None:
-            prompt = torch.ones_like(self.prompt_visual)
-        real = torch.ones_like(self.visual) if self.valid is None else self.valid
+        real, prompt = self._real_rows()
         self.row_positions = close_up(self.model_positions, self.origin, real, prompt)
         self.left = rows_that_left(self.origin, real, prompt)
 

@@ -157,13 +157,14 @@ class PromptRows:
         """
         past, observation = self.past if rotary else 0, self._observed()
         query, options = self._asked_of(observation, rows, query_valid, rotary, causal)
-        scores = attention_scores(
-            query,
-            candidates=behind(past, self.visual if among is None else among),
-            support=support,
-            **options,
-        )
-        return observation.heads(query).mean(scores, query)[:, past:]
+        among = self.visual if among is None else among
+        return self._scores_of(query, options, past, among, support)
+
+    def _scores_of(
+        self, query: Tensor, options: dict[str, Any], past: int, among: Tensor, support: str = "all"
+    ) -> Tensor:
+        scores = attention_scores(query, candidates=behind(past, among), support=support, **options)
+        return self._observed().heads(query).mean(scores, query)[:, past:]
 
     def _asked_of(
         self,
@@ -367,7 +368,8 @@ class PromptRows:
         query, options = self._asked_of(observation, rows, query_valid)
         heads = observation.heads(query)
         if self.past or heads.are_spread(query):  # scores must be put together before they rank
-            return self.keep_visual(counts, self.attention_scores(rows, query_valid))
+            scores = self._scores_of(query, options, self.past, self.visual)
+            return self.keep_visual(counts, scores)
         text = on_host(self.text_now)
         counts = self._fitting(f"{self.asker}: keep_attended", counts)
         k = on_device(counts, self.visual.device)
