@@ -279,11 +279,13 @@ def test_chord_of_each_shape_of_curve(draw, backend, clip_quantile):
     length = 400
     drops = draw.uniform(40, length, dtype=torch.float64) + 0.1
     falling, rising = drops.sort(descending=True)[0], drops.sort()[0]
-    for shape, fewest, most in (
-        (draw.normal(40, length).exp(), 0.005, 0.3),
-        (draw.normal(40, length), 0.01, 0.3),
-        (-falling.cumsum(1), 0.2, 0.6),  # convex
-        (-rising.cumsum(1), 1.0, 1.0),  # concave
+    # Shares kept: bounds of the median of the rows, and of every row. Of rows drawn by chance one
+    # in 40,000 keeps more than 0.3 of a long tail, so that is no bound of every row.
+    for shape, median, every in (
+        (draw.normal(40, length).exp(), (0.05, 0.2), (0.005, 0.5)),
+        (draw.normal(40, length), (0.05, 0.2), (0.01, 0.5)),
+        (-falling.cumsum(1), (0.4, 0.6), (0.2, 0.6)),  # convex
+        (-rising.cumsum(1), (1.0, 1.0), (1.0, 1.0)),  # concave
     ):
         places = torch.argsort(draw.uniform(40, length), dim=1)
         curve = distinct(shape.float().gather(1, places).cpu())
@@ -291,7 +293,8 @@ def test_chord_of_each_shape_of_curve(draw, backend, clip_quantile):
         counts = farthest_below(curve, clip_quantile)
         got = vtp.inflection(curve.to(draw.device), clip_quantile=clip_quantile, backend=backend)
         check(got, head(curve, counts), length)
-        assert fewest * length <= counts.min() and counts.max() <= most * length
+        for share, (fewest, most) in ((np.median(counts), median), (counts, every)):
+            assert np.all((fewest * length <= share) & (share <= most * length))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16, torch.float64))
