@@ -82,9 +82,9 @@ class ScheduledMethod(Method):
 
     def decide(self, layer: int, rows: PromptRows) -> Kept:
         keep = next(stage.keep for stage in self.stages if stage.layer == layer)
-        budgets = (visual_budget(keep, n) for n in rows.visual_at_start)
-        counts = [min(budget, now) for budget, now in zip(budgets, rows.visual_now, strict=True)]
-        if not any(0 < count < now for count, now in zip(counts, rows.visual_now, strict=True)):
+        pairs = list(zip(rows.visual_at_start, rows.visual_now, strict=True))
+        counts = [min(visual_budget(keep, at_start), now) for at_start, now in pairs]
+        if all(count in (0, now) for count, (_, now) in zip(counts, pairs, strict=True)):
             return rows.keep_visual(counts, None)
         scorer = SCORERS[self.score]
         if scorer.attending is not None:

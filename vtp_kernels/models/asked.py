@@ -26,13 +26,12 @@ class Asked(NamedTuple):
     by_index: bool
     """Whether the model takes them by their index among S rows, and not from the end."""
 
-    def left_out_of(self, rows: Tensor) -> Tensor:
-        """bool [B, S] without those that are asked for."""
+    def leave_out(self, rows: Tensor) -> None:
+        """Take those that are asked for out of `rows` bool [B, S]."""
         if self.by_index:
-            return rows & ~self.rows
-        rows = rows.clone()
-        rows[:, self.rows] = False
-        return rows
+            rows &= ~self.rows
+        else:
+            rows[:, self.rows].fill_(False)
 
     def check(self, origin: Tensor, real: Tensor, prompt: Tensor, method: str, layer: int) -> None:
         """Raise ValueError if one that is asked for by index has left. `origin`, `real` and

@@ -33,7 +33,8 @@ from .backends import Backends
 from .cache import AtWork, PrunedCache
 from .continuation import Continuation
 from .families import ModelParts
-from .packing import is_known_forward, others_look_into
+from .onlookers import is_known_forward, others_look_into
+from .plan import Plan
 from .prefill import Prefill
 from .report import PrefillRecord
 from .shadow import StaysBehind
@@ -73,13 +74,12 @@ class Engine(StaysBehind):
         self.backend, self.backends = backend, Backends(backend)
         self.output_rows = output_rows
         depth = len(parts.layers)
-        self.observed_layers = frozenset(method.observed_layers(depth))
-        self.passive_layers = dict(method.passive_layers(depth))
-        first = min(method.decision_layers(depth), default=depth)
-        self.packed_layers = frozenset(range(first, depth)) - self.passive_layers.keys()
+        self.plan = Plan.of(method, depth)
+        first = min(self.plan.decisions, default=depth)
+        self.packed_layers = frozenset(range(first, depth)) - self.plan.passive.keys()
         self._check_forwards()
         self.watch: VisionWatch | None = None
-        if method.vision_source() is not None:
+        if self.plan.sees_pictures:
             tower = tower_of(parts.family, parts.base)
             if tower is None:
                 raise NotImplementedError(
@@ -102,7 +102,7 @@ class Engine(StaysBehind):
         self._warned = False
 
     def _check_forwards(self) -> None:
-        for layer, passive in self.passive_layers.items():
+        for layer, passive in self.plan.passive.items():
             attention = self.parts.layers[layer].self_attn
             if not passive.leaves_one and not is_known_forward(attention):
                 raise NotImplementedError(
@@ -132,7 +132,7 @@ class Engine(StaysBehind):
         for index, layer in enumerate(parts.layers):
             before = functools.partial(self._before_layer, index)
             hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            if index in self.observed_layers or index in self.passive_layers:
+            if index in self.plan.watched:
                 self._put_shadow(index)
         _forget_compiled_code()
 
@@ -170,7 +170,7 @@ class Engine(StaysBehind):
                 )
                 self._packing.add(index)
                 _forget_compiled_code()
-        return not others_look_into(layer, self.shadows[index])
+        return not others_look_into(layer)
 
     def _put_shadow(self, index: int) -> None:
         attention = self.parts.layers[index].self_attn
@@ -179,7 +179,7 @@ class Engine(StaysBehind):
         self.shadows[index].put()
 
     def _stand_in(self, layer: int, attention: nn.Module) -> StandIn | None:
-        passive = self.passive_layers.get(layer)
+        passive = self.plan.passive.get(layer)
         if passive is None:
             return PackedAttention(attention) if layer in self.packed_layers else None
         if passive.leaves_one:
@@ -198,8 +198,8 @@ class Engine(StaysBehind):
             self._warn_of_embeddings(arguments)
             return None
         refuse_replicas(module)
-        if module is self.parts.base:  # the hook on `top` was passed over
-            arguments |= passed_to(self.parts.top)
+        if module is self.parts.base:  # the hook on `top` was passed over, or all rows come out
+            arguments = {**arguments, "logits_to_keep": 0, **passed_to(self.parts.top)}
         call = Prefill(self, arguments)
         if not any(call.visual_at_start):
             return None

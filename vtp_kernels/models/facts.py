@@ -68,6 +68,8 @@ def host_counts(where: str, counts: Any, batch: int) -> list[int]:
     if len(counts) != batch:
         raise ValueError(f"{where}: expected one for each of {batch} prompts, got {len(counts)}")
     for count in counts:
+        if type(count) is int:
+            continue
         if isinstance(count, bool) or not isinstance(count, Integral):
             raise TypeError(f"{where}: expected ints, got {shown(count)}")
     return [int(count) for count in counts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -38,12 +39,12 @@ def check_method(parts: ModelParts, method: Method, positions: str) -> None:
             f"{family} cannot run {name} with positions={positions!r}: its visual tokens have rows "
             "and columns for positions, which do not close up; use 'original'"
         )
-    check_placement(parts, method)
+    check_placement(parts, method, method.observed_layers(depth))
 
 
-def check_placement(parts: ModelParts, method: Method) -> None:
+def check_placement(parts: ModelParts, method: Method, observed: Iterable[int]) -> None:
     """Raise where the weights by which a method looks at a layer are not there when it does."""
-    for layer in method.observed_layers(len(parts.layers)):
+    for layer in observed:
         reason = why_gone(parts.layers[layer])
         if reason is not None:
             raise NotImplementedError(

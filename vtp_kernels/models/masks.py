@@ -131,16 +131,17 @@ def without_padding(config: Any, mask: Tensor | None, own: Any) -> bool:
     return bool(mask.all())  # the model makes no mask for these, whatever it says
 
 
-def padding_of(attention_mask: Any, rows: int, past: int) -> Tensor | None:
+def padding_of(attention_mask: Any, columns: Tensor | None, rows: int, past: int) -> Tensor | None:
     """Which of a call's `rows` new rows are real: bool [B, rows], or None if no mask was given.
 
-    `attention_mask` is the model's argument: [B, past + rows], or the 4D mask that generate() makes
-    for static caches, in which a real row at least sees itself.
+    `attention_mask` is the model's argument, and `columns` what it says of all rows: of a 2D mask
+    the last ones are these. In the 4D mask that generate() makes for static caches, a real row at
+    least sees itself.
     """
-    if attention_mask is None:
+    if columns is None:
         return None
-    if len(_shape_of(attention_mask)) == 2:
-        return attention_mask[:, -rows:].ne(0)
+    if attention_mask.dim() == 2:
+        return columns if columns.shape[1] == rows else columns[:, -rows:]
     return _open(attention_mask[:, 0].diagonal(offset=past, dim1=1, dim2=2)[:, :rows])
 
 

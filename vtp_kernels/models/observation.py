@@ -47,7 +47,7 @@ class Observation:
     def keys(self, past: int) -> Tensor:
         """[B, Hkv, past + S, D] of all rows, as the attention got them from the cache."""
         if self.cache is not None:
-            return self._cached(past)[0]
+            return self._cached(past, 0)
         return self._rotated(self.unrotated_keys(), self.cos, self.sin)
 
     def unrotated_keys(self) -> Tensor:
@@ -59,12 +59,13 @@ class Observation:
     def values(self, past: int) -> Tensor:
         """[B, Hkv, past + S, D] of all rows, as the attention got them from the cache."""
         if self.cache is not None:
-            return self._cached(past)[1]
+            return self._cached(past, 1)
         return project(self.attention, "v_proj", self.hidden)
 
-    def _cached(self, past: int) -> tuple[Tensor, ...]:
+    def _cached(self, past: int, which: int) -> Tensor:
         rows = past + self.hidden.shape[1]
-        return tuple(x[:, :, :rows] for x in attended(self.cache, self.attention.layer_idx))
+        held = attended(self.cache, self.attention.layer_idx)[which]
+        return held if held.shape[2] == rows else held[:, :, :rows]
 
     def _rotated(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return rotate(self.attention, states, states[:, :1], cos, sin)[0]

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["device_of", "key_dtype", "like_hidden", "out_features", "why_gone"]
+__all__ = ["device_of", "is_moved", "key_dtype", "like_hidden", "out_features", "why_gone"]
 
 # What makes a module keep its weights in pieces between two calls.
 SHARDED = ("FSDPModule", "FullyShardedDataParallel")
+_sharded: dict[type, bool] = {}  # asked in every call, and a class does not change its bases
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -49,6 +50,11 @@ def _each(hook: Any) -> tuple[Any, ...]:
     return getattr(hook, "hooks", (hook,))
 
 
+def is_moved(module: nn.Module) -> bool:
+    """Whether the weights of a module, or what it gets, may be somewhere else until it runs."""
+    return _hook(module) is not None or _is_sharded(type(module))
+
+
 def why_gone(layer: nn.Module) -> str | None:
     """Why the projections of a decoder layer have no weights but while the layer itself runs, or
     None if they can be called at any time.
@@ -57,18 +63,25 @@ def why_gone(layer: nn.Module) -> str | None:
     weights, a projection does not fail: on a CPU torch multiplies by what happens to be in memory.
     """
     for part in (layer, getattr(layer, "self_attn", None)):
-        if any(_loads_all(hook) for hook in _each(_hook(part))):
+        hook = _hook(part)
+        if hook is not None and any(map(_loads_all, _each(hook))):
             return (
                 "accelerate loads the layer's weights as a whole, and takes them away when it has "
                 "run; leave out preload_module_classes"
             )
-        if any(cls.__name__ in SHARDED for cls in type(part).__mro__):
+        if _is_sharded(type(part)):
             return (
                 "fully sharded data parallelism gathers the layer's weights when it runs, and "
                 "takes them apart again; do not shard this layer, or shard by heads "
                 "(tp_plan='auto')"
             )
     return None
+
+
+def _is_sharded(kind: type) -> bool:
+    if kind not in _sharded:
+        _sharded[kind] = any(cls.__name__ in SHARDED for cls in kind.__mro__)
+    return _sharded[kind]
 
 
 def _loads_all(hook: Any) -> bool:

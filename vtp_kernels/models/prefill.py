@@ -75,24 +75,25 @@ class Prefill:
     def __init__(self, engine: Engine, arguments: dict[str, Any]) -> None:
         """`arguments` are those of the model's forward, by name."""
         self.parts, self.method, self.positions = engine.parts, engine.method, engine.positions
-        parts, method = self.parts, self.method
+        self.plan, parts = engine.plan, engine.parts
         self.backends, self.backend = engine.backends, engine.backend
         self.may_pack, self.at_work = engine.may_pack, engine.at_work
         self.placeholders = visual = parts.visual_tokens(arguments)
         # None: the tower runs within this call, and tells it.
-        self.seen = seen_of(arguments) if method.vision_source() is not None else None
+        self.seen = seen_of(arguments) if self.plan.sees_pictures else None
         batch, rows = visual.shape
         cache = arguments.get("past_key_values")
         self.past = 0 if cache is None else int(cache.get_seq_length())
         check_prefill(parts, arguments, cache, self.past)
-        check_placement(parts, method)  # weights may have been offloaded after apply()
+        check_placement(parts, self.method, self.plan.observed)  # offloaded after apply(), perhaps
 
         self.asked = rows_asked_for(arguments.get("logits_to_keep", 0), rows, visual.device)
         mask = mask_of(arguments)
         columns = columns_of(mask, rows, None if is_static(cache) else self.past)
-        valid = padding_of(mask, rows, self.past)
+        valid = padding_of(mask, columns, rows, self.past)
         # Rows whose logits are asked for have to be there in the end, whatever they are.
-        visual = self.asked.left_out_of(visual if valid is None else visual & valid)
+        visual = visual.clone() if valid is None else visual & valid
+        self.asked.leave_out(visual)
         past_state = cache.vtp if isinstance(cache, PrunedCache) else None
         past_valid = None
         if self.past:
@@ -103,21 +104,9 @@ class Prefill:
         self.visual = self.prompt_visual = visual
         self.prompt_valid = self.valid
         self.origin = torch.arange(rows, device=visual.device).expand(batch, rows)
-        depth = len(parts.layers)
-        self.decision_layers = frozenset(method.decision_layers(depth))
-        self.observed_layers = frozenset(method.observed_layers(depth))
-        self.forgetful_layers = frozenset(method.forgetful_layers(depth))
-        self.passive_layers = method.passive_layers(depth)
-        passive = self.passive_layers.keys()
-        # Layers that may be unlike the one before. Where a cache came along, all may.
-        self.changing = self.decision_layers | self.forgetful_layers | passive
-        self.changing |= {0, *(layer + 1 for layer in passive)}
-        # Whether the model's own masks do not serve even before rows leave: layer 0, for whose keys
-        # it makes them, has fewer than others, or they would let unused slots be read.
-        self.uneven = (
-            bool(self.forgetful_layers)
-            or any(passive.leaves_one for passive in self.passive_layers.values())
-            or (is_static(cache) and takes_keys_by_mask(parts.text.config))
+        # With unused slots in the cache, the model's own masks may let these be read.
+        self.uneven = self.plan.uneven or (
+            is_static(cache) and takes_keys_by_mask(parts.text.config)
         )
         self.memory: dict[str, Any] = {}  # the method's own
 
@@ -169,12 +158,12 @@ class Prefill:
         """What a layer's stand-in needs besides the arguments `given` to its attention; None where
         that runs as it is. Notes them, where the decision before the next layer is to see them."""
         self.attended = layer
-        if layer in self.observed_layers:
+        if layer in self.plan.observed:
             seen = dict(given)
             if self.packed is not None:
                 seen["hidden_states"] = self.packed.unpack(given["hidden_states"])
             self.observation = Observation(attention, seen)
-        if layer in self.passive_layers:
+        if layer in self.plan.passive:
             return self.passive_inputs(layer)
         return None if self.packed is None else {"packing": self.packed}
 
@@ -184,7 +173,7 @@ class Prefill:
             self._open_cache(arguments.get("past_key_values"))
         self._check_attended()
         self.entered = layer
-        if self.past or layer in self.changing:
+        if self.past or layer in self.plan.changing:
             hidden = self._change(layer, hidden, arguments)
         else:  # as the layer before
             keys = self.layer_keys[-1]
@@ -192,7 +181,7 @@ class Prefill:
             if keys is not None:
                 arguments.update(self.inputs[id(keys)])
         self.packed = None
-        if self.packing is not None and layer not in self.passive_layers:
+        if self.packing is not None and layer not in self.plan.passive:
             if self.may_pack(layer):
                 self.packed = self.packing
                 return self.packing.pack(hidden)
@@ -201,7 +190,7 @@ class Prefill:
     def _change(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """What `enter` does at layers that may be unlike the one before."""
         past = past_length(self.cache, layer) if self.past else 0
-        if layer in self.decision_layers:
+        if layer in self.plan.decisions:
             if torch.is_grad_enabled() and hidden.requires_grad:
                 raise RuntimeError(
                     "pruning is for inference: call the model under torch.no_grad() or "
@@ -213,11 +202,11 @@ class Prefill:
                 hidden = self._compact(layer, hidden, arguments, kept)
         if self.past:
             self.past_rows.append((past, self._past_valid(layer, past)))
-        passive = self.passive_layers.get(layer)
+        passive = self.plan.passive.get(layer)
         leaves_one = passive is not None and passive.leaves_one
         keys = self._keys_of_one(layer, past) if leaves_one else self._keys_of(layer, past)
         self.layer_keys.append(keys)
-        if layer in self.forgetful_layers:
+        if layer in self.plan.forgetful:
             self.forgotten[layer] = self._rows_of_one().text if leaves_one else self._rows_of_text()
         if keys is not None:
             attending = (
@@ -229,17 +218,16 @@ class Prefill:
     def _check_attended(self) -> None:
         """Whether the layer before had the attention that it was to have."""
         layer = self.entered
-        if layer in self.observed_layers or layer in self.passive_layers:
-            if self.attended != layer:
-                raise RuntimeError(
-                    f"layer {layer}: the forward of its self_attn was replaced while a method is "
-                    f"at work, and {type(self.method).__name__} needs what was there; call it from "
-                    "the new one, or remove() the method first and apply it anew"
-                )
+        if layer in self.plan.watched and self.attended != layer:
+            raise RuntimeError(
+                f"layer {layer}: the forward of its self_attn was replaced while a method is at "
+                f"work, and {type(self.method).__name__} needs what was there; call it from the "
+                "new one, or remove() the method first and apply it anew"
+            )
 
     def passive_inputs(self, layer: int) -> dict[str, Any]:
         """What a stand-in with passive visual tokens needs to know besides the layer's inputs."""
-        if self.passive_layers[layer].leaves_one:
+        if self.plan.passive[layer].leaves_one:
             return {"rows": self._rows_of_one().selection, "silent": self.visual}
         past, past_valid = self.past_rows[layer] if self.past else (0, None)
         valid = valid_keys(past, past_valid, self.valid, self.visual)
@@ -265,7 +253,7 @@ class Prefill:
             visual=self.visual_at_start,
             stages=self.stages,
             past_rows=self.past_rows,
-            passive=self.passive_layers,
+            passive=self.plan.passive,
             forgotten=frozenset(self.forgotten),
             memory=self.memory,
         )
@@ -287,7 +275,7 @@ class Prefill:
         if cache is None:
             return
         check_cache(cache)
-        reason = why_no_forgetting(cache) if self.forgetful_layers else None
+        reason = why_no_forgetting(cache) if self.plan.forgetful else None
         if reason is not None:
             raise NotImplementedError(
                 f"past_key_values: {reason}, so no layer of it can forget visual tokens; use a "
@@ -298,7 +286,7 @@ class Prefill:
             removed=0,
             served=self.at_work,
             prompt=self.past + self.prompt_visual.shape[1] - self.asked.drafts,
-            observed=self.observed_layers if put_away(cache) else frozenset(),
+            observed=self.plan.observed if put_away(cache) else frozenset(),
         )
         if self.past_state is not None:
             state.removed = self.past_state.removed
@@ -366,7 +354,7 @@ class Prefill:
 
     def _vision(self, layer: int) -> PromptVision | None:
         """For layer 0, where all rows are there; later the pictures are no longer asked for."""
-        if self.method.vision_source() is None or layer:
+        if layer or not self.plan.sees_pictures:
             return None
         if self.seen is None:
             raise ValueError(

@@ -62,11 +62,6 @@ class Shadow:
         if self.before is not None:
             setattr(self.module, self.name, self.before)
 
-    @property
-    def first(self) -> bool:
-        """Whether nobody has put anything in front of it."""
-        return vars(self.module).get(self.name) is self
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if self.before is not None:
             return copy.deepcopy(self.before, memo)

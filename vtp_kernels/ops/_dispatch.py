@@ -95,7 +95,7 @@ def choose(op: str, x: Tensor, backend: str | None) -> str:
 
 def kernel(op: str, backend: str) -> Callable:
     """The registered op of a backend other than the reference."""
-    return getattr(_NAMESPACES[backend], op)
+    return getattr(_NAMESPACES[backend], op).default
 
 
 def register_fake(op: str) -> Callable[[Callable], Callable]:
