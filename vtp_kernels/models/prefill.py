@@ -31,6 +31,7 @@ from .cache import (
 from .counts import Counts, added, on_host
 from .decision import decision
 from .forgetting import Text, forget_visual
+from .last_layer import asks_few_rows, may_give_few_rows, put_keys
 from .limits import check_padding, check_placement, check_prefill
 from .masks import (
     causal_mask,
@@ -109,6 +110,8 @@ class Prefill:
             is_static(cache) and takes_keys_by_mask(parts.text.config)
         )
         self.memory: dict[str, Any] = {}  # the method's own
+        # The layer that may run on the rows asked for alone.
+        self.last = len(parts.layers) - 1 if asks_few_rows(parts, arguments, self.asked) else -1
 
         self.observation: Observation | None = None
         self.packing: Packing | None = None  # where much padding came with the rows that left
@@ -181,6 +184,8 @@ class Prefill:
             if keys is not None:
                 arguments.update(self.inputs[id(keys)])
         self.packed = None
+        if layer == self.last and self._may_shorten(layer, hidden):
+            return self._rows_asked_for(layer, hidden, arguments)
         if self.packing is not None and layer not in self.plan.passive:
             if self.may_pack(layer):
                 self.packed = self.packing
@@ -214,6 +219,37 @@ class Prefill:
             )
             arguments.update(self._inputs_of(keys, layer, past, attending, arguments))
         return hidden
+
+    def _may_shorten(self, layer: int, hidden: Tensor) -> bool:
+        plan, rows = self.plan, hidden.shape[1]
+        return (
+            rows < self.prompt_visual.shape[1]  # else the logits are the dense model's to the bit
+            and rows > 1 + self.asked.drafts
+            and layer not in plan.watched
+            and layer not in plan.forgetful
+            and not (torch.is_grad_enabled() and hidden.requires_grad)
+            and may_give_few_rows(self.parts, self.cache)
+        )
+
+    def _rows_asked_for(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """The rows whose logits are asked for, once the keys of those before are in the cache."""
+        earlier = hidden.shape[1] - 1 - self.asked.drafts
+        cos, sin = arguments["position_embeddings"]
+        past = past_length(self.cache, layer) if self.past else 0
+        before = (x[:, :earlier] for x in (hidden, cos, sin))
+        put_keys(self.parts.layers[layer], *before, self.cache)
+        valid = valid_keys(past, self._past_valid(layer, past), self.valid, self.visual)
+        asked = hidden[:, earlier:]
+        arguments["attention_mask"] = causal_mask(
+            self.parts.text.config,
+            asked,
+            past=past + earlier,
+            key_length=past + hidden.shape[1],
+            valid=valid,
+        )
+        arguments["position_embeddings"] = cos[:, earlier:], sin[:, earlier:]
+        arguments["position_ids"] = None
+        return asked
 
     def _check_attended(self) -> None:
         """Whether the layer before had the attention that it was to have."""

@@ -47,7 +47,9 @@ class Report:
         `kept.visual` bool [B, S] tells the visual ones. On the CPU.
     prefill_flops, dense_prefill_flops : int
         Language model, all prompts: projections, attention, MLP; 2 per multiply-accumulate. What
-        was spent on deciding is counted where a method runs networks of its own (LVPruning).
+        was spent on deciding is counted where a method runs networks of its own (LVPruning). Every
+        row counts in the last layer, too, although where few logits are asked for it runs on theirs
+        alone.
     flops_reduction : float
         1 - prefill_flops / dense_prefill_flops.
     visual_attention_reduction : float

@@ -1,0 +1,148 @@
+"""The last layer runs on the rows asked for alone, and nothing comes out otherwise."""
+
+import contextlib
+
+import pytest
+import torch
+from tiny_llava import DEPTH, three, tiny_llava
+from tiny_models import FAMILIES
+
+import vtp_kernels as vtp
+
+METHOD = vtp.PyramidDrop((2, 4), (0.5, 0.25))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llava("sdpa")
+
+
+@contextlib.contextmanager
+def rows_of(module):
+    """Notes how many rows come in every call, where no hook and no forward shows it."""
+    kind, rows, forward = type(module), [], type(module).forward
+
+    def noting(self, hidden, *args, **kwargs):
+        if self is module:
+            rows.append(hidden.shape[1])
+        return forward(self, hidden, *args, **kwargs)
+
+    kind.forward = noting
+    try:
+        yield rows
+    finally:
+        kind.forward = forward
+
+
+@contextlib.contextmanager
+def hook(module):
+    handle = module.register_forward_hook(lambda module, args, output: None)
+    yield
+    handle.remove()
+
+
+def last(model):
+    return model.model.language_model.layers[-1]
+
+
+def rows_and_output(model, watched=None, method=METHOD, **arguments):
+    """How many rows the last layer's MLP got, and what the model put out; `watched` has a hook."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(vtp.prune(model, method))
+        if watched is not None:
+            stack.enter_context(hook(watched))
+        rows = stack.enter_context(rows_of(last(model).mlp))
+        return rows, model(**arguments)
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_else_changes(name, kept):
+    """Neither logits nor the cache, with padding and without, for one row and for drafts."""
+    family = FAMILIES[name]
+    model = family.model("sdpa")
+    for prompts in ((((0,), 9),), (((0,), 9), ((1, 2), 3), ((), 5))):
+        inputs = family.batch(model, *prompts) | {"logits_to_keep": kept}
+        few, got = rows_and_output(model, **inputs)
+        all_rows, expected = rows_and_output(model, last(model).mlp, **inputs)
+        assert few == [kept] and sum(all_rows) > len(prompts) * kept
+        torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=2e-5)
+        pairs = zip(got.past_key_values.layers, expected.past_key_values.layers, strict=True)
+        for layer, (ours, theirs) in enumerate(pairs):
+            exact = {"rtol": 0, "atol": 0 if layer < DEPTH - 1 else 2e-5}
+            torch.testing.assert_close(ours.keys, theirs.keys, **exact)
+            torch.testing.assert_close(ours.values, theirs.values, **exact)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "model",
+        "model.language_model",
+        "model.language_model.norm",
+        f"model.language_model.layers.{DEPTH - 1}",
+        f"model.language_model.layers.{DEPTH - 1}.mlp.up_proj",
+    ],
+)
+def test_whoever_looks_sees_all_rows(model, place):
+    rows, _ = rows_and_output(model, model.get_submodule(place), **three(), logits_to_keep=1)
+    assert rows[0] > 1
+    rows, _ = rows_and_output(model, **three(), logits_to_keep=1)
+    assert rows == [1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"logits_to_keep": torch.tensor([-1])},
+        {"logits_to_keep": 1, "output_hidden_states": True},
+        {"logits_to_keep": 1, "use_cache": False},
+    ],
+    ids=["all logits", "by index", "hidden states", "no cache"],
+)
+def test_whoever_asks_gets_all_rows(model, arguments):
+    rows, output = rows_and_output(model, **three(), **arguments)
+    assert rows[0] > 1
+    if output.hidden_states is not None:
+        assert output.hidden_states[-1].shape[1] > 1
+
+
+def test_the_base_model_gives_out_all_rows(model):
+    """It does not know the argument, and nobody behind it takes the last rows."""
+    with vtp.prune(model, METHOD), torch.no_grad():
+        expected = model.model(**three()).last_hidden_state
+        got = model.model(**three(), logits_to_keep=1).last_hidden_state
+    assert got.shape[1] > 1 and torch.equal(got, expected)
+
+
+def test_where_nothing_leaves_all_rows_run(model):
+    """What keeps all is the dense model to the bit."""
+    rows, _ = rows_and_output(model, method=vtp.Schedule({2: 1.0}), **three(), logits_to_keep=1)
+    assert rows[0] > 1
+
+
+def test_training_runs_all_rows(model):
+    last(model).train()
+    try:
+        rows, _ = rows_and_output(model, **three(), logits_to_keep=1)
+    finally:
+        last(model).eval()
+    assert rows[0] > 1
+
+
+def test_a_second_turn(model):
+    """With a picture, behind what an earlier call left in the cache."""
+    outputs = []
+    for watched in (None, last(model).mlp):
+        rows, first = rows_and_output(model, watched, **three(), logits_to_keep=1)
+        inputs = three()
+        mask = inputs["attention_mask"]
+        inputs["attention_mask"] = torch.cat((mask, mask), 1)
+        again, second = rows_and_output(
+            model, watched, **inputs, past_key_values=first.past_key_values, logits_to_keep=1
+        )
+        outputs.append(second.logits)
+        assert (rows == again == [1]) == (watched is None)
+    torch.testing.assert_close(*outputs, rtol=0, atol=2e-5)
