@@ -9,14 +9,12 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
+
+#include "launch.cuh"
 
 #define VTP_DEVICE __device__ __forceinline__
 
 #ifdef VTP_EMULATOR
-
-#include "emulator.h"
 
 // Static shared memory: one object per block.
 #define VTP_SHARED(Type, name) Type& name = ::vtp::emulator::shared<Type>(__COUNTER__)
@@ -34,36 +32,6 @@ namespace vtp::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr size_t kDefaultSharedBytes = 48 * 1024;  // more must be asked for, kernel by kernel
-
-using Stream = void*;
-
-inline void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  (void)cudaGetLastError();  // or the next launch would be told of it
-  throw std::runtime_error(std::string("vtp_kernels: ") + what + ": " + cudaGetErrorString(status));
-}
-
-// Launches kernel(arguments...), each argument converted to the kernel's parameter type. A grid
-// without blocks is no launch.
-template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-            size_t dynamic_shared, Stream stream, const Arguments&... arguments) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-#ifdef VTP_EMULATOR
-  (void)stream;
-  emulator::launch(name, grid, block, dynamic_shared,
-                   [&] { kernel(static_cast<Parameters>(arguments)...); });
-#else
-  if (dynamic_shared > kDefaultSharedBytes) {
-    const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    check(cudaFuncSetAttribute(kernel, attribute, static_cast<int>(dynamic_shared)), name);
-  }
-  kernel<<<grid, block, dynamic_shared, static_cast<cudaStream_t>(stream)>>>(
-      static_cast<Parameters>(arguments)...);
-  check(cudaGetLastError(), name);
-#endif
-}
 
 __host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -8,10 +8,12 @@
 
 namespace vtp::emulator {
 
-// Runs body() in every thread of the grid. Throws std::runtime_error where a kernel goes wrong.
+// Runs body() in every thread of the grid, `cluster` neighbouring blocks in x at a time. Throws
+// std::runtime_error where a kernel goes wrong.
 template <class Body>
-void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, const Body& body) {
-  multiprocessor.launch(name, grid, block, dynamic_shared, body);
+void launch(const char* name, dim3 grid, dim3 block, unsigned cluster, size_t dynamic_shared,
+            const Body& body) {
+  multiprocessor.launch(name, grid, block, cluster, dynamic_shared, body);
 }
 
 inline void set_order(Order order, uint64_t seed = 1) { multiprocessor.set_order(order, seed); }

@@ -24,6 +24,9 @@ PYBIND11_MODULE(vtp_kernels_emulated, m) {
       "set_shared_limit", [](size_t bytes) { multiprocessor.set_shared_limit(bytes); },
       py::arg("bytes"), "How much shared memory a block may have, 64 KB unless set.");
   m.def(
+      "shared_limit", [] { return multiprocessor.shared_limit(); },
+      "How much shared memory a block may have.");
+  m.def(
       "launches", [] { return multiprocessor.launches(); },
       "How often each kernel has been launched, by name.");
   m.def(

@@ -153,10 +153,15 @@ def test_limits_of_a_launch(kernels, defects):
             defects.idle(**limits)
     with pytest.raises(RuntimeError, match="more than 48 KB of static shared memory"):
         defects.large_static()
-    for granted, too_many in ((40, 41), (56, 57)):  # beside 8 KB of static: of 48, and of 64
-        defects.static_and_dynamic(granted << 10)
-        with pytest.raises(RuntimeError, match=r"static_and_dynamic.* may have: \d+ of"):
-            defects.static_and_dynamic(too_many << 10)
+    before = kernels.shared_limit()
+    try:
+        for limit in (48, 64, 227):
+            kernels.set_shared_limit(limit << 10)
+            defects.static_and_dynamic(limit - 8 << 10)  # beside 8 KB of static
+            with pytest.raises(RuntimeError, match=r"static_and_dynamic.* may have: \d+ of"):
+                defects.static_and_dynamic(limit - 7 << 10)
+    finally:
+        kernels.set_shared_limit(before)
 
 
 def test_launches_are_counted_by_kernel(kernels, defects):
