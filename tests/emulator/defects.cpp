@@ -9,6 +9,7 @@
 
 #include "module.h"
 #include "vtp/async_copy.cuh"
+#include "vtp/cluster.cuh"
 #include "vtp/vector.cuh"
 #include "vtp/warp.cuh"
 
@@ -182,6 +183,61 @@ __global__ void some_lanes_kernel(int* out) {
 __global__ void partial_warp_kernel() { __syncwarp(); }
 
 void partial_warp() { launch("partial_warp", partial_warp_kernel, 1, 48, 0, nullptr); }
+
+// ---- Clusters -----------------------------------------------------------------------------------
+
+// Where a kernel of clusters goes wrong.
+enum class Cluster {
+  right,
+  no_barrier,      // between a write and another block's read of it
+  between,         // the write comes after cluster_arrive
+  ends_early,      // no barrier after the last read
+  ends_before,     // the read comes after that barrier
+  not_begun,       // no barrier before the first access
+  beyond,          // a block that is not there
+  not_shared,      // an address of global memory
+  divergent,       // a block stays away from the barrier
+  half_a_block,    // threads do
+  arrives_twice,
+  waits_for_none,
+};
+
+// Every thread takes the number of the one before it in the block after its own.
+__global__ void cluster_kernel(int* out, Cluster how) {
+  VTP_SHARED(Ints, numbers);
+  const int i = threadIdx.x, next = (cluster_rank() + 1) % cluster_blocks();
+  const int number = static_cast<int>(blockIdx.x) * kThreads + i;
+  if (how == Cluster::divergent && cluster_rank() == 1) return;
+  if (how == Cluster::half_a_block && i >= 40) return;
+  if (how == Cluster::waits_for_none) cluster_wait();
+  if (how != Cluster::not_begun) cluster_sync();
+  if (how != Cluster::between) numbers.x[i] = number;
+  cluster_arrive();
+  if (how == Cluster::arrives_twice) cluster_arrive();
+  if (how == Cluster::between) numbers.x[i] = number;
+  const int* from = nullptr;
+  if (how == Cluster::not_begun) from = map_shared_rank(numbers.x, next);
+  if (how == Cluster::no_barrier) from = map_shared_rank(numbers.x, next);
+  const int at = (i + kThreads - 1) % kThreads;
+  int found = from ? from[at] : 0;
+  cluster_wait();
+  if (how == Cluster::beyond) from = map_shared_rank(numbers.x, cluster_blocks());
+  if (how == Cluster::not_shared) from = map_shared_rank(out, next);
+  if (!from) from = map_shared_rank(numbers.x, next);
+  if (how != Cluster::no_barrier && how != Cluster::ends_before) found = from[at];
+  if (how != Cluster::ends_early) cluster_sync();
+  if (how == Cluster::ends_before) {
+    found = from[at];  // defect: cluster_ends_before
+  }
+  out[number] = found;
+}
+
+// Six blocks in clusters of three, or of another size.
+Output cluster(Cluster how, unsigned size) {
+  Output out(6 * kThreads, -1);
+  launch(LaunchOptions{size}, "cluster", cluster_kernel, 6, kThreads, 0, nullptr, out.data(), how);
+  return out;
+}
 
 // ---- Asynchronous copies ------------------------------------------------------------------------
 
@@ -401,6 +457,24 @@ void bind_defects(py::module_ m) {
   VTP_BIND(some_lanes);
 #undef VTP_BIND
   m.def("partial_warp", partial_warp);
+
+#define VTP_BIND(name) \
+  m.def(                \
+      "cluster_" #name, [](unsigned size) { return cluster(Cluster::name, size); }, \
+      py::arg("size") = 3)
+  VTP_BIND(right);
+  VTP_BIND(no_barrier);
+  VTP_BIND(between);
+  VTP_BIND(ends_early);
+  VTP_BIND(ends_before);
+  VTP_BIND(not_begun);
+  VTP_BIND(beyond);
+  VTP_BIND(not_shared);
+  VTP_BIND(divergent);
+  VTP_BIND(half_a_block);
+  VTP_BIND(arrives_twice);
+  VTP_BIND(waits_for_none);
+#undef VTP_BIND
 
   m.def("copies", copies);
   m.def("misaligned_copy", misaligned_copy);

@@ -28,6 +28,20 @@ Type& shared(int id) {
 
 inline unsigned char* dynamic_shared() { return multiprocessor.dynamic_shared(); }
 
+// See csrc/vtp/cluster.cuh.
+inline int cluster_rank() { return static_cast<int>(multiprocessor.cluster_rank()); }
+inline int cluster_blocks() { return static_cast<int>(multiprocessor.cluster_blocks()); }
+inline void cluster_arrive(Site site = Site::here()) { multiprocessor.cluster_arrive(site); }
+inline void cluster_wait(Site site = Site::here()) { multiprocessor.cluster_wait(site); }
+inline void cluster_sync(Site site = Site::here()) {
+  multiprocessor.cluster_arrive(site);
+  multiprocessor.cluster_wait(site);
+}
+template <class T>
+T* map_shared_rank(T* place, int rank) {
+  return reinterpret_cast<T*>(multiprocessor.map_shared_rank(place, static_cast<unsigned>(rank)));
+}
+
 // The values all 32 lanes of the warp brought, by lane; good until the lane's next collective.
 template <class T>
 const T* all_lanes(const T& value, Site site = Site::here()) {

@@ -24,6 +24,12 @@ PYBIND11_MODULE(vtp_kernels_emulated, m) {
       "set_shared_limit", [](size_t bytes) { multiprocessor.set_shared_limit(bytes); },
       py::arg("bytes"), "How much shared memory a block may have, 64 KB unless set.");
   m.def(
+      "set_architecture", [](int architecture) { multiprocessor.set_architecture(architecture); },
+      py::arg("architecture"), "What kernels count as compiled for, 90 unless set.");
+  m.def(
+      "architecture", [] { return multiprocessor.architecture(); },
+      "What kernels count as compiled for.");
+  m.def(
       "shared_limit", [] { return multiprocessor.shared_limit(); },
       "How much shared memory a block may have.");
   m.def(

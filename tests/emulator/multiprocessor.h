@@ -1,5 +1,6 @@
-// Runs a grid block by block, each CUDA thread on a fiber of its own, and refuses what would hang or
-// be undefined on a GPU: barriers and warp collectives that not all threads reach alike.
+// Runs a grid cluster by cluster, most of one block, each CUDA thread on a fiber of its own, and
+// refuses what would hang or be undefined on a GPU: barriers and warp collectives that not all
+// threads reach alike, and shared memory of a block that may not have begun or may have ended.
 #pragma once
 
 #include <algorithm>
@@ -68,9 +69,21 @@ struct Warp : Rendezvous {
   uint32_t ballot[2];
 };
 
+// One of the blocks that run at a time. Its threads have consecutive numbers, whole warps of them.
+struct Block {
+  unsigned rank = 0;  // in the cluster
+  uint3 index = {};
+  Barrier barrier;
+  std::vector<Warp> warps;
+  SharedMemory shared;
+  unsigned exited = 0;         // threads
+  unsigned mapped_before = 0;  // the cluster barrier before which others have mapped its memory
+};
+
 class Multiprocessor {
  public:
-  static constexpr unsigned kMaxThreads = ReadySet::kThreads;
+  static constexpr unsigned kMaxThreads = 1024, kMaxBlocks = 8;
+  static_assert(kMaxThreads * kMaxBlocks <= ReadySet::kThreads);
 
   // Body: a callable that runs the kernel for the running thread.
   template <class Body>
@@ -79,8 +92,7 @@ class Multiprocessor {
     const std::lock_guard<std::mutex> lock(mutex_);
     call_ = [](const void* body) { (*static_cast<const Body*>(body))(); };
     body_ = &body;
-    if (cluster != 1) throw std::runtime_error(kPrefix + name + ": clusters are not emulated");
-    run(name, grid, block, dynamic_shared);
+    run(name, grid, block, cluster, dynamic_shared);
   }
 
   void set_order(Order order, uint64_t seed) {
@@ -105,15 +117,16 @@ class Multiprocessor {
 
   void* shared_object(int id, const std::type_info& type, size_t bytes, size_t alignment) {
     const Untracked untracked;
-    void* object = shared_.object(id, type, bytes, alignment);
-    if (shared_.static_bytes() > SharedMemory::kStaticLimit) {
+    SharedMemory& shared = block().shared;
+    void* object = shared.object(id, type, bytes, alignment);
+    if (shared.static_bytes() > SharedMemory::kStaticLimit) {
       fail("has more than 48 KB of static shared memory");
     }
-    check_shared_total();
+    check_shared_total(shared);
     return object;
   }
 
-  unsigned char* dynamic_shared() const { return shared_.dynamic(); }
+  unsigned char* dynamic_shared() const { return block().shared.dynamic(); }
 
   // To shared memory, zeros from null.
   void copy_async(void* target, const void* source, const void* place) {
@@ -138,19 +151,76 @@ class Multiprocessor {
   // Waits for all threads of the block; their votes counted.
   Votes barrier(const char* kind, bool vote, Site site) {
     const Untracked untracked;
-    Votes& votes = barrier_.votes[barrier_.parity];
-    come_to(barrier_, {kind, site});
-    if (barrier_.arrived == 1) votes = {};
+    Barrier& barrier = block().barrier;
+    Votes& votes = barrier.votes[barrier.parity];
+    come_to(barrier, {kind, site});
+    if (barrier.arrived == 1) votes = {};
     votes.yes += vote;
     votes.any |= vote;
     votes.all &= vote;
-    if (barrier_.arrived == threads_) {
-      leave(barrier_);
-      races::barrier(site, std::strcmp(kind, "__syncthreads") != 0);
-      ready_.add_first(threads_);
+    if (barrier.arrived == threads_) {
+      leave(barrier);
+      races::barrier(block().rank, site, std::strcmp(kind, "__syncthreads") != 0);
+      ready_.add_range(block().rank * slots_, threads_);
     }
     wait();
     return votes;
+  }
+
+  unsigned cluster_rank() const { return block().rank; }
+  unsigned cluster_blocks() const { return cluster_; }
+
+  // Comes to the next cluster barrier without waiting for it.
+  void cluster_arrive(Site site) {
+    const Untracked untracked;
+    Thread& thread = *current_;
+    const Meeting meeting = {"cluster_arrive", site};
+    if (thread.arrivals > thread.waits) fail(meeting.text() + " for a second time");
+    come_to(cluster_barrier_, meeting);
+    ++thread.arrivals;
+    if (cluster_barrier_.arrived == threads_ * cluster_) {
+      leave(cluster_barrier_);
+      ++cluster_barriers_;
+      for (const unsigned waiting : cluster_waiting_) ready_.add(waiting);
+      cluster_waiting_.clear();
+    }
+    tell_phase();
+  }
+
+  // Waits until all threads of the cluster have come to the barrier that this one has come to.
+  void cluster_wait(Site site) {
+    const Untracked untracked;
+    Thread& thread = *current_;
+    if (thread.arrivals == thread.waits) {
+      fail("cluster_wait (" + site.text() + ") without cluster_arrive");
+    }
+    if (cluster_barriers_ < thread.arrivals) {
+      cluster_waiting_.push_back(thread.number);
+      wait();
+    } else {
+      preempt();
+    }
+    thread.waits = thread.arrivals;
+    if (races::orders(site)) thread.ordered = thread.waits;
+    tell_phase();
+  }
+
+  // The same place in the shared memory of another block of the cluster.
+  unsigned char* map_shared_rank(const void* place, unsigned rank) {
+    const Untracked untracked;
+    if (rank >= cluster_) {
+      fail("maps shared memory of block " + std::to_string(rank) + " of a cluster of " +
+           std::to_string(cluster_));
+    }
+    Block& other = *blocks_[rank];
+    unsigned char* mapped = block().shared.same_place(place, other.shared);
+    if (!mapped) fail("maps what is no shared memory of its own");
+    if (rank == block().rank) return mapped;
+    const std::string whose = "maps shared memory of block " + std::to_string(rank) + ", which ";
+    if (current_->waits == 0) fail(whose + "may not have begun: there was no cluster_wait yet");
+    if (other.exited == threads_) fail(whose + "has ended");
+    other.mapped_before = std::max(other.mapped_before, current_->arrivals + 1);
+    return mapped;
   }
 
   // Waits for all lanes of the warp; the values they brought.
@@ -158,7 +228,7 @@ class Multiprocessor {
   const T* exchange(const char* kind, unsigned mask, const T& value, Site site) {
     static_assert(sizeof(T) <= Warp::kValueBytes && std::is_trivially_copyable_v<T>);
     const Untracked untracked;
-    Warp& warp = warps_[current_->number / kLanes];
+    Warp& warp = this->warp();
     auto* values = reinterpret_cast<T*>(warp.values[warp.parity]);
     std::memcpy(values + current_->number % kLanes, &value, sizeof value);
     meet(warp, {kind, site}, mask, false);
@@ -168,7 +238,7 @@ class Multiprocessor {
   // The same for a bit each.
   uint32_t ballot(const char* kind, unsigned mask, bool vote, Site site) {
     const Untracked untracked;
-    Warp& warp = warps_[current_->number / kLanes];
+    Warp& warp = this->warp();
     uint32_t& ballot = warp.ballot[warp.parity];
     if (warp.arrived == 0) ballot = 0;
     ballot |= uint32_t{vote} << current_->number % kLanes;
@@ -179,7 +249,7 @@ class Multiprocessor {
   // Waits for all lanes of the warp. Alone among the collectives this one orders memory accesses.
   void warp_barrier(const char* kind, unsigned mask, Site site) {
     const Untracked untracked;
-    meet(warps_[current_->number / kLanes], {kind, site}, mask, true);
+    meet(warp(), {kind, site}, mask, true);
   }
 
   unsigned lane() const { return current_->number % kLanes; }
@@ -202,9 +272,10 @@ class Multiprocessor {
     Stack stack;
     Fiber fiber;
     unsigned number = 0;
+    Block* block = nullptr;
     uint3 index = {};
-    bool exited = false;
-    const Rendezvous* waits_at = nullptr;
+    // Cluster barriers it has come to, and waited for; the last of these that orders memory accesses.
+    unsigned arrivals = 0, waits = 0, ordered = 0;
     AsyncCopies copies;
   };
 
@@ -212,66 +283,95 @@ class Multiprocessor {
 
   // ---- The host's side ----------------------------------------------------------------------
 
-  void run(const char* name, dim3 grid, dim3 block, size_t dynamic_shared) {
+  void run(const char* name, dim3 grid, dim3 block, unsigned cluster, size_t dynamic_shared) {
     name_ = name;
     threads_ = block.x * block.y * block.z;
+    slots_ = (threads_ + kLanes - 1) / kLanes * kLanes;
+    cluster_ = cluster;
     dynamic_bytes_ = dynamic_shared;
     position.grid_size = grid;
     position.block_size = block;
     check_configuration();
-    make_threads();
+    make_blocks();
     ++launches_[name];
     races::begin_launch();
     host_.adopt_thread();
-    const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-    for (const uint64_t i : block_sequence(blocks, order_, random_)) {
-      position.block = {static_cast<unsigned>(i % grid.x),
-                        static_cast<unsigned>(i / grid.x % grid.y),
-                        static_cast<unsigned>(i / grid.x / grid.y)};
-      run_block();
+    const unsigned row = grid.x / cluster;
+    const uint64_t clusters = uint64_t{row} * grid.y * grid.z;
+    for (const uint64_t i : cluster_sequence(clusters, order_, random_)) {
+      for (unsigned rank = 0; rank < cluster; ++rank) {
+        blocks_[rank]->index = {static_cast<unsigned>(i % row) * cluster + rank,
+                                static_cast<unsigned>(i / row % grid.y),
+                                static_cast<unsigned>(i / row / grid.y)};
+      }
+      run_cluster();
     }
-    shared_.clear();
+    for (auto& block : blocks_) block->shared.clear();
   }
 
-  void run_block() {
-    races::begin_block(warps_.size());
-    shared_.begin_block(dynamic_bytes_);
-    static_cast<Rendezvous&>(barrier_) = {};
-    for (Warp& warp : warps_) static_cast<Rendezvous&>(warp) = {};
-    for (unsigned i = 0; i < threads_; ++i) {
-      all_threads_[i]->exited = false;
-      all_threads_[i]->copies.clear();
-    }
+  void run_cluster() {
+    races::begin_cluster(cluster_, slots_ / kLanes);
+    static_cast<Rendezvous&>(cluster_barrier_) = {};
+    cluster_barriers_ = 0;
+    cluster_waiting_.clear();
     exited_ = 0;
     ready_.clear();
-    ready_.add_first(threads_);
+    for (unsigned rank = 0; rank < cluster_; ++rank) begin_block(*blocks_[rank]);
     go_on(host_);
-    if (failure_.empty() && exited_ < threads_) failure_ = deadlock();
-    for (const std::string& mistake : {shared_.damage(), races::found()}) {
-      if (failure_.empty() && !mistake.empty()) failure_ = context() + ": " + mistake;
+    if (failure_.empty() && exited_ < threads_ * cluster_) failure_ = deadlock();
+    for (unsigned rank = 0; rank < cluster_; ++rank) {
+      const std::string damage = blocks_[rank]->shared.damage();
+      if (failure_.empty() && !damage.empty()) failure_ = context(*blocks_[rank]) + ": " + damage;
+    }
+    const std::string race = races::found();
+    if (failure_.empty() && !race.empty()) {
+      const std::string where = context(*blocks_[0]) + (cluster_ == 1 ? "" : " or its cluster");
+      failure_ = where + ": " + race;
     }
     if (!failure_.empty()) abandon();
+  }
+
+  void begin_block(Block& block) {
+    block.shared.begin_block(dynamic_bytes_, ++begun_);
+    static_cast<Rendezvous&>(block.barrier) = {};
+    for (Warp& warp : block.warps) static_cast<Rendezvous&>(warp) = {};
+    block.exited = block.mapped_before = 0;
+    const unsigned first = block.rank * slots_;
+    for (unsigned i = 0; i < threads_; ++i) {
+      Thread& thread = *all_threads_[first + i];
+      thread.arrivals = thread.waits = thread.ordered = 0;
+      thread.copies.clear();
+    }
+    ready_.add_range(first, threads_);
   }
 
   // Threads that were cut short begin anew next time; what is on their stacks is not destroyed.
   [[noreturn]] void abandon() {
     for (auto& thread : all_threads_) prepare(*thread);
-    shared_.clear();
+    for (auto& block : blocks_) block->shared.clear();
     const std::string failure = std::move(failure_);
     failure_.clear();
     throw std::runtime_error(failure);
   }
 
-  void make_threads() {
-    while (all_threads_.size() < threads_) {
+  void make_blocks() {
+    while (blocks_.size() < cluster_) {
+      blocks_.push_back(std::make_unique<Block>());
+      blocks_.back()->rank = blocks_.size() - 1;
+    }
+    while (all_threads_.size() < slots_ * cluster_) {
       all_threads_.push_back(std::make_unique<Thread>());
       all_threads_.back()->number = all_threads_.size() - 1;
       prepare(*all_threads_.back());
     }
-    warps_.resize((threads_ + kLanes - 1) / kLanes);
     const dim3 size = position.block_size;
-    for (unsigned i = 0; i < threads_; ++i) {
-      all_threads_[i]->index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
+    for (unsigned rank = 0; rank < cluster_; ++rank) {
+      blocks_[rank]->warps.resize(slots_ / kLanes);
+      for (unsigned i = 0; i < threads_; ++i) {
+        Thread& thread = *all_threads_[rank * slots_ + i];
+        thread.block = blocks_[rank].get();
+        thread.index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
+      }
     }
   }
 
@@ -290,13 +390,15 @@ class Multiprocessor {
     if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
       complain("a grid has at most 2^31 - 1 blocks in x, 65535 in y and z");
     }
+    if (cluster_ < 1 || cluster_ > kMaxBlocks) complain("a cluster has 1 to 8 blocks");
+    if (grid.x % cluster_ != 0) complain("a grid must be whole clusters");
     if (dynamic_bytes_ > shared_limit_) complain("more shared memory than a block may have");
   }
 
   // A GPU grants 48 KB, static and dynamic, unless asked for more, as csrc/vtp/launch.cuh does where
   // there is a dynamic part; the static part is refused by nvcc.
-  void check_shared_total() const {
-    const size_t total = shared_.static_bytes() + dynamic_bytes_;
+  void check_shared_total(const SharedMemory& shared) const {
+    const size_t total = shared.static_bytes() + dynamic_bytes_;
     if (total > shared_limit_) {
       fail("has more shared memory than a block may have: " + std::to_string(total) + " of " +
            std::to_string(shared_limit_) + " bytes");
@@ -311,6 +413,8 @@ class Multiprocessor {
       try {
         races::track(true);
         call_(body_);
+        races::track(false);
+        leave_block();
       } catch (const std::exception& error) {
         failure_ = error.what();
         if (failure_.rfind(kPrefix, 0) != 0) failure_ = context() + ": " + failure_;
@@ -318,18 +422,33 @@ class Multiprocessor {
         failure_ = context() + ": an exception that is no std::exception";
       }
       races::track(false);
-      current_->exited = true;
       ++exited_;
       wait();
     }
   }
+
+  // The running thread's last act. With the last of its threads a block's shared memory is gone.
+  void leave_block() {
+    Block& block = this->block();
+    if (++block.exited < threads_ || cluster_ == 1) return;
+    if (current_->waits < block.mapped_before) {
+      fail("ends, the last of a block whose shared memory another block has mapped, and no "
+           "cluster_wait told it that the other is done");
+    }
+    block.shared.end_block();
+  }
+
+  Block& block() const { return *current_->block; }
+  Warp& warp() const { return block().warps[current_->number % slots_ / kLanes]; }
+
+  void tell_phase() const { races::cluster_phase(current_->arrivals, current_->ordered); }
 
   void meet(Warp& warp, const Meeting& meeting, unsigned mask, bool orders_memory) {
     if (mask != ~0u) fail(meeting.text() + " does not name all 32 lanes");
     come_to(warp, meeting);
     if (warp.arrived == kLanes) {
       leave(warp);
-      if (orders_memory) races::warp_barrier(current_->number / kLanes, meeting.site);
+      if (orders_memory) races::warp_barrier(meeting.site);
       ready_.add_warp(current_->number / kLanes);
     }
     wait();
@@ -341,7 +460,6 @@ class Multiprocessor {
     } else if (!(rendezvous.meeting == meeting)) {
       fail("came to " + meeting.text() + " while others wait at " + rendezvous.meeting.text());
     }
-    current_->waits_at = &rendezvous;
   }
 
   void leave(Rendezvous& rendezvous) {
@@ -360,10 +478,12 @@ class Multiprocessor {
     }
     const unsigned next = order_ == Order::forward   ? ready_.take_first()
                           : order_ == Order::reverse ? ready_.take_last()
-                                                     : ready_.take_from(random_.below(threads_));
+                                     : ready_.take_from(random_.below(slots_ * cluster_));
     current_ = all_threads_[next].get();
     position.thread = current_->index;
-    races::run(next, current_->stack.bottom(), Stack::kBytes);
+    position.block = block().index;
+    races::run(block().rank, next % slots_, current_->stack.bottom(), Stack::kBytes);
+    tell_phase();
     if (&current_->fiber != &running) running.switch_to(current_->fiber);
   }
 
@@ -374,23 +494,30 @@ class Multiprocessor {
            ")";
   }
 
-  std::string context() const {
-    return kPrefix + name_ + ", block " + text(position.block);
+  std::string context() const { return context(block()); }
+
+  std::string context(const Block& block) const {
+    return kPrefix + name_ + ", block " + text(block.index);
   }
 
   static std::string thread_name(const Thread& thread) { return "thread " + text(thread.index); }
 
   std::string deadlock() const {
     std::string text = context() + ": threads wait for others that will not come: ";
-    if (barrier_.arrived) {
-      text += std::to_string(barrier_.arrived) + " at " + barrier_.meeting.text() + ", ";
+    const auto add = [&](size_t count, const std::string& of, const Rendezvous& where) {
+      if (count) text += std::to_string(count) + of + " at " + where.meeting.text() + ", ";
+    };
+    for (unsigned rank = 0; rank < cluster_; ++rank) {
+      const Block& block = *blocks_[rank];
+      const std::string of = cluster_ == 1 ? "" : " of block " + std::to_string(rank);
+      add(block.barrier.arrived, of, block.barrier);
+      for (size_t i = 0; i < block.warps.size(); ++i) {
+        add(block.warps[i].arrived, of + " of warp " + std::to_string(i), block.warps[i]);
+      }
     }
-    for (size_t warp = 0; warp < warps_.size(); ++warp) {
-      if (!warps_[warp].arrived) continue;
-      text += std::to_string(warps_[warp].arrived) + " of warp " + std::to_string(warp) + " at " +
-              warps_[warp].meeting.text() + ", ";
-    }
-    return text + std::to_string(exited_) + " of " + std::to_string(threads_) + " have returned";
+    add(cluster_waiting_.size(), " of the cluster", cluster_barrier_);
+    return text + std::to_string(exited_) + " of " + std::to_string(threads_ * cluster_) +
+           " have returned";
   }
 
   std::mutex mutex_;
@@ -405,18 +532,22 @@ class Multiprocessor {
   const char* name_ = "";
   void (*call_)(const void*) = nullptr;
   const void* body_ = nullptr;
-  unsigned threads_ = 0;
+  unsigned threads_ = 0;  // of a block
+  unsigned slots_ = 0;    // the same in whole warps
+  unsigned cluster_ = 1;
   size_t dynamic_bytes_ = 0;
 
-  // The block.
+  // The cluster.
   Fiber host_;
+  std::vector<std::unique_ptr<Block>> blocks_;
   std::vector<std::unique_ptr<Thread>> all_threads_;
   Thread* current_ = nullptr;
   ReadySet ready_;
-  unsigned exited_ = 0;
-  Barrier barrier_;
-  std::vector<Warp> warps_;
-  SharedMemory shared_;
+  unsigned exited_ = 0;  // threads
+  Rendezvous cluster_barrier_;
+  unsigned cluster_barriers_ = 0;  // that all have come to
+  std::vector<unsigned> cluster_waiting_;
+  uint64_t begun_ = 0;  // blocks, of all launches
   std::string failure_;
 };
 

@@ -56,36 +56,37 @@ class Random {
   uint64_t state_;
 };
 
-// The threads of a block that can run: a bit each, in words of 64, and a bit for each word.
+// The threads that can run: a bit each, in words of 64, and a bit for each word.
 class ReadySet {
  public:
-  static constexpr unsigned kThreads = 1024;
+  static constexpr unsigned kThreads = 8192;
 
-  bool empty() const { return occupied_ == 0; }
+  bool empty() const { return occupied_[0] == 0 && occupied_[1] == 0; }
 
   void clear() {
     for (uint64_t& word : words_) word = 0;
-    occupied_ = 0;
+    occupied_[0] = occupied_[1] = 0;
   }
 
   void add(unsigned thread) {
     words_[thread / 64] |= uint64_t{1} << thread % 64;
-    occupied_ |= 1u << thread / 64;
+    occupied_[thread / 4096] |= uint64_t{1} << thread / 64 % 64;
   }
 
   void add_warp(unsigned warp) {
     words_[warp / 2] |= uint64_t{0xffffffff} << warp % 2 * 32;
-    occupied_ |= 1u << warp / 2;
+    occupied_[warp / 128] |= uint64_t{1} << warp / 2 % 64;
   }
 
-  void add_first(unsigned count) {
-    for (unsigned thread = 0; thread < count; ++thread) add(thread);
+  void add_range(unsigned first, unsigned count) {
+    for (unsigned thread = first; thread < first + count; ++thread) add(thread);
   }
 
   unsigned take_first() { return take(first_from(0)); }
 
   unsigned take_last() {
-    const unsigned word = 31 - __builtin_clz(occupied_);
+    const unsigned half = occupied_[1] ? 1 : 0;
+    const unsigned word = half * 64 + 63 - __builtin_clzll(occupied_[half]);
     return take(word * 64 + 63 - __builtin_clzll(words_[word]));
   }
 
@@ -99,31 +100,36 @@ class ReadySet {
   unsigned first_from(unsigned start) const {
     const uint64_t rest = words_[start / 64] >> start % 64;
     if (rest) return start + __builtin_ctzll(rest);
-    const unsigned later = occupied_ & ~((2u << start / 64) - 1);
-    if (!later) return kThreads;
-    const unsigned word = __builtin_ctz(later);
+    const unsigned half = start / 4096, word = start / 64 % 64;
+    const uint64_t later = word == 63 ? 0 : occupied_[half] >> (word + 1) << (word + 1);
+    if (later) return first_of(half, later);
+    return half == 0 && occupied_[1] ? first_of(1, occupied_[1]) : kThreads;
+  }
+
+  unsigned first_of(unsigned half, uint64_t occupied) const {
+    const unsigned word = half * 64 + __builtin_ctzll(occupied);
     return word * 64 + __builtin_ctzll(words_[word]);
   }
 
   unsigned take(unsigned thread) {
     uint64_t& word = words_[thread / 64];
     word &= ~(uint64_t{1} << thread % 64);
-    if (!word) occupied_ &= ~(1u << thread / 64);
+    if (!word) occupied_[thread / 4096] &= ~(uint64_t{1} << thread / 64 % 64);
     return thread;
   }
 
   uint64_t words_[kThreads / 64] = {};
-  uint32_t occupied_ = 0;
+  uint64_t occupied_[2] = {};
 };
 
-// The linear indices of a grid's blocks in the order they run.
-inline std::vector<uint64_t> block_sequence(uint64_t blocks, Order order, Random& random) {
-  std::vector<uint64_t> sequence(blocks);
+// The linear indices of a grid's clusters in the order they run.
+inline std::vector<uint64_t> cluster_sequence(uint64_t clusters, Order order, Random& random) {
+  std::vector<uint64_t> sequence(clusters);
   std::iota(sequence.begin(), sequence.end(), uint64_t{0});
   if (order == Order::reverse) {
-    for (uint64_t i = 0; i < blocks / 2; ++i) std::swap(sequence[i], sequence[blocks - 1 - i]);
+    for (uint64_t i = 0; i < clusters / 2; ++i) std::swap(sequence[i], sequence[clusters - 1 - i]);
   } else if (order == Order::random) {
-    for (uint64_t i = blocks; i > 1; --i) std::swap(sequence[i - 1], sequence[random.next() % i]);
+    for (uint64_t i = clusters; i > 1; --i) std::swap(sequence[i - 1], sequence[random.next() % i]);
   }
   return sequence;
 }

@@ -3,8 +3,12 @@
 // CUDA as used here has few ways to order threads, so the answer is exact for the inputs run, and
 // the same in every thread order: __syncthreads orders all threads of a block, __syncwarp the lanes
 // of a warp, a launch all that came before it; shuffles and votes order nothing, and neither do
-// blocks. Time is a counter that each of these events advances: an access is ordered before the
-// present if it is older than the last event that both threads took part in.
+// blocks, but for those of a cluster. Time is a counter that each of these events advances: an
+// access is ordered before the present if it is older than the last event that both threads took
+// part in.
+// A cluster barrier is no such event, since threads go on between cluster_arrive and cluster_wait:
+// what a thread does after its n-th arrival is ordered before what others do once they have waited
+// for barrier n + 1.
 //
 // Kernels are compiled with -fsanitize=thread, which puts a call before each access. Those calls end
 // here instead of in the sanitizer's own library, which knows nothing but threads of the host. All
@@ -15,6 +19,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <map>
@@ -34,8 +39,10 @@ constexpr unsigned kLanes = 32;
 struct Latest {
   uint32_t time = 0;  // 0: never
   uint32_t place = 0;
+  uint32_t arrivals = 0;  // of the thread, at cluster barriers
   uint16_t thread = 0;
-  bool other_lanes = false, other_warps = false, other_blocks = false;
+  uint8_t block = 0;  // of the cluster
+  bool other_lanes = false, other_warps = false, other_blocks = false, other_clusters = false;
 };
 
 struct Cell {
@@ -78,54 +85,72 @@ struct State {
   Shadow shadow;
   std::string found;
   uint32_t clock = 0;
-  uint32_t launch = 0, block = 0, barrier = 0;  // when the current one began or the last one was
+  // When the current one began or the last one was.
+  uint32_t launch = 0, cluster = 0;
+  std::vector<uint32_t> barriers;  // of each block
   std::vector<uint32_t> warp_barriers;
-  std::map<std::pair<std::string_view, int>, bool> barriers;  // met so far; whether to be ignored
-  unsigned thread = 0;  // the running one
+  unsigned warps = 0;  // of a block
+  std::map<std::pair<std::string_view, int>, bool> sites;  // of barriers; whether to be ignored
+  // The running thread.
+  unsigned block = 0, thread = 0, arrivals = 0, waits = 0;
   uintptr_t stack = 0;
   size_t stack_bytes = 0;
 
   unsigned warp() const { return thread / kLanes; }
+  uint32_t barrier() const { return barriers[block]; }
+  uint32_t& warp_barrier() { return warp_barriers[block * warps + warp()]; }
 };
 
 State state;
 
 // ---- Order --------------------------------------------------------------------------------------
 
+// Whether a cluster barrier lies between an access of this cluster and now.
+bool is_before_cluster_barrier(const Latest& latest) { return latest.arrivals < state.waits; }
+
 // Whether the running thread's access now is in no order with an earlier one.
 bool is_unordered(const Latest& latest) {
   if (latest.time < state.launch) return false;
-  if (latest.other_blocks || latest.time < state.block) return true;
-  if (latest.time < state.barrier) return false;
+  if (latest.other_clusters || latest.time < state.cluster) return true;
+  if (is_before_cluster_barrier(latest)) return false;
+  if (latest.other_blocks || latest.block != state.block) return true;
+  if (latest.time < state.barrier()) return false;
   if (latest.other_warps || latest.thread / kLanes != state.warp()) return true;
-  if (latest.time < state.warp_barriers[state.warp()]) return false;
+  if (latest.time < state.warp_barrier()) return false;
   return latest.other_lanes || latest.thread != state.thread;
 }
 
 void update(Latest& latest, uint32_t place) {
   if (latest.time < state.launch) {
     latest = {};
-  } else if (latest.time < state.block) {
+  } else if (latest.time < state.cluster) {
+    latest = {};
+    latest.other_clusters = true;
+  } else if (is_before_cluster_barrier(latest)) {
+    const bool other_clusters = latest.other_clusters;
+    latest = {};
+    latest.other_clusters = other_clusters;
+  } else if (latest.block != state.block) {
     latest.other_blocks = true;
-    latest.other_warps = latest.other_lanes = false;
-  } else if (latest.time < state.barrier) {
+  } else if (latest.time < state.barrier()) {
     latest.other_warps = latest.other_lanes = false;
   } else if (latest.thread / kLanes != state.warp()) {
     latest.other_warps = true;
-  } else if (latest.time < state.warp_barriers[state.warp()]) {
+  } else if (latest.time < state.warp_barrier()) {
     latest.other_lanes = false;
   } else if (latest.thread != state.thread) {
     latest.other_lanes = true;
   }
   latest.time = state.clock;
+  latest.block = static_cast<uint8_t>(state.block);
   latest.thread = static_cast<uint16_t>(state.thread);
+  latest.arrivals = std::max(latest.arrivals, state.arrivals);
   latest.place = place;
 }
 
-// Whether the barrier there counts.
-bool orders(const Site& site) { return !state.barriers[{site.file, site.line}]; }
-
 // ---- Words --------------------------------------------------------------------------------------
+
+constexpr uint32_t kEndOfBlock = 0;  // no place that returns from a call
 
 const Dl_info& this_module() {
   static const Dl_info info = [] {
@@ -144,6 +169,7 @@ uint32_t offset_of(const void* place) {
 // "file:line" of the call that returns to the place and, if its function was inlined there, where
 // from: "inner:1 < outer:2". The emulator's own functions are left out.
 std::string source_of(uint32_t place) {
+  if (place == kEndOfBlock) return "at the end of its block";
   char command[4096], line[4096];
   std::snprintf(command, sizeof command, "addr2line -i -e '%s' 0x%x", this_module().dli_fname,
                 place - 1);
@@ -173,7 +199,7 @@ const char* verb(Access access) {
 
 void report(Access access, uint32_t place, Access other, const Latest& latest) {
   if (!state.found.empty()) return;
-  const bool same_block = latest.time >= state.block;
+  const bool same_block = latest.time >= state.cluster && latest.block == state.block;
   state.found = "a data race: thread " + std::to_string(state.thread) + " " + verb(access) + " (" +
                 source_of(place) + ") what thread " + std::to_string(latest.thread) +
                 (same_block ? " " : " of another block ") + verb(other) + " (" +
@@ -202,35 +228,59 @@ void begin_launch() {
   state.launch = ++state.clock;
 }
 
-void begin_block(unsigned warps) {
-  state.block = state.barrier = ++state.clock;
-  state.warp_barriers.assign(warps, state.clock);
+void begin_cluster(unsigned blocks, unsigned warps) {
+  state.cluster = ++state.clock;
+  state.warps = warps;
+  state.barriers.assign(blocks, state.clock);
+  state.warp_barriers.assign(blocks * warps, state.clock);
 }
 
-void barrier(const Site& site, bool is_vote) {
-  if (is_vote || orders(site)) state.barrier = ++state.clock;
+bool orders(const Site& site) { return !state.sites[{site.file, site.line}]; }
+
+void barrier(unsigned block, const Site& site, bool is_vote) {
+  if (is_vote || orders(site)) state.barriers[block] = ++state.clock;
 }
 
-void warp_barrier(unsigned warp, const Site& site) {
-  if (orders(site)) state.warp_barriers[warp] = ++state.clock;
+void warp_barrier(const Site& site) {
+  if (orders(site)) state.warp_barrier() = ++state.clock;
 }
 
 std::vector<std::string> barriers() {
   std::vector<std::string> sites;
-  for (const auto& [site, ignored] : state.barriers) sites.push_back(text_of(site));
+  for (const auto& [site, ignored] : state.sites) sites.push_back(text_of(site));
   return sites;
 }
 
-void forget_barriers() { state.barriers.clear(); }
+void forget_barriers() { state.sites.clear(); }
 
 void ignore_barrier(const std::string& wanted) {
-  for (auto& [site, ignored] : state.barriers) ignored = text_of(site) == wanted;
+  for (auto& [site, ignored] : state.sites) ignored = text_of(site) == wanted;
 }
 
-void run(unsigned thread, const void* stack, size_t stack_bytes) {
+void run(unsigned block, unsigned thread, const void* stack, size_t stack_bytes) {
+  state.block = block;
   state.thread = thread;
   state.stack = reinterpret_cast<uintptr_t>(stack);
   state.stack_bytes = stack_bytes;
+}
+
+void cluster_phase(unsigned arrivals, unsigned waits) {
+  state.arrivals = arrivals;
+  state.waits = waits;
+}
+
+void end_of_block(const void* data, size_t bytes) {
+  const auto first = reinterpret_cast<uintptr_t>(data);
+  for (uintptr_t at = first; at < first + bytes; ++at) {
+    Cell& cell = state.shadow.at(at);
+    for (const Access other : {Access::read, Access::write, Access::atomic}) {
+      const Latest& latest = cell.latest[static_cast<int>(other)];
+      const bool is_foreign = latest.other_blocks || latest.block != state.block;
+      if (is_foreign && is_unordered(latest)) report(Access::write, kEndOfBlock, other, latest);
+    }
+    cell = {};
+    update(cell.latest[static_cast<int>(Access::write)], kEndOfBlock);
+  }
 }
 
 void forget(const void* data, size_t bytes) {

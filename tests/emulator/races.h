@@ -21,13 +21,17 @@ namespace races {
 #endif
 
 VTP_RACES(void begin_launch())
-VTP_RACES(void begin_block(unsigned /*warps*/))
-// All threads of the block have met, or the warp's lanes.
-VTP_RACES(void barrier(const Site&, bool /*is_vote*/))
-VTP_RACES(void warp_barrier(unsigned /*warp*/, const Site&))
+VTP_RACES(void begin_cluster(unsigned /*blocks*/, unsigned /*warps of each*/))
+// All threads of the block have met, or the running warp's lanes.
+VTP_RACES(void barrier(unsigned /*block*/, const Site&, bool /*is_vote*/))
+VTP_RACES(void warp_barrier(const Site&))
 
-// A thread runs from now on, on a stack that is nobody else's.
-VTP_RACES(void run(unsigned /*thread*/, const void* /*stack*/, size_t /*stack_bytes*/))
+// A thread of a block of the cluster runs from now on, on a stack that is nobody else's.
+VTP_RACES(void run(unsigned /*block*/, unsigned /*thread*/, const void* /*stack*/, size_t /*bytes*/))
+// It has come to so many cluster barriers and waited for the first of them.
+VTP_RACES(void cluster_phase(unsigned /*arrivals*/, unsigned /*waits*/))
+// The running thread is its block's last, with which this shared memory goes.
+VTP_RACES(void end_of_block(const void* /*data*/, size_t /*bytes*/))
 
 // Fresh memory, whoever had its place before.
 VTP_RACES(void forget(const void* /*data*/, size_t /*bytes*/))
@@ -48,6 +52,9 @@ std::vector<std::string> barriers();
 void forget_barriers();
 void ignore_barrier(const std::string& site);
 
+// Whether the barrier there, now met, is to be taken for one.
+bool orders(const Site&);
+
 // The launch's first race, in words; "" if there is none.
 std::string found();
 
@@ -60,6 +67,7 @@ inline bool track(bool) { return false; }
 inline std::vector<std::string> barriers() { return {}; }
 inline void forget_barriers() {}
 inline void ignore_barrier(const std::string&) {}
+inline bool orders(const Site&) { return true; }
 inline std::string found() { return ""; }
 inline const void* this_place() { return nullptr; }
 

@@ -38,9 +38,9 @@ class SharedMemory {
   SharedMemory(const SharedMemory&) = delete;
   SharedMemory& operator=(const SharedMemory&) = delete;
 
-  void begin_block(size_t dynamic_bytes) {
+  void begin_block(size_t dynamic_bytes, uint64_t salt) {
     clear();
-    ++salt_;
+    salt_ = salt;
     dynamic_ = allocate(-1, nullptr, dynamic_bytes, 16);
   }
 
@@ -56,6 +56,30 @@ class SharedMemory {
 
   size_t static_bytes() const { return static_bytes_; }
 
+  // Where another block has what lies at this place here; null where nothing of this block's lies.
+  unsigned char* same_place(const void* place, SharedMemory& other) const {
+    for (const Object& object : objects_) {
+      const uintptr_t offset =
+          reinterpret_cast<uintptr_t>(place) - reinterpret_cast<uintptr_t>(object.data);
+      if (offset >= object.bytes) continue;
+      if (object.id < 0) return other.dynamic_ + offset;
+      void* there = other.object(object.id, *object.type, object.bytes, object.alignment);
+      return static_cast<unsigned char*>(there) + offset;
+    }
+    return nullptr;
+  }
+
+  // Nobody may touch it from now on.
+  void end_block() {
+    for (const Object& object : objects_) {
+      fill_with_garbage(object.data, object.bytes, ~salt_);
+      races::end_of_block(object.data, object.bytes);
+#ifdef VTP_EMULATOR_ASAN
+      __asan_poison_memory_region(object.data, object.bytes);
+#endif
+    }
+  }
+
   // What was written outside of an object, "" if nothing; AddressSanitizer would have stopped it.
   std::string damage() const {
 #ifndef VTP_EMULATOR_ASAN
@@ -70,7 +94,12 @@ class SharedMemory {
   }
 
   void clear() {
-    for (const Object& object : objects_) std::free(object.memory);
+    for (const Object& object : objects_) {
+#ifdef VTP_EMULATOR_ASAN
+      __asan_unpoison_memory_region(object.data, object.bytes);
+#endif
+      std::free(object.memory);
+    }
     objects_.clear();
     static_bytes_ = 0;
   }
@@ -88,7 +117,7 @@ class SharedMemory {
     const std::type_info* type;
     void* memory;  // with canaries
     unsigned char* data;
-    size_t bytes;
+    size_t bytes, alignment;
   };
 
   static bool is_canary(const unsigned char* at) {
@@ -117,7 +146,7 @@ class SharedMemory {
     std::memset(data + bytes, kCanary, kCanaryBytes);
     fill_with_garbage(data, bytes, salt_ * 0x9e3779b9u + id);
     races::forget(data, bytes);
-    objects_.push_back({id, type, memory, data, bytes});
+    objects_.push_back({id, type, memory, data, bytes, alignment});
     if (id >= 0) static_bytes_ += bytes;
     return data;
   }

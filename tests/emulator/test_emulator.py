@@ -96,6 +96,52 @@ def test_divergence_is_an_error_that_says_where(defects, order, kernel, message)
     assert defects.neighbour(True) == BEFORE  # the emulator is as good as before
 
 
+# ---- Clusters ------------------------------------------------------------------------------------
+
+
+def test_blocks_of_a_cluster_reach_into_each_other(defects, order):
+    for size in (1, 2, 3, 6):
+        expected = []
+        for block in range(6):
+            first = block // size * size
+            after = first + (block - first + 1) % size
+            expected += [after * THREADS + (i - 1) % THREADS for i in range(THREADS)]
+        assert defects.cluster_right(size) == expected
+
+
+@pytest.mark.parametrize(
+    "defect, message",
+    [
+        ("ends_early", "block whose shared memory another block has mapped|which has ended"),
+        ("not_begun", "which may not have begun: there was no cluster_wait yet"),
+        ("beyond", "maps shared memory of block 3 of a cluster of 3"),
+        ("not_shared", "maps what is no shared memory of its own"),
+        ("divergent", "128 of the cluster at cluster_arrive .*defects.cpp:.* 64 of 192 have ret"),
+        ("half_a_block", "120 of the cluster at cluster_arrive .* 72 of 192 have returned"),
+        ("arrives_twice", "cluster_arrive .*defects.cpp:.* for a second time"),
+        ("waits_for_none", "cluster_wait .*defects.cpp:.* without cluster_arrive"),
+    ],
+)
+def test_misuse_of_a_cluster_is_an_error_that_says_where(defects, order, defect, message):
+    with pytest.raises(RuntimeError, match=f"kernel cluster, block .*(?:{message})"):
+        getattr(defects, f"cluster_{defect}")()
+    assert defects.neighbour(True) == BEFORE  # the emulator is as good as before
+
+
+def test_limits_of_clusters(kernels, defects):
+    for size, message in ((0, "1 to 8 blocks"), (9, "1 to 8 blocks"), (4, "whole clusters")):
+        with pytest.raises(RuntimeError, match=message):
+            defects.cluster_right(size)
+    before = kernels.architecture()
+    kernels.set_architecture(80)
+    try:
+        with pytest.raises(RuntimeError, match=r"need code for compute capability 9\.0"):
+            defects.cluster_right(2)
+        assert len(defects.cluster_right(1)) == 6 * THREADS
+    finally:
+        kernels.set_architecture(before)
+
+
 # ---- Memory --------------------------------------------------------------------------------------
 
 

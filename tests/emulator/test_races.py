@@ -22,8 +22,11 @@ RACES = {  # what each thread of the pair does, either way round
     "early_copies": {READ, WRITE},
     "block_chain": {READ, WRITE},
     "shared_total": {WRITE},
+    "cluster_no_barrier": {READ, WRITE},
+    "cluster_between": {READ, WRITE},
 }
-CLEAN = ("neighbour_is_right", "lane_neighbour_is_right", "slots")
+ENDS_BEFORE = ("a data race", "defects.cpp:", " of another block ", "(at the end of its block)")
+CLEAN = ("cluster_right", "neighbour_is_right", "lane_neighbour_is_right", "slots")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def run_racing():
 
 @pytest.mark.parametrize("order", build.ORDERS)
 def test_planted_races_are_found_in_every_order_of_threads(run_racing, order):
-    run = run_racing(order, "planted.py", "races", *RACES, *CLEAN)
+    run = run_racing(order, "planted.py", "races", *RACES, "cluster_ends_before", *CLEAN)
     assert run.returncode == 0, run.stderr
     reports = json.loads(run.stdout)
     for name, verbs in RACES.items():
@@ -54,6 +57,7 @@ def test_planted_races_are_found_in_every_order_of_threads(run_racing, order):
         pattern += r"(?:of another block )?(.*) \(.*defects.cpp:\d+\), and nothing orders them"
         match = re.search(pattern, reports[name])
         assert match and set(match.groups()) == verbs, (name, reports[name])
+    assert all(part in reports["cluster_ends_before"] for part in ENDS_BEFORE)
     assert [reports[name] for name in CLEAN] == [""] * len(CLEAN)
 
 

@@ -15,6 +15,7 @@ MEMORY_ERRORS = {
     "global_read": "heap-buffer-overflow",
     "async_read": "heap-buffer-overflow",
     "misaligned_load": "misaligned address",
+    "cluster_ends_before": "use-after-poison",
     "stack_overflow": "stack-overflow",
 }
 
