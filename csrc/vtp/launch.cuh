@@ -1,10 +1,12 @@
 // How the host starts a kernel, with what a GPU wants to be asked for first: much shared memory, or
-// from compute capability 9.0 on clusters of blocks and a start that overlaps the kernel before.
+// from compute capability 9.0 on clusters of blocks and a start that overlaps the kernel before
+// (dependent_launch.cuh has the kernels' part of that).
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -26,7 +28,39 @@ inline void check(cudaError_t status, const char* what) {
   throw std::runtime_error(std::string("vtp_kernels: ") + what + ": " + cudaGetErrorString(status));
 }
 
-constexpr unsigned kMostClusterBlocks = 8;  // that any device with clusters takes
+// The stream of one op call. The first kernel on it is launched plainly, since what runs before it
+// is not ours. Every further one depends on the one before and waits for it by itself, where the
+// device and the code for it can do that; captured in a CUDA graph (12.3 on) it does the same.
+class OpStream {
+ public:
+  explicit OpStream(Stream stream) : stream_(stream) {}
+  OpStream(const OpStream&) = delete;
+  OpStream& operator=(const OpStream&) = delete;
+
+  Stream get() const { return stream_; }
+  bool has_begun() const { return has_begun_; }
+  void begin() { has_begun_ = true; }
+
+ private:
+  Stream stream_;
+  bool has_begun_ = false;
+};
+
+// VTP_DEPENDENT_LAUNCH, read once: 0 makes every launch a plain one, to measure against.
+inline bool dependent_launch_is_on() {
+  static const bool is_on = [] {
+    const char* value = std::getenv("VTP_DEPENDENT_LAUNCH");
+    const std::string text = value ? value : "";
+    if (text != "" && text != "0" && text != "1") {
+      throw std::runtime_error("vtp_kernels: VTP_DEPENDENT_LAUNCH must be 0 or 1, got " + text);
+    }
+    return text != "0";
+  }();
+  return is_on;
+}
+
+// Code of this architecture and later has clusters and dependent launches.
+constexpr int kClusterArchitecture = 90;
 
 struct LaunchOptions {
   unsigned cluster = 1;  // neighbouring blocks in x that run at the same time; they divide the grid
@@ -62,8 +96,8 @@ inline KernelStates& kernel_states() {
   return all;
 }
 
-// Calls f(state) with the kernel's state on the current device, which is asked for once. All of that
-// may be done while a CUDA graph is captured.
+// Calls f(state) with the kernel's state on the current device, which is asked for once. All of
+// that may be done while a CUDA graph is captured.
 template <class F>
 auto with_kernel_state(const char* name, const void* kernel, const F& f) {
   int device = 0;
@@ -101,10 +135,15 @@ int architecture_of(const char* name, Kernel* kernel) {
 
 // `values` have the kernel's parameter types.
 template <class... Parameters>
-cudaError_t launch_kernel(cudaLaunchConfig_t config, const LaunchOptions& options,
+cudaError_t launch_kernel(cudaLaunchConfig_t config, const LaunchOptions& options, bool dependent,
                           const void* kernel, Parameters... values) {
-  cudaLaunchAttribute attributes[1] = {};
+  cudaLaunchAttribute attributes[2] = {};
   config.attrs = attributes;
+  if (dependent) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   if (options.cluster > 1) {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeClusterDimension;
@@ -121,16 +160,20 @@ cudaError_t launch_kernel(cudaLaunchConfig_t config, const LaunchOptions& option
 // without blocks is no launch.
 template <class... Parameters, class... Arguments>
 void launch(const LaunchOptions& options, const char* name, void (*kernel)(Parameters...),
-            dim3 grid, dim3 block, size_t dynamic_shared, Stream stream,
+            dim3 grid, dim3 block, size_t dynamic_shared, OpStream& stream,
             const Arguments&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  if (options.cluster > 1 && architecture_of(name, kernel) < 90) {
-    throw std::runtime_error(std::string("vtp_kernels: ") + name +
-                             ": clusters need code for compute capability 9.0 or later");
+  bool dependent = stream.has_begun() && dependent_launch_is_on();
+  if (dependent || options.cluster > 1) {
+    const bool is_old = architecture_of(name, kernel) < kClusterArchitecture;
+    if (options.cluster > 1 && is_old) {
+      throw std::runtime_error(std::string("vtp_kernels: ") + name +
+                               ": clusters need code for compute capability 9.0 or later");
+    }
+    dependent = dependent && !is_old;
   }
 #ifdef VTP_EMULATOR
-  (void)stream;
-  emulator::launch(name, grid, block, options.cluster, dynamic_shared,
+  emulator::launch(name, grid, block, options.cluster, dependent, dynamic_shared,
                    [&] { kernel(static_cast<Parameters>(arguments)...); });
 #else
   const void* entry = reinterpret_cast<const void*>(kernel);
@@ -139,11 +182,27 @@ void launch(const LaunchOptions& options, const char* name, void (*kernel)(Param
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = dynamic_shared;
-  config.stream = static_cast<cudaStream_t>(stream);
-  check(launch_kernel<Parameters...>(config, options, entry,
+  config.stream = static_cast<cudaStream_t>(stream.get());
+  check(launch_kernel<Parameters...>(config, options, dependent, entry,
                                      static_cast<Parameters>(arguments)...),
         name);
 #endif
+  stream.begin();
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+            size_t dynamic_shared, OpStream& stream, const Arguments&... arguments) {
+  launch(LaunchOptions{}, name, kernel, grid, block, dynamic_shared, stream, arguments...);
+}
+
+// A kernel by itself.
+template <class... Parameters, class... Arguments>
+void launch(const LaunchOptions& options, const char* name, void (*kernel)(Parameters...),
+            dim3 grid, dim3 block, size_t dynamic_shared, Stream stream,
+            const Arguments&... arguments) {
+  OpStream alone(stream);
+  launch(options, name, kernel, grid, block, dynamic_shared, alone, arguments...);
 }
 
 template <class... Parameters, class... Arguments>

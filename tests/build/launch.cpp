@@ -93,13 +93,36 @@ void check_clusters() {
           "code without clusters is launched with them");
 }
 
+void check_dependent_launches(bool wanted) {
+  const auto is_dependent = [] {
+    const auto& attributes = runtime.launches.back().attributes;
+    return attributes.size() == 1 &&
+           attributes[0].id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+           attributes[0].val.programmaticStreamSerializationAllowed == 1;
+  };
+  OpStream stream(nullptr);
+  launch("kernel", first, dim3(0), dim3(32), 0, stream, 1, nullptr);
+  launch("kernel", first, dim3(1), dim3(32), 0, stream, 1, nullptr);
+  require(runtime.launches.back().attributes.empty(), "the first kernel is not launched plainly");
+  launch("kernel", second, dim3(1), dim3(32), 0, stream, 1, nullptr);
+  require(is_dependent() == wanted, "the second kernel");
+  launch("kernel", third, dim3(1), dim3(32), 0, stream);
+  require(runtime.launches.back().attributes.empty(), "old code is launched to wait by itself");
+  launch(LaunchOptions{2}, "kernel", first, dim3(2), dim3(32), 0, stream, 1, nullptr);
+  require(runtime.launches.back().attributes.size() == (wanted ? 2 : 1), "both attributes");
+  launch("kernel", first, dim3(1), dim3(32), 0, nullptr, 1, nullptr);
+  require(runtime.launches.back().attributes.empty(), "a kernel by itself depends on another");
+}
+
 }  // namespace
 
-int main() {
+// launch <whether dependent launches are on: 0 or 1>
+int main(int, char** arguments) {
   add(reinterpret_cast<void*>(first), 8 << 10, 90);
   add(reinterpret_cast<void*>(second), 0, 90);
   add(reinterpret_cast<void*>(third), 0, 80);
   check_arguments();
   check_shared_memory();
   check_clusters();
+  check_dependent_launches(arguments[1][0] == '1');
 }

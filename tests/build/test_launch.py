@@ -1,5 +1,6 @@
 """How the host launches kernels, tried on a stub of CUDA's runtime that refuses what a GPU does."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,5 +17,18 @@ def test_launch_asks_for_what_a_gpu_wants_to_be_asked(tmp_path):
     program = tmp_path / "launch"
     command = ["g++", *flags, "-pthread", HERE / "launch.cpp", "-o", program]
     subprocess.run(command, check=True)
-    run = subprocess.run([program], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+
+    def run(dependent: str, **environment: str) -> subprocess.CompletedProcess:
+        environment = {"PATH": os.environ["PATH"], **environment}
+        command = [program, dependent]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    for result in (
+        run("1"),
+        run("1", VTP_DEPENDENT_LAUNCH="1"),
+        run("0", VTP_DEPENDENT_LAUNCH="0"),
+    ):
+        assert result.returncode == 0, result.stderr
+    assert (
+        "VTP_DEPENDENT_LAUNCH must be 0 or 1, got no" in run("1", VTP_DEPENDENT_LAUNCH="no").stderr
+    )

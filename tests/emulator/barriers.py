@@ -1,4 +1,5 @@
-"""What each barrier of the kernels is for: taken for none, it makes a race of which two accesses?
+"""What each barrier of the kernels, and each wait for earlier kernels, is for: taken for none, it
+makes a race of which two accesses?
 
     python tests/emulator/barriers.py [<op>...]
 

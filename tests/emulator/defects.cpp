@@ -10,6 +10,7 @@
 #include "module.h"
 #include "vtp/async_copy.cuh"
 #include "vtp/cluster.cuh"
+#include "vtp/dependent_launch.cuh"
 #include "vtp/vector.cuh"
 #include "vtp/warp.cuh"
 
@@ -236,6 +237,55 @@ __global__ void cluster_kernel(int* out, Cluster how) {
 Output cluster(Cluster how, unsigned size) {
   Output out(6 * kThreads, -1);
   launch(LaunchOptions{size}, "cluster", cluster_kernel, 6, kThreads, 0, nullptr, out.data(), how);
+  return out;
+}
+
+// ---- Dependent launches -------------------------------------------------------------------------
+
+// What a kernel does too early, before it has waited for those it follows.
+enum class Dependent {
+  right,
+  reads,          // what the one before writes
+  reads_oldest,   // what the one before that writes
+  writes,         // what the one before writes
+  overwrites,     // what the one before reads
+  returns,        // some threads end
+  leaves_to_one,  // only one thread waits
+};
+
+__global__ void first_kernel(int* numbers) {
+  release_next_kernel();
+  await_earlier_kernels();
+  numbers[threadIdx.x] = threadIdx.x;
+}
+
+__global__ void second_kernel(const int* numbers, int* doubled) {
+  release_next_kernel();
+  await_earlier_kernels();
+  doubled[threadIdx.x] = 2 * numbers[threadIdx.x];
+}
+
+__global__ void third_kernel(int* numbers, int* doubled, int* out, Dependent how) {
+  const int i = threadIdx.x;
+  int sum = 0;
+  if (how == Dependent::reads) sum = doubled[i];
+  if (how == Dependent::reads_oldest) sum = numbers[i];
+  if (how == Dependent::writes) doubled[i] = 0;
+  if (how == Dependent::overwrites) numbers[i] = 0;
+  if (how == Dependent::returns && i >= 40) return;
+  if (how != Dependent::leaves_to_one || i == 0) await_earlier_kernels();
+  __syncthreads();
+  out[i] = sum + doubled[i] + numbers[i];
+}
+
+// Three kernels, each behind the one before; from the second on dependent launches.
+Output dependent(Dependent how) {
+  Output numbers(kThreads, -1), doubled(kThreads, -1), out(kThreads, -1);
+  OpStream stream(nullptr);
+  launch("first", first_kernel, 1, kThreads, 0, stream, numbers.data());
+  launch("second", second_kernel, 1, kThreads, 0, stream, numbers.data(), doubled.data());
+  launch("third", third_kernel, 1, kThreads, 0, stream, numbers.data(), doubled.data(),
+         out.data(), how);
   return out;
 }
 
@@ -474,6 +524,16 @@ void bind_defects(py::module_ m) {
   VTP_BIND(half_a_block);
   VTP_BIND(arrives_twice);
   VTP_BIND(waits_for_none);
+#undef VTP_BIND
+
+#define VTP_BIND(name) m.def("dependent_" #name, [] { return dependent(Dependent::name); })
+  VTP_BIND(right);
+  VTP_BIND(reads);
+  VTP_BIND(reads_oldest);
+  VTP_BIND(writes);
+  VTP_BIND(overwrites);
+  VTP_BIND(returns);
+  VTP_BIND(leaves_to_one);
 #undef VTP_BIND
 
   m.def("copies", copies);

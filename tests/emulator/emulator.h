@@ -9,11 +9,12 @@
 namespace vtp::emulator {
 
 // Runs body() in every thread of the grid, `cluster` neighbouring blocks in x at a time. Throws
-// std::runtime_error where a kernel goes wrong.
+// std::runtime_error where a kernel goes wrong. A dependent launch may on a GPU run beside all those
+// before it, back to the last plain one.
 template <class Body>
-void launch(const char* name, dim3 grid, dim3 block, unsigned cluster, size_t dynamic_shared,
-            const Body& body) {
-  multiprocessor.launch(name, grid, block, cluster, dynamic_shared, body);
+void launch(const char* name, dim3 grid, dim3 block, unsigned cluster, bool dependent,
+            size_t dynamic_shared, const Body& body) {
+  multiprocessor.launch(name, grid, block, cluster, dependent, dynamic_shared, body);
 }
 
 inline void set_order(Order order, uint64_t seed = 1) { multiprocessor.set_order(order, seed); }
@@ -41,6 +42,12 @@ template <class T>
 T* map_shared_rank(T* place, int rank) {
   return reinterpret_cast<T*>(multiprocessor.map_shared_rank(place, static_cast<unsigned>(rank)));
 }
+
+// See csrc/vtp/dependent_launch.cuh.
+inline void await_earlier_kernels(Site site = Site::here()) {
+  multiprocessor.await_earlier_kernels(site);
+}
+inline void release_next_kernel() {}
 
 // The values all 32 lanes of the warp brought, by lane; good until the lane's next collective.
 template <class T>

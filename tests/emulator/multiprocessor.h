@@ -87,11 +87,12 @@ class Multiprocessor {
 
   // Body: a callable that runs the kernel for the running thread.
   template <class Body>
-  void launch(const char* name, dim3 grid, dim3 block, unsigned cluster, size_t dynamic_shared,
-              const Body& body) {
+  void launch(const char* name, dim3 grid, dim3 block, unsigned cluster, bool dependent,
+              size_t dynamic_shared, const Body& body) {
     const std::lock_guard<std::mutex> lock(mutex_);
     call_ = [](const void* body) { (*static_cast<const Body*>(body))(); };
     body_ = &body;
+    is_dependent_ = dependent;
     run(name, grid, block, cluster, dynamic_shared);
   }
 
@@ -184,7 +185,7 @@ class Multiprocessor {
       for (const unsigned waiting : cluster_waiting_) ready_.add(waiting);
       cluster_waiting_.clear();
     }
-    tell_phase();
+    tell_order();
   }
 
   // Waits until all threads of the cluster have come to the barrier that this one has come to.
@@ -202,7 +203,7 @@ class Multiprocessor {
     }
     thread.waits = thread.arrivals;
     if (races::orders(site)) thread.ordered = thread.waits;
-    tell_phase();
+    tell_order();
   }
 
   // The same place in the shared memory of another block of the cluster.
@@ -252,6 +253,15 @@ class Multiprocessor {
     meet(warp(), {kind, site}, mask, true);
   }
 
+  // In a dependent launch: from here on the thread may touch what earlier kernels wrote.
+  void await_earlier_kernels(Site site) {
+    const Untracked untracked;
+    Thread& thread = *current_;
+    thread.awaited = true;
+    if (races::orders(site)) thread.ordered_after_earlier = true;
+    tell_order();
+  }
+
   unsigned lane() const { return current_->number % kLanes; }
 
   // Where order among threads may show, another may go first.
@@ -276,6 +286,8 @@ class Multiprocessor {
     uint3 index = {};
     // Cluster barriers it has come to, and waited for; the last of these that orders memory accesses.
     unsigned arrivals = 0, waits = 0, ordered = 0;
+    // Whether it has waited for earlier kernels, and whether that orders memory accesses.
+    bool awaited = false, ordered_after_earlier = false;
     AsyncCopies copies;
   };
 
@@ -294,7 +306,7 @@ class Multiprocessor {
     check_configuration();
     make_blocks();
     ++launches_[name];
-    races::begin_launch();
+    races::begin_launch(is_dependent_);
     host_.adopt_thread();
     const unsigned row = grid.x / cluster;
     const uint64_t clusters = uint64_t{row} * grid.y * grid.z;
@@ -340,6 +352,7 @@ class Multiprocessor {
     for (unsigned i = 0; i < threads_; ++i) {
       Thread& thread = *all_threads_[first + i];
       thread.arrivals = thread.waits = thread.ordered = 0;
+      thread.awaited = thread.ordered_after_earlier = !is_dependent_;
       thread.copies.clear();
     }
     ready_.add_range(first, threads_);
@@ -429,6 +442,7 @@ class Multiprocessor {
 
   // The running thread's last act. With the last of its threads a block's shared memory is gone.
   void leave_block() {
+    if (!current_->awaited) fail("ends without await_earlier_kernels, in a dependent launch");
     Block& block = this->block();
     if (++block.exited < threads_ || cluster_ == 1) return;
     if (current_->waits < block.mapped_before) {
@@ -441,7 +455,9 @@ class Multiprocessor {
   Block& block() const { return *current_->block; }
   Warp& warp() const { return block().warps[current_->number % slots_ / kLanes]; }
 
-  void tell_phase() const { races::cluster_phase(current_->arrivals, current_->ordered); }
+  void tell_order() const {
+    races::order(current_->arrivals, current_->ordered, current_->ordered_after_earlier);
+  }
 
   void meet(Warp& warp, const Meeting& meeting, unsigned mask, bool orders_memory) {
     if (mask != ~0u) fail(meeting.text() + " does not name all 32 lanes");
@@ -483,7 +499,7 @@ class Multiprocessor {
     position.thread = current_->index;
     position.block = block().index;
     races::run(block().rank, next % slots_, current_->stack.bottom(), Stack::kBytes);
-    tell_phase();
+    tell_order();
     if (&current_->fiber != &running) running.switch_to(current_->fiber);
   }
 
@@ -535,6 +551,7 @@ class Multiprocessor {
   unsigned threads_ = 0;  // of a block
   unsigned slots_ = 0;    // the same in whole warps
   unsigned cluster_ = 1;
+  bool is_dependent_ = false;
   size_t dynamic_bytes_ = 0;
 
   // The cluster.

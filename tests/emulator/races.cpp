@@ -8,7 +8,8 @@
 // part in.
 // A cluster barrier is no such event, since threads go on between cluster_arrive and cluster_wait:
 // what a thread does after its n-th arrival is ordered before what others do once they have waited
-// for barrier n + 1.
+// for barrier n + 1. And a dependent launch comes after those before it in a thread that has waited
+// for them.
 //
 // Kernels are compiled with -fsanitize=thread, which puts a call before each access. Those calls end
 // here instead of in the sanitizer's own library, which knows nothing but threads of the host. All
@@ -86,13 +87,14 @@ struct State {
   std::string found;
   uint32_t clock = 0;
   // When the current one began or the last one was.
-  uint32_t launch = 0, cluster = 0;
+  uint32_t plain_launch = 0, launch = 0, cluster = 0;
   std::vector<uint32_t> barriers;  // of each block
   std::vector<uint32_t> warp_barriers;
   unsigned warps = 0;  // of a block
   std::map<std::pair<std::string_view, int>, bool> sites;  // of barriers; whether to be ignored
   // The running thread.
   unsigned block = 0, thread = 0, arrivals = 0, waits = 0;
+  bool after_earlier_kernels = true;
   uintptr_t stack = 0;
   size_t stack_bytes = 0;
 
@@ -110,7 +112,9 @@ bool is_before_cluster_barrier(const Latest& latest) { return latest.arrivals < 
 
 // Whether the running thread's access now is in no order with an earlier one.
 bool is_unordered(const Latest& latest) {
-  if (latest.time < state.launch) return false;
+  if (latest.time < state.launch) {
+    return latest.time >= state.plain_launch && !state.after_earlier_kernels;
+  }
   if (latest.other_clusters || latest.time < state.cluster) return true;
   if (is_before_cluster_barrier(latest)) return false;
   if (latest.other_blocks || latest.block != state.block) return true;
@@ -199,11 +203,16 @@ const char* verb(Access access) {
 
 void report(Access access, uint32_t place, Access other, const Latest& latest) {
   if (!state.found.empty()) return;
+  const std::string first = "a data race: thread " + std::to_string(state.thread) + " " +
+                            verb(access) + " (" + source_of(place) + ") what ";
+  const std::string second = std::string(verb(other)) + " (" + source_of(latest.place) + "), and ";
+  if (latest.time < state.launch) {
+    state.found = first + "an earlier kernel " + second + "has not waited for it";
+    return;
+  }
   const bool same_block = latest.time >= state.cluster && latest.block == state.block;
-  state.found = "a data race: thread " + std::to_string(state.thread) + " " + verb(access) + " (" +
-                source_of(place) + ") what thread " + std::to_string(latest.thread) +
-                (same_block ? " " : " of another block ") + verb(other) + " (" +
-                source_of(latest.place) + "), and nothing orders them";
+  state.found = first + "thread " + std::to_string(latest.thread) +
+                (same_block ? " " : " of another block ") + second + "nothing orders them";
 }
 
 void note(Access access, Cell& cell, uint32_t place) {
@@ -222,10 +231,12 @@ void note(Access access, Cell& cell, uint32_t place) {
 
 namespace races {
 
-void begin_launch() {
-  state.shadow.clear();
+void begin_launch(bool dependent) {
   state.found.clear();
   state.launch = ++state.clock;
+  if (dependent) return;
+  state.shadow.clear();
+  state.plain_launch = state.launch;
 }
 
 void begin_cluster(unsigned blocks, unsigned warps) {
@@ -264,9 +275,10 @@ void run(unsigned block, unsigned thread, const void* stack, size_t stack_bytes)
   state.stack_bytes = stack_bytes;
 }
 
-void cluster_phase(unsigned arrivals, unsigned waits) {
+void order(unsigned arrivals, unsigned waits, bool after_earlier_kernels) {
   state.arrivals = arrivals;
   state.waits = waits;
+  state.after_earlier_kernels = after_earlier_kernels;
 }
 
 void end_of_block(const void* data, size_t bytes) {

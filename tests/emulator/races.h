@@ -20,7 +20,9 @@ namespace races {
 #define VTP_RACES(declaration) inline declaration {}
 #endif
 
-VTP_RACES(void begin_launch())
+// A dependent launch is in no order with those before it, back to the last plain one, until a thread
+// has waited for them.
+VTP_RACES(void begin_launch(bool /*dependent*/))
 VTP_RACES(void begin_cluster(unsigned /*blocks*/, unsigned /*warps of each*/))
 // All threads of the block have met, or the running warp's lanes.
 VTP_RACES(void barrier(unsigned /*block*/, const Site&, bool /*is_vote*/))
@@ -28,12 +30,13 @@ VTP_RACES(void warp_barrier(const Site&))
 
 // A thread of a block of the cluster runs from now on, on a stack that is nobody else's.
 VTP_RACES(void run(unsigned /*block*/, unsigned /*thread*/, const void* /*stack*/, size_t /*bytes*/))
-// It has come to so many cluster barriers and waited for the first of them.
-VTP_RACES(void cluster_phase(unsigned /*arrivals*/, unsigned /*waits*/))
+// It has come to so many cluster barriers and waited for the first of them, and for the kernels
+// before.
+VTP_RACES(void order(unsigned /*arrivals*/, unsigned /*waits*/, bool /*after_earlier_kernels*/))
 // The running thread is its block's last, with which this shared memory goes.
 VTP_RACES(void end_of_block(const void* /*data*/, size_t /*bytes*/))
 
-// Fresh memory, whoever had its place before.
+// Memory that goes: whoever has its place next begins anew.
 VTP_RACES(void forget(const void* /*data*/, size_t /*bytes*/))
 
 // The running thread's access, by code at `place`.

@@ -98,6 +98,7 @@ class SharedMemory {
 #ifdef VTP_EMULATOR_ASAN
       __asan_unpoison_memory_region(object.data, object.bytes);
 #endif
+      races::forget(object.data, object.bytes);
       std::free(object.memory);
     }
     objects_.clear();
@@ -145,7 +146,6 @@ class SharedMemory {
     std::memset(memory, kCanary, kCanaryBytes);
     std::memset(data + bytes, kCanary, kCanaryBytes);
     fill_with_garbage(data, bytes, salt_ * 0x9e3779b9u + id);
-    races::forget(data, bytes);
     objects_.push_back({id, type, memory, data, bytes, alignment});
     if (id >= 0) static_bytes_ += bytes;
     return data;

@@ -142,6 +142,22 @@ def test_limits_of_clusters(kernels, defects):
         kernels.set_architecture(before)
 
 
+# ---- Dependent launches --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("defect", ["returns", "leaves_to_one"])
+def test_a_thread_that_ends_without_having_waited_is_an_error(kernels, defects, order, defect):
+    assert defects.dependent_right() == [3 * i for i in range(THREADS)]
+    with pytest.raises(RuntimeError, match=r"kernel third, .* ends without await_earlier_kernels"):
+        getattr(defects, f"dependent_{defect}")()
+    before = kernels.architecture()
+    kernels.set_architecture(80)  # older code is launched plainly, where nobody need wait
+    try:
+        assert defects.dependent_leaves_to_one() == defects.dependent_right()
+    finally:
+        kernels.set_architecture(before)
+
+
 # ---- Memory --------------------------------------------------------------------------------------
 
 

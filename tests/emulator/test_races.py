@@ -25,8 +25,20 @@ RACES = {  # what each thread of the pair does, either way round
     "cluster_no_barrier": {READ, WRITE},
     "cluster_between": {READ, WRITE},
 }
+TOO_EARLY = {  # what the kernel does, and what an earlier one does
+    "dependent_reads": (READ, WRITE),
+    "dependent_reads_oldest": (READ, WRITE),
+    "dependent_writes": (WRITE, "(?:reads|writes)"),
+    "dependent_overwrites": (WRITE, "(?:reads|writes)"),
+}
 ENDS_BEFORE = ("a data race", "defects.cpp:", " of another block ", "(at the end of its block)")
-CLEAN = ("cluster_right", "neighbour_is_right", "lane_neighbour_is_right", "slots")
+CLEAN = (
+    "cluster_right",
+    "dependent_right",
+    "neighbour_is_right",
+    "lane_neighbour_is_right",
+    "slots",
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +61,9 @@ def run_racing():
 
 @pytest.mark.parametrize("order", build.ORDERS)
 def test_planted_races_are_found_in_every_order_of_threads(run_racing, order):
-    run = run_racing(order, "planted.py", "races", *RACES, "cluster_ends_before", *CLEAN)
+    run = run_racing(
+        order, "planted.py", "races", *RACES, *TOO_EARLY, "cluster_ends_before", *CLEAN
+    )
     assert run.returncode == 0, run.stderr
     reports = json.loads(run.stdout)
     for name, verbs in RACES.items():
@@ -57,6 +71,10 @@ def test_planted_races_are_found_in_every_order_of_threads(run_racing, order):
         pattern += r"(?:of another block )?(.*) \(.*defects.cpp:\d+\), and nothing orders them"
         match = re.search(pattern, reports[name])
         assert match and set(match.groups()) == verbs, (name, reports[name])
+    for name, (does, earlier) in TOO_EARLY.items():
+        pattern = rf"a data race: thread \d+ {does} \(.*defects.cpp:\d+\) what an earlier kernel "
+        pattern += rf"{earlier} \(.*defects.cpp:\d+\), and has not waited for it"
+        assert re.search(pattern, reports[name]), (name, reports[name])
     assert all(part in reports["cluster_ends_before"] for part in ENDS_BEFORE)
     assert [reports[name] for name in CLEAN] == [""] * len(CLEAN)
 
