@@ -15,6 +15,7 @@
 #include <cmath>
 
 #include "cuda_ops.h"
+#include "vtp/dependent_launch.cuh"
 #include "vtp/math.cuh"
 #include "vtp/row_dot.cuh"
 
@@ -169,6 +170,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 
   VTP_DYNAMIC_SHARED(memory);
   const AttendShared shared(memory, shape, count);
+  release_next_kernel();
   const RowShape& row_shape = shape.row;
 
   // The keys of this thread's group, and the one that it will hold products of.
@@ -247,6 +249,8 @@ __global__ void __launch_bounds__(kCombineThreads) combine(Shape shape, Workspac
   const float* split_sums = work.split_sum + row * shape.splits;
   const auto* outputs =
       reinterpret_cast<const float4*>(work.split_output) + row * shape.splits * quads + quad;
+  release_next_kernel();
+  await_earlier_kernels();
 
   float maximum = -INFINITY;
   for (int split = thread; split < shape.splits; split += kCombineThreads) {
@@ -506,14 +510,14 @@ __global__ void __launch_bounds__(kMaxThreads)
   // From the end: what `attend` read last is likeliest to be in the cache yet.
   const unsigned unit = gridDim.x - 1 - blockIdx.x;
   const int b = unit / shape.tiles, first = unit % shape.tiles * shape.tile_tokens();
-  const double* squares = work.squared + static_cast<int64_t>(b) * shape.heads;
-  double squared = lane_id() < shape.heads ? squares[lane_id()] : 0.0;
-
   const int group = shape.row.group_of_warp();
   const int place = group * kGroupTokens + shape.row.lane() % kGroupTokens;
   const int warp_first = first + (warp_id() >> shape.log_head_warps << shape.log_warp_tokens());
   const bool own_wanted = is_wanted(a, shape, b, warp_first + place);
   const unsigned wanted = __ballot_sync(kAllLanes, own_wanted);
+  await_earlier_kernels();
+  const double* squares = work.squared + static_cast<int64_t>(b) * shape.heads;
+  double squared = lane_id() < shape.heads ? squares[lane_id()] : 0.0;
   AlphaBeta sums = {0.0, 0.0};
   if (wanted != 0) {
     sums = compare_heads<T, Aligned>(a, shape, work, b, warp_first + group * kGroupTokens,
@@ -559,15 +563,16 @@ void token_contribution(const TokenContribution& a, void* workspace, Stream stre
   const Shape shape(a);
   const int64_t units = batch * shape.kv_heads * shape.splits * shape.chunks;
   const size_t sums = shape.warps() * shape.row.width() * sizeof(float);
+  OpStream ours(stream);
   with_type(a.query.dtype, [&](auto type) {
     with_bool(rows_are_aligned(a.key) && rows_are_aligned(a.value), [&](auto aligned) {
       using T = decltype(type);
       launch("token_contribution: attend", attend<T, aligned.value>, dim3(units), shape.threads(),
-             AttendShared::bytes(shape), stream, a, shape, work);
+             AttendShared::bytes(shape), ours, a, shape, work);
       launch("token_contribution: combine", combine, dim3(batch * shape.heads), kCombineThreads, 0,
-             stream, shape, work);
+             ours, shape, work);
       launch("token_contribution: compare", compare<T, aligned.value>, dim3(batch * shape.tiles),
-             shape.threads(), sums, stream, a, shape, work);
+             shape.threads(), sums, ours, a, shape, work);
     });
   });
 }
