@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "cuda_ops.h"
+#include "vtp/dependent_launch.cuh"
 #include "vtp/flash_tile.cuh"
 
 namespace vtp::cuda {
@@ -105,6 +106,7 @@ VTP_DEVICE void list_step(const Tokens& tokens, const Mask& visual, const Mask& 
 __global__ void __launch_bounds__(kListThreads)
     list_tokens_kernel(Tokens tokens, Mask visual, Mask valid) {
   VTP_SHARED(BlockScratch<int>, scratch);
+  release_next_kernel();
   Until until = {};
   for (int first = 0; first < tokens.length; first += kListStep) {
     list_step(tokens, visual, valid, first, until, scratch);
@@ -406,6 +408,7 @@ __global__ void __launch_bounds__(Tiling<T, Columns>::kThreads, Tiling<T, Column
   const int heads = static_cast<int>(p.query.size[1]);
   const int batch = static_cast<int>(blockIdx.x) / heads;
   const int head = static_cast<int>(blockIdx.x) % heads;
+  await_earlier_kernels();
   const Until total = p.tokens.until[(batch + int64_t{1}) * p.tokens.length - 1];
   const RowTile rows =
       find_tile<Tiling<T, Columns>::kRows>(p.tokens, total, static_cast<int>(blockIdx.y));
@@ -430,7 +433,7 @@ Tokens token_lists(const PassiveAttention& a, Pieces& pieces) {
 }
 
 template <class T, int Columns>
-void attend(const Problem<T>& problem, Stream stream) {
+void attend(const Problem<T>& problem, OpStream& stream) {
   using Tile = Tiling<T, Columns>;
   const int64_t batch_heads = problem.query.size[0] * problem.query.size[1];
   // Rows of three kinds, each of which may end in a partial tile.
@@ -441,7 +444,7 @@ void attend(const Problem<T>& problem, Stream stream) {
 }
 
 template <class T>
-void attend_all(const PassiveAttention& a, const Tokens& tokens, Stream stream) {
+void attend_all(const PassiveAttention& a, const Tokens& tokens, OpStream& stream) {
   const int64_t dim = a.query.size[3];
   Problem<T> problem;
   problem.query = view_as<const T>(a.query);
@@ -477,11 +480,10 @@ void passive_attention(const PassiveAttention& a, void* workspace, Stream stream
   if (batch == 0 || a.query.size[1] == 0 || length == 0) return;
   Pieces pieces(workspace);
   const Tokens tokens = token_lists(a, pieces);
+  OpStream ours(stream);
   launch("passive_attention lists", list_tokens_kernel, dim3(static_cast<unsigned>(batch)),
-         dim3(kListThreads), 0, stream, tokens, a.visual, a.valid);
-  with_type(a.query.dtype, [&](auto type) {
-    attend_all<decltype(type)>(a, tokens, stream);
-  });
+         dim3(kListThreads), 0, ours, tokens, a.visual, a.valid);
+  with_type(a.query.dtype, [&](auto type) { attend_all<decltype(type)>(a, tokens, ours); });
 }
 
 }  // namespace vtp::cuda
