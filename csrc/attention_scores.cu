@@ -15,6 +15,8 @@
 // have one order and nothing is added atomically: same bits on every run and in any batch.
 #include "cuda_ops.h"
 #include "vtp/attention_parts.cuh"
+#include "vtp/dependent_launch.cuh"
+#include "vtp/joined_ops.cuh"
 #include "vtp/key_tile.cuh"
 
 namespace vtp::cuda {
@@ -397,20 +399,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Chunks>)
   using Shared = PassShared<T, Chunks>;
   using Rows = RowTile<Shared::kRows>;
   VTP_SHARED(Shared, shared);
+  release_next_kernel();
   const Block block = block_of(p);
   const int first = (block.tile * kWarps + warp_id()) * Keys::kKeys;
   const int farthest = farthest_key(p.a, block.batch, shared.scratch);
   const unsigned wanted = wanted_keys<P>(p.a, block.batch, first, Keys::kKeys);
   if (!__syncthreads_or(wanted != 0)) {
+    await_earlier_kernels();
     if (P == Pass::statistics) write_no_statistics(p, block);
     return;
   }
 
+  if (p.parts.key_copy) await_earlier_kernels();  // else keys are given: there before the others
   const auto key = view_as<const T>(p.a.key);
   const unsigned read = wanted & bits_until(farthest, first);
   Keys keys;
   keys.load(key.at(block.batch, block.kv_head, first), key.stride[2], read,
             static_cast<int>(key.size[3]));
+  await_earlier_kernels();
   const Warp<T, Chunks> warp = {p, block, keys, first, bits_until(Keys::kKeys - 1, 0), read};
 
   Rows rows(p);
@@ -449,6 +455,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Chunks>)
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     align_rows(const View<const T, 4> source, T* target, int units) {
+  release_next_kernel();
+  await_earlier_kernels();
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t row = unit / units, heads = source.size[1], length = source.size[2];
   const int first = static_cast<int>(unit % units) * kVectorSize<T>;
@@ -468,6 +476,8 @@ using MergeShared = RowStatistic[kStatisticParts][kMergeRows];
 // What merged_softmax does, a thread for each of its parts.
 __global__ void __launch_bounds__(kMergeThreads) merge_statistics(const AttentionParts parts) {
   VTP_SHARED(MergeShared, shared);
+  release_next_kernel();
+  await_earlier_kernels();
   const int64_t blocks = divide_up(parts.rows, kMergeRows);
   const int64_t batch = blockIdx.x / blocks, row = blockIdx.x % blocks * kMergeRows + lane_id();
   RowStatistic part = no_logits();
@@ -495,13 +505,15 @@ constexpr int kFinishBlocks = 6;  // a multiprocessor: leaves the loads of a thr
 
 // A thread per key.
 __global__ void __launch_bounds__(kThreads, kFinishBlocks)
-    finish_scores(const AttentionScores a, const AttentionParts parts) {
+    finish_scores(const AttentionScores a, const AttentionParts parts, bool is_last) {
   VTP_SHARED(FinishShared, shared);
+  if (!is_last) release_next_kernel();
   const int64_t length = a.key.size[2], blocks = divide_up(length, kThreads);
   const int64_t batch = blockIdx.x / blocks;
   const int key = static_cast<int>(blockIdx.x % blocks * kThreads + threadIdx.x);
   const bool scored = is_scored(a, batch, key);
   const float factor = score_factor<kThreads>(a, batch, shared.scratch);
+  await_earlier_kernels();
   float total = 0.0f;
   if (parts.few_rows) {
     HeadTotal sum(a);
@@ -554,7 +566,7 @@ void* take_copy(const Floats<4>& x, Pieces& workspace) {
 }
 
 // Puts the copy in the place of `x`.
-void copy_rows(Floats<4>& x, void* copy, Stream stream) {
+void copy_rows(Floats<4>& x, void* copy, OpStream& stream) {
   if (rows_are_aligned(x)) return;
   const int64_t units = row_units(x), rows = x.size[0] * x.size[1] * x.size[2];
   with_type(x.dtype, [&](auto type) {
@@ -569,7 +581,7 @@ void copy_rows(Floats<4>& x, void* copy, Stream stream) {
 }
 
 template <Pass P>
-void launch_pass(const AttentionScores& a, const AttentionParts& parts, Stream stream) {
+void launch_pass(const AttentionScores& a, const AttentionParts& parts, OpStream& stream) {
   const int64_t group = a.query.size[1] / a.key.size[1], rows = a.query.size[2];
   const bool by_head = P == Pass::columns && a.head_reduce == HeadReduce::max;
   PassArguments p;
@@ -616,7 +628,7 @@ AttentionParts attention_parts(const AttentionScores& a, Pieces& workspace) {
 }
 
 void compute_attention_parts(const AttentionScores& given, const AttentionParts& parts,
-                             Stream stream) {
+                             OpStream& stream) {
   if (parts.rows == 0) return;
   AttentionScores a = given;
   copy_rows(a.query, parts.query_copy, stream);
@@ -637,12 +649,17 @@ size_t attention_scores_workspace(const AttentionScores& a) {
 }
 
 void attention_scores(const AttentionScores& a, void* workspace, Stream stream) {
+  OpStream ours(stream);
+  attention_scores(a, workspace, ours, true);
+}
+
+void attention_scores(const AttentionScores& a, void* workspace, OpStream& stream, bool is_last) {
   Pieces pieces(workspace);
   const AttentionParts parts = attention_parts(a, pieces);
   compute_attention_parts(a, parts, stream);
   const int64_t blocks = divide_up(a.key.size[2], kThreads) * a.query.size[0];
   launch("attention_scores", finish_scores, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0,
-         stream, a, parts);
+         stream, a, parts, is_last);
 }
 
 }  // namespace vtp::cuda

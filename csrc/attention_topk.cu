@@ -2,6 +2,8 @@
 // that selects makes them itself, which saves a launch and the wait for its last block.
 #include "cuda_ops.h"
 #include "vtp/attention_parts.cuh"
+#include "vtp/dependent_launch.cuh"
+#include "vtp/joined_ops.cuh"
 #include "vtp/select_row.cuh"
 
 namespace vtp::cuda {
@@ -25,8 +27,9 @@ __global__ void __launch_bounds__(kThreads)
   VTP_SHARED(Shared, shared);
   const int64_t batch = blockIdx.x;
   const int length = static_cast<int>(a.attention.key.size[2]);
-  if (parts.few_rows) load_row_weights<kThreads>(a.attention, parts, batch, 0, shared.weights);
   const float factor = score_factor<kThreads>(a.attention, batch, shared.scratch);
+  await_earlier_kernels();
+  if (parts.few_rows) load_row_weights<kThreads>(a.attention, parts, batch, 0, shared.weights);
   __syncthreads();
   float* scores = static_cast<float*>(a.attention.scores) + batch * length;
   for (int key = static_cast<int>(threadIdx.x); key < length; key += kThreads) {
@@ -55,14 +58,16 @@ size_t attention_topk_workspace(const AttentionTopk& a) {
 void attention_topk(const AttentionTopk& a, void* workspace, Stream stream) {
   Pieces pieces(workspace);
   const AttentionParts parts = attention_parts(a.attention, pieces);
+  OpStream ours(stream);
   if (!fits_one_block(a.attention, parts)) {
-    attention_scores(a.attention, workspace, stream);  // begins with the same parts
+    // Begins with the same parts.
+    attention_scores(a.attention, workspace, ours, false);
     const auto bytes = static_cast<int64_t>(select_topk_workspace(a.select));
-    return select_topk(a.select, pieces.take<char>(bytes), stream);
+    return select_topk(a.select, pieces.take<char>(bytes), ours);
   }
-  compute_attention_parts(a.attention, parts, stream);
+  compute_attention_parts(a.attention, parts, ours);
   launch("attention_topk", finish_and_select, dim3(static_cast<unsigned>(a.attention.query.size[0])),
-         dim3(kThreads), 0, stream, a, parts);
+         dim3(kThreads), 0, ours, a, parts);
 }
 
 }  // namespace vtp::cuda

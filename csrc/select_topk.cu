@@ -9,6 +9,8 @@
 // which add about 2000 of latency (load, census, two rounds of three barriers, writing): some 2 us
 // by that count, which no measurement backs.
 #include "cuda_ops.h"
+#include "vtp/dependent_launch.cuh"
+#include "vtp/joined_ops.cuh"
 #include "vtp/select_row.cuh"
 
 namespace vtp::cuda {
@@ -21,7 +23,9 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads) select_held(SelectTop
   VTP_SHARED(SelectScratch<Threads>, scratch);
   const ScoreRow<T> scores = {view_as<const T>(a.scores).at(blockIdx.x)};
   const int size = static_cast<int>(a.scores.size[1]);
-  select_held_row<Threads, KeysPerThread>(scores, size, select_row_of(a, blockIdx.x), scratch);
+  const SelectRow row = select_row_of(a, blockIdx.x);
+  await_earlier_kernels();
+  select_held_row<Threads, KeysPerThread>(scores, size, row, scratch);
 }
 
 template <int Threads, class T>
@@ -29,17 +33,19 @@ __global__ void __launch_bounds__(Threads) select_streamed(SelectTopk a) {
   VTP_SHARED(SelectScratch<Threads>, scratch);
   const ScoreRow<T> scores = {view_as<const T>(a.scores).at(blockIdx.x)};
   const int size = static_cast<int>(a.scores.size[1]);
-  select_streamed_row(scores, size, select_row_of(a, blockIdx.x), scratch);
+  const SelectRow row = select_row_of(a, blockIdx.x);
+  await_earlier_kernels();
+  select_streamed_row(scores, size, row, scratch);
 }
 
 template <int Threads, int KeysPerThread, class T>
-void launch_held(const SelectTopk& a, Stream stream) {
+void launch_held(const SelectTopk& a, OpStream& stream) {
   const dim3 grid(static_cast<unsigned>(a.scores.size[0]));
   launch("select_topk", select_held<Threads, KeysPerThread, T>, grid, Threads, 0, stream, a);
 }
 
 template <class T>
-void launch_select(const SelectTopk& a, Stream stream) {
+void launch_select(const SelectTopk& a, OpStream& stream) {
   const int64_t size = a.scores.size[1];
   if (size <= 256 * 4) return launch_held<256, 4, T>(a, stream);
   if (size <= 512 * 8) return launch_held<512, 8, T>(a, stream);
@@ -52,7 +58,12 @@ void launch_select(const SelectTopk& a, Stream stream) {
 
 size_t select_topk_workspace(const SelectTopk&) { return 0; }
 
-void select_topk(const SelectTopk& a, void*, Stream stream) {
+void select_topk(const SelectTopk& a, void* workspace, Stream stream) {
+  OpStream ours(stream);
+  select_topk(a, workspace, ours);
+}
+
+void select_topk(const SelectTopk& a, void*, OpStream& stream) {
   with_type(a.scores.dtype, [&](auto type) { launch_select<decltype(type)>(a, stream); });
 }
 

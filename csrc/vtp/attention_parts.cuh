@@ -77,7 +77,8 @@ struct AttentionParts {
 
 // Host. Puts on the stream whatever must run before scores can be finished.
 AttentionParts attention_parts(const AttentionScores& a, Pieces& workspace);
-void compute_attention_parts(const AttentionScores& a, const AttentionParts& parts, Stream stream);
+void compute_attention_parts(const AttentionScores& a, const AttentionParts& parts,
+                             OpStream& stream);
 
 constexpr int kStatisticParts = 8;
 
