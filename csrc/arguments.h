@@ -156,6 +156,12 @@ struct Inflection {
   int32_t* counts = nullptr;   // [B]
 };
 
+// inflection.curve views what `similarity` writes.
+struct ClsInflection {
+  CosineSimilarity similarity;
+  Inflection inflection;
+};
+
 // How far below the chord, as a share of the larger of its two ends, a curve may lie by rounding:
 // the epsilon of the scores' dtype; eight of float64, in which distances are computed, too.
 VTP_INLINE double chord_epsilon(DType dtype) {

@@ -48,8 +48,11 @@ class Cpu {
   }
   void run(const TokenContribution& a) const { cpu::token_contribution(a); }
   void run(const PassiveAttention& a) const { cpu::passive_attention(a); }
-  void run(const CosineSimilarity& a) const { cpu::cosine_similarity(a); }
   void run(const Inflection& a) const { cpu::inflection(a); }
+  void run(const ClsInflection& a) const {
+    cpu::cosine_similarity(a.similarity);
+    cpu::inflection(a.inflection);
+  }
   void run(const CompactRows& a) const { cpu::compact_rows(a); }
   void run_in_place(const CompactRows& a) const { cpu::compact_rows_in_place(a); }
 };

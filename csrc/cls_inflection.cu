@@ -1,10 +1,12 @@
-// The similarity of cls_inflection: cosine of every token and CLS. A warp reads a token once and
+// The cosine of every token and CLS, whose knee inflection.cu finds. A warp reads a token once and
 // takes its product with CLS and its norm; the norm of CLS comes along, its elements are at hand.
-// The knee is found by inflection.cu.
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
 #include "cuda_ops.h"
+#include "vtp/dependent_launch.cuh"
+#include "vtp/joined_ops.cuh"
 #include "vtp/row_dot.cuh"
 #include "vtp/vector.cuh"
 #include "vtp/warp.cuh"
@@ -58,11 +60,12 @@ VTP_DEVICE float dot(const float (&a)[Size], const float (&b)[Size], float sum) 
 
 template <class T, bool Aligned, int Tokens>
 __global__ void __launch_bounds__(kThreads, kBlocks<Tokens>)
-    similarities(CosineSimilarity a, unsigned parts) {
+    similarities(CosineSimilarity a, unsigned parts, bool is_last) {
   constexpr int kAtOnce = Tokens == 1 ? 4 : 2;  // units of a row under way
   const auto features = view_as<const T>(a.features);
   const int64_t b = blockIdx.x / parts, length = features.size[1];
   const int64_t first = (static_cast<int64_t>(blockIdx.x % parts) * kWarps + warp_id()) * Tokens;
+  if (!is_last) release_next_kernel();
   if (first >= length) return;
 
   const T* cls = view_as<const T>(a.cls).at(b);
@@ -115,11 +118,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Tokens>)
 
 size_t cosine_similarity_workspace(const CosineSimilarity&) { return 0; }
 
-void cosine_similarity(const CosineSimilarity& a, void*, Stream stream) {
+void cosine_similarity(const CosineSimilarity& a, void* workspace, Stream stream) {
+  OpStream ours(stream);
+  cosine_similarity(a, workspace, ours, true);
+}
+
+void cosine_similarity(const CosineSimilarity& a, void*, OpStream& stream, bool is_last) {
   const int64_t batch = a.features.size[0], length = a.features.size[1];
   const auto run = [&](const char* name, auto kernel, int tokens) {
     const int64_t parts = divide_up(length, kWarps * tokens);
-    launch(name, kernel, dim3(batch * parts), kThreads, 0, stream, a, parts);
+    launch(name, kernel, dim3(batch * parts), kThreads, 0, stream, a, parts, is_last);
   };
   with_type(a.features.dtype, [&](auto type) {
     using T = decltype(type);
@@ -131,6 +139,16 @@ void cosine_similarity(const CosineSimilarity& a, void*, Stream stream) {
       run("cosine_similarity: many tokens", similarities<T, true, kManyTokens>, kManyTokens);
     }
   });
+}
+
+size_t cls_inflection_workspace(const ClsInflection& a) {
+  return std::max(cosine_similarity_workspace(a.similarity), inflection_workspace(a.inflection));
+}
+
+void cls_inflection(const ClsInflection& a, void* workspace, Stream stream) {
+  OpStream ours(stream);
+  cosine_similarity(a.similarity, workspace, ours, false);
+  inflection(a.inflection, workspace, ours);
 }
 
 }  // namespace vtp::cuda

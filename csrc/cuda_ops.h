@@ -25,6 +25,7 @@ VTP_CUDA_OP(token_contribution, TokenContribution)
 VTP_CUDA_OP(passive_attention, PassiveAttention)
 VTP_CUDA_OP(cosine_similarity, CosineSimilarity)
 VTP_CUDA_OP(inflection, Inflection)
+VTP_CUDA_OP(cls_inflection, ClsInflection)
 VTP_CUDA_OP(compact_rows, CompactRows)
 VTP_CUDA_OP(compact_rows_in_place, CompactRows)
 

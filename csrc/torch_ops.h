@@ -465,14 +465,12 @@ struct Ops {
     return output;
   }
 
-  static std::tuple<Tensor, Tensor> inflection_of(const Device& device, const Floats<2>& curve,
-                                                  const Text& rule, int64_t min_keep,
-                                                  std::optional<int64_t> max_keep,
-                                                  double clip_quantile, double sensitivity,
-                                                  double mass) {
+  static Inflection inflection_of(const Floats<2>& curve, const Text& rule, int64_t min_keep,
+                                  std::optional<int64_t> max_keep, double clip_quantile,
+                                  double sensitivity, double mass) {
     Inflection a;
     a.curve = curve;
-    const auto [batch, length] = curve.size;
+    const int64_t length = curve.size[1];
     a.rule = static_cast<Rule>(rule.choose("rule", {"chord", "kneedle", "iqr", "mass"}));
     check(min_keep >= 0 && max_keep.value_or(0) >= 0, "min_keep and max_keep must be at least 0");
     check(clip_quantile > 0.0 && clip_quantile <= 1.0, "clip_quantile must be within (0, 1], got ",
@@ -482,9 +480,7 @@ struct Ops {
     a.clip_quantile = clip_quantile;
     a.sensitivity = sensitivity;
     a.mass = mass;
-    const auto selection = selected(device, batch, a);
-    device.run(a);
-    return selection;
+    return a;
   }
 
   static std::tuple<Tensor, Tensor> inflection(Tensor curve, StringHandle rule, int64_t min_keep,
@@ -493,8 +489,11 @@ struct Ops {
                                                double mass) {
     const Text rule_text(rule);
     const Device device(curve);
-    return inflection_of(device, Read(device).floats("curve", curve, {kAny, kAny}), rule_text,
-                         min_keep, max_keep, clip_quantile, sensitivity, mass);
+    Inflection a = inflection_of(Read(device).floats("curve", curve, {kAny, kAny}), rule_text,
+                                 min_keep, max_keep, clip_quantile, sensitivity, mass);
+    const auto selection = selected(device, a.curve.size[0], a);
+    device.run(a);
+    return selection;
   }
 
   static std::tuple<Tensor, Tensor, Tensor> cls_inflection(Tensor features, Tensor cls,
@@ -505,16 +504,17 @@ struct Ops {
     const Text rule_text(rule);
     const Device device(features);
     const Read read(device);
-    CosineSimilarity a;
-    a.features = read.floats("features", features, {kAny, kAny, kAny});
-    const auto [batch, length, channels] = a.features.size;
-    a.cls = read.floats_like("cls", cls, a.features.dtype, {batch, channels});
-    Tensor similarity = device.empty({batch, length}, score_dtype(a.features.dtype));
-    a.similarity = similarity.data_ptr();
+    ClsInflection a;
+    CosineSimilarity& s = a.similarity;
+    s.features = read.floats("features", features, {kAny, kAny, kAny});
+    const auto [batch, length, channels] = s.features.size;
+    s.cls = read.floats_like("cls", cls, s.features.dtype, {batch, channels});
+    Tensor similarity = device.empty({batch, length}, score_dtype(s.features.dtype));
+    s.similarity = similarity.data_ptr();
+    a.inflection = inflection_of(read.floats("similarity", similarity, {batch, length}), rule_text,
+                                 min_keep, max_keep, clip_quantile, sensitivity, mass);
+    const auto [indices, counts] = selected(device, batch, a.inflection);
     device.run(a);
-    const auto [indices, counts] =
-        inflection_of(device, read.floats("similarity", similarity, {batch, length}), rule_text,
-                      min_keep, max_keep, clip_quantile, sensitivity, mass);
     return {indices, counts, similarity};
   }
 
@@ -633,8 +633,8 @@ class CudaKernels : public Memory {
   VTP_RUN(select_topk, SelectTopk)
   VTP_RUN(token_contribution, TokenContribution)
   VTP_RUN(passive_attention, PassiveAttention)
-  VTP_RUN(cosine_similarity, CosineSimilarity)
   VTP_RUN(inflection, Inflection)
+  VTP_RUN(cls_inflection, ClsInflection)
   VTP_RUN(compact_rows, CompactRows)
 #undef VTP_RUN
 
