@@ -100,25 +100,30 @@ struct QueryRow {
   }
 };
 
-// The statistics pass has no use for the softmax.
+// What a row's constants are made of, as it lies in memory.
 template <Pass P>
-VTP_DEVICE RowWeight load_row_weight(const PassArguments& p, const Block& block, QueryRow row) {
-  RowWeight weight = {0.0f, 1.0f, last_key(p.a, block.batch, row.head, row.m)};
-  if (P == Pass::columns && weight.last >= 0) {
-    if (p.a.lse) {
-      weight.base = kLog2e * *view_as<const float>(p.a.lse).at(block.batch, row.head, row.m);
-    } else {
+struct RawWeight {
+  RowSight sight;
+  RowSoftmax softmax;
+
+  VTP_DEVICE void load(const PassArguments& p, const Block& block, QueryRow row) {
+    sight.load(p.a, block.batch, row.head, row.m);
+    softmax = {0.0f, 1.0f};  // the statistics pass has no use for it
+    if (P == Pass::columns && !p.a.lse) {
       const int64_t number = row.head * p.a.query.size[2] + row.m;
-      const RowSoftmax softmax = p.parts.softmax[block.batch * p.parts.rows + number];
-      weight.base = softmax.base;
-      weight.share = softmax.share;
+      softmax = p.parts.softmax[block.batch * p.parts.rows + number];
     }
   }
-  return weight;
-}
+
+  VTP_DEVICE RowWeight weight(const PassArguments& p) const {
+    const float base = P == Pass::columns && p.a.lse ? kLog2e * sight.lse : softmax.base;
+    return {base, softmax.share, sight.last_key(p.a)};
+  }
+};
 
 // A thread's share of a tile of query rows on its way to shared memory: four units of 16 bytes, and
-// one row's constants. Between load and store lies the work on the tile before.
+// what makes one row's constants. Between load and store lies the work on the tile before, so what
+// is loaded is not looked at.
 template <class T, int Chunks, Pass P>
 struct Staged {
   using Keys = KeyTile<T, Chunks>;
@@ -129,7 +134,7 @@ struct Staged {
   static_assert(kWarps % Shared::kSteps == 0 && Chunks % kWarpsPerStep == 0);
 
   int4 unit[kChunks][Keys::kLaneQueries];
-  RowWeight weight;
+  RawWeight<P> weight;
 
   static VTP_DEVICE int step() { return warp_id() / kWarpsPerStep; }
   static VTP_DEVICE int chunk(int c) { return warp_id() % kWarpsPerStep * kChunks + c; }
@@ -150,19 +155,20 @@ struct Staged {
         if (exists && first < dim) unit[c][i] = *reinterpret_cast<const int4*>(source + first);
       }
     }
-    weight = {0.0f, 0.0f, -1};
     const int row = static_cast<int>(threadIdx.x);
-    if (row < rows.count) {
-      weight = load_row_weight<P>(p, block, QueryRow(p, block, rows.first + row));
-    }
+    if (row < rows.count) weight.load(p, block, QueryRow(p, block, rows.first + row));
   }
 
-  VTP_DEVICE void store(Shared& shared, int buffer) const {
+  VTP_DEVICE void store(const PassArguments& p, Shared& shared, const Rows& rows,
+                        int buffer) const {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       Keys::store_query(shared.queries[buffer][step()], chunk(c), unit[c]);
     }
-    if (threadIdx.x < Shared::kRows) shared.weights[buffer][threadIdx.x] = weight;
+    const int row = static_cast<int>(threadIdx.x);
+    if (row < Shared::kRows) {
+      shared.weights[buffer][row] = row < rows.count ? weight.weight(p) : RowWeight{0.0f, 0.0f, -1};
+    }
   }
 };
 
@@ -422,7 +428,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Chunks>)
   Rows rows(p);
   Staged<T, Chunks, P> staged;
   staged.load(p, block, rows);
-  staged.store(shared, 0);
+  staged.store(p, shared, rows, 0);
   __syncthreads();
   float sum[Keys::kGroups][2] = {}, column[Keys::kGroups][2] = {};
   for (int buffer = 0; rows.exists(p); buffer = 1 - buffer) {
@@ -440,7 +446,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Chunks>)
       }
     }
     if (P == Pass::columns && rows.ends_segment()) end_segment(sum, column);
-    if (next.exists(p)) staged.store(shared, 1 - buffer);
+    if (next.exists(p)) staged.store(p, shared, next, 1 - buffer);
     __syncthreads();  // the next tile is there, and this one's statistics are
     if (P == Pass::statistics) write_statistics(p, block, rows, shared.statistics[buffer]);
     rows = next;
@@ -471,9 +477,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 constexpr int kMergeRows = kWarp, kMergeThreads = kMergeRows * kStatisticParts;
+constexpr int kMergeLoads = 8;  // of a thread under way at once
 using MergeShared = RowStatistic[kStatisticParts][kMergeRows];
 
-// What merged_softmax does, a thread for each of its parts.
+// What RawSoftmax does, a thread for each of its parts.
 __global__ void __launch_bounds__(kMergeThreads) merge_statistics(const AttentionParts parts) {
   VTP_SHARED(MergeShared, shared);
   release_next_kernel();
@@ -483,9 +490,16 @@ __global__ void __launch_bounds__(kMergeThreads) merge_statistics(const Attentio
   RowStatistic part = no_logits();
   if (row < parts.rows) {
     const RowStatistic* statistic = parts.statistics + batch * parts.tiles * parts.rows + row;
-#pragma unroll 8
-    for (int tile = warp_id(); tile < parts.tiles; tile += kStatisticParts) {
-      part = merge(part, statistic[tile * parts.rows]);
+    for (int tile = warp_id(); tile < parts.tiles; tile += kMergeLoads * kStatisticParts) {
+      RowStatistic read[kMergeLoads];
+#pragma unroll
+      for (int i = 0; i < kMergeLoads; ++i) {
+        const int64_t at = tile + i * kStatisticParts;
+        read[i] = no_logits();
+        if (at < parts.tiles) read[i] = statistic[at * parts.rows];
+      }
+#pragma unroll
+      for (int i = 0; i < kMergeLoads; ++i) part = merge(part, read[i]);
     }
   }
   shared[warp_id()][lane_id()] = part;
@@ -511,9 +525,11 @@ __global__ void __launch_bounds__(kThreads, kFinishBlocks)
   const int64_t length = a.key.size[2], blocks = divide_up(length, kThreads);
   const int64_t batch = blockIdx.x / blocks;
   const int key = static_cast<int>(blockIdx.x % blocks * kThreads + threadIdx.x);
-  const bool scored = is_scored(a, batch, key);
+  KeyMasks masks;
+  masks.load(a, batch, key);
   const float factor = score_factor<kThreads>(a, batch, shared.scratch);
   await_earlier_kernels();
+  const bool scored = masks.is_scored();
   float total = 0.0f;
   if (parts.few_rows) {
     HeadTotal sum(a);

@@ -33,7 +33,11 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   float* scores = static_cast<float*>(a.attention.scores) + batch * length;
   for (int key = static_cast<int>(threadIdx.x); key < length; key += kThreads) {
-    scores[key] = finished_score(a.attention, parts, batch, key, shared.weights, factor);
+    KeyMasks masks;
+    masks.load(a.attention, batch, key);
+    scores[key] = masks.is_scored()
+                      ? finished_score(a.attention, parts, batch, key, shared.weights, factor)
+                      : 0.0f;
   }
   __syncthreads();
   select_held_row<kThreads, kKeysPerThread>(ScoreRow<float>{scores}, length,

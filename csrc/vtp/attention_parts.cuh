@@ -13,7 +13,7 @@
 namespace vtp::cuda {
 
 // Of some logits: the largest and the sum of 2^(logit - maximum). A NaN shows in the sum alone.
-struct RowStatistic {
+struct alignas(8) RowStatistic {
   float maximum, sum;
 };
 
@@ -44,21 +44,40 @@ struct alignas(16) RowWeight {
   int last;  // the last key the row attends to; -1: none
 };
 
-// The last key that query row m of a head attends to; -1 also where the row does not count.
-VTP_DEVICE int last_key(const AttentionScores& a, int64_t batch, int64_t head, int64_t m) {
-  if (a.query_valid && !*a.query_valid.at(batch, m)) return -1;
-  if (a.lse && *view_as<const float>(a.lse).at(batch, head, m) == -INFINITY) return -1;
-  const int64_t end = a.key.size[2] - 1;
-  if (!a.query_positions) return static_cast<int>(end);
-  const int64_t position = *a.query_positions.at(batch, m);
-  return static_cast<int>(position < -1 ? -1 : position < end ? position : end);
-}
+// What decides how far query row m of a head sees, as it lies in memory. It is asked for at once
+// and looked at later: a value that is tested where it is loaded holds up the loads behind it.
+struct RowSight {
+  uint8_t valid;
+  float lse;
+  int64_t position;
 
-// Whether a key gets a score other than 0.
-VTP_DEVICE bool is_scored(const AttentionScores& a, int64_t batch, int64_t key) {
-  return key < a.key.size[2] && *a.candidates.at(batch, key) &&
-         (!a.valid || *a.valid.at(batch, key));
-}
+  VTP_DEVICE void load(const AttentionScores& a, int64_t batch, int64_t head, int64_t m) {
+    if (a.query_valid) valid = a.query_valid.at(batch, m)->byte;
+    if (a.lse) lse = *view_as<const float>(a.lse).at(batch, head, m);
+    if (a.query_positions) position = *a.query_positions.at(batch, m);
+  }
+
+  // The last key the row attends to; -1 also where the row does not count.
+  VTP_DEVICE int last_key(const AttentionScores& a) const {
+    if ((a.query_valid && valid == 0) || (a.lse && lse == -INFINITY)) return -1;
+    const int64_t end = a.key.size[2] - 1;
+    if (!a.query_positions || position > end) return static_cast<int>(end);
+    return position < -1 ? -1 : static_cast<int>(position);
+  }
+};
+
+// The same for a key: whether it gets a score other than 0.
+struct KeyMasks {
+  uint8_t candidate, valid;
+
+  VTP_DEVICE void load(const AttentionScores& a, int64_t batch, int64_t key) {
+    const bool exists = key < a.key.size[2];
+    candidate = exists ? a.candidates.at(batch, key)->byte : 0;
+    valid = exists && a.valid ? a.valid.at(batch, key)->byte : 1;
+  }
+
+  VTP_DEVICE bool is_scored() const { return candidate != 0 && valid != 0; }
+};
 
 // NaN wins, as in torch.
 VTP_DEVICE float larger(float a, float b) { return b > a || b != b ? b : a; }
@@ -82,24 +101,36 @@ void compute_attention_parts(const AttentionScores& a, const AttentionParts& par
 
 constexpr int kStatisticParts = 8;
 
-// A row's statistics of all key tiles. Part i takes tiles i, i + 8, ...; parts are merged in order.
-// One thread does it where tiles are few; merge_statistics (attention_scores.cu) gives every part a
-// thread, with the same result.
-VTP_DEVICE RowSoftmax merged_softmax(const AttentionParts& parts, int64_t batch, int64_t row) {
+// A row's softmax as it lies in memory: ready, or the statistics of all key tiles. Part i takes
+// tiles i, i + 8, ...; parts are merged in order. Where there are no more than 8 tiles one thread
+// does it; merge_statistics (attention_scores.cu) gives every part a thread, with the same result:
+// to merge with no_logits() changes no bit.
+struct RawSoftmax {
+  RowSoftmax softmax;
   RowStatistic part[kStatisticParts];
-#pragma unroll
-  for (int i = 0; i < kStatisticParts; ++i) part[i] = no_logits();
-  const RowStatistic* statistic = parts.statistics + batch * parts.tiles * parts.rows + row;
-  for (int tile = 0; tile < parts.tiles; tile += kStatisticParts) {
+
+  // Nothing but loads, so that they overlap.
+  VTP_DEVICE void load(const AttentionParts& parts, int64_t batch, int64_t row) {
+    if (parts.softmax) {
+      softmax = parts.softmax[batch * parts.rows + row];
+      return;
+    }
+    const RowStatistic* statistic = parts.statistics + batch * parts.tiles * parts.rows + row;
 #pragma unroll
     for (int i = 0; i < kStatisticParts; ++i) {
-      if (tile + i < parts.tiles) part[i] = merge(part[i], statistic[(tile + i) * parts.rows]);
+      part[i] = no_logits();
+      if (i < parts.tiles) part[i] = statistic[i * parts.rows];
     }
   }
+
+  VTP_DEVICE RowSoftmax value(const AttentionParts& parts) const {
+    if (parts.softmax) return softmax;
+    RowStatistic merged = part[0];
 #pragma unroll
-  for (int i = 1; i < kStatisticParts; ++i) part[0] = merge(part[0], part[i]);
-  return softmax_of(part[0]);
-}
+    for (int i = 1; i < kStatisticParts; ++i) merged = merge(merged, part[i]);
+    return softmax_of(merged);
+  }
+};
 
 constexpr int kWeightRows = 512;  // of which the constants fit into shared memory at a time
 using RowWeights = RowWeight[kWeightRows];
@@ -108,14 +139,17 @@ using RowWeights = RowWeight[kWeightRows];
 template <int Threads>
 VTP_DEVICE void load_row_weights(const AttentionScores& a, const AttentionParts& parts,
                                  int64_t batch, int64_t first, RowWeights& weights) {
-  const int64_t queries = a.query.size[2];
+  const auto queries = static_cast<unsigned>(a.query.size[2]);
   for (int i = static_cast<int>(threadIdx.x); i < kWeightRows; i += Threads) {
     const int64_t row = first + i;
     if (row >= parts.rows) break;
-    const RowSoftmax softmax = parts.softmax ? parts.softmax[batch * parts.rows + row]
-                                             : merged_softmax(parts, batch, row);
-    const int last = last_key(a, batch, row / queries, row % queries);
-    weights[i] = {softmax.base, softmax.share, last};
+    const auto number = static_cast<unsigned>(row);
+    RawSoftmax raw;
+    raw.load(parts, batch, row);
+    RowSight sight;
+    sight.load(a, batch, number / queries, number % queries);
+    const RowSoftmax softmax = raw.value(parts);
+    weights[i] = {softmax.base, softmax.share, sight.last_key(a)};
   }
 }
 
@@ -187,10 +221,9 @@ VTP_DEVICE float reduce_columns(const AttentionScores& a, const AttentionParts& 
   return total;
 }
 
-// A key's score where all rows' constants are at hand, at most kWeightRows.
+// The score of a key that gets one, where all rows' constants are at hand, at most kWeightRows.
 VTP_DEVICE float finished_score(const AttentionScores& a, const AttentionParts& parts,
                                 int64_t batch, int key, const RowWeights& weights, float factor) {
-  if (!is_scored(a, batch, key)) return 0.0f;
   if (!parts.few_rows) return reduce_columns(a, parts, batch, key) * factor;
   HeadTotal sum(a);
   add_rows(parts, batch, 0, static_cast<int>(parts.rows), weights, key, sum);

@@ -6,12 +6,36 @@
 
 namespace vtp::cuda {
 
+// An int32 or int64 as it lies in memory: to widen it where it is loaded would wait for it, before
+// anything else is asked for.
+struct RawInteger {
+  int low, high;
+  bool is_int64;
+
+  VTP_DEVICE static RawInteger of(int64_t x) {
+    return {static_cast<int>(x), static_cast<int>(x >> 32), true};
+  }
+
+  VTP_DEVICE static RawInteger load(const Integers<1>& integers, int64_t i) {
+    const int* at = static_cast<const int*>(integers.data);
+    at += i * integers.stride[0] * (integers.is_int64 ? 2 : 1);
+    return {at[0], integers.is_int64 ? at[1] : 0, integers.is_int64};
+  }
+
+  VTP_DEVICE int64_t value() const {
+    const auto bits = static_cast<uint64_t>(static_cast<uint32_t>(high)) << 32 |
+                      static_cast<uint32_t>(low);
+    return is_int64 ? static_cast<int64_t>(bits) : low;
+  }
+};
+
 // One row of a SelectTopk, but for the scores.
 struct SelectRow {
   const MaskByte *candidates, *keep;  // null: all, none
   bool has_threshold;
   float threshold;
-  int64_t k, capacity;
+  RawInteger k;
+  int64_t capacity;
   int64_t* indices;
   int32_t* count;
 };
@@ -21,7 +45,7 @@ VTP_DEVICE SelectRow select_row_of(const SelectTopk& a, int64_t row) {
           a.keep ? a.keep.at(row) : nullptr,
           a.has_threshold,
           static_cast<float>(a.threshold),
-          a.k_per_row ? a.k_per_row.at(row) : a.k,
+          a.k_per_row ? RawInteger::load(a.k_per_row, row) : RawInteger::of(a.k),
           a.capacity,
           a.indices + row * a.capacity,
           a.counts + row};
@@ -57,8 +81,11 @@ class SelectSource {
     for (int i = 0; i < Count; ++i) {
       batch.scores[i] = i * kWarp < inside ? score_(token + i * kWarp) : 0.0f;
     }
-    batch.candidates = candidates_ ? fetch_bits<Count>(candidates_ + token, inside) : ~0u;
-    batch.kept = keep_ ? fetch_bits<Count>(keep_ + token, inside) : 0;
+    unsigned candidate[Count], kept[Count];
+    fetch_bytes(candidates_, token, inside, candidate);
+    fetch_bytes(keep_, token, inside, kept);
+    batch.candidates = bits_of(candidate) | (candidates_ ? 0 : ~0u);
+    batch.kept = bits_of(kept);
     return batch;
   }
 
@@ -71,14 +98,24 @@ class SelectSource {
 
  private:
   template <int Count>
-  VTP_DEVICE static unsigned fetch_bits(const MaskByte* mask, int inside) {
+  VTP_DEVICE static void fetch_bytes(const MaskByte* mask, int token, int inside,
+                                     unsigned (&bytes)[Count]) {
+    if (mask == nullptr) inside = 0;
+#pragma unroll
+    for (int i = 0; i < Count; ++i) {
+      bytes[i] = i * kWarp < inside ? mask[token + i * kWarp].byte : 0;
+    }
+  }
+
+  // Which bytes are not 0.
+  template <int Count>
+  VTP_DEVICE static unsigned bits_of(const unsigned (&bytes)[Count]) {
     static_assert(Count <= 24);
     unsigned bits = 0;
 #pragma unroll
     for (int i = 0; i < Count; ++i) {
-      // Bit 8 of 255 more says whether a byte is 0. Compared, each would be waited for by itself.
-      const unsigned byte = i * kWarp < inside ? mask[i * kWarp].byte : 0u;
-      bits |= ((byte << i) + (255u << i)) & (256u << i);
+      // Bit 8 of 255 more says so. Compared, each would be waited for by itself.
+      bits |= ((bytes[i] << i) + (255u << i)) & (256u << i);
     }
     return bits >> 8;
   }
@@ -93,7 +130,8 @@ class SelectSource {
 template <int Threads, class Keys>
 VTP_DEVICE void select_from(const Keys& keys, const Census& census, const SelectRow& row,
                             SelectScratch<Threads>& scratch) {
-  int64_t need = row.k < 0 ? 0 : row.k;
+  int64_t need = row.k.value();
+  if (need < 0) need = 0;
   if (need > census.competing) need = census.competing;
   if (need > row.capacity - census.kept) need = row.capacity - census.kept;
   const int64_t count = census.kept + need;
@@ -119,7 +157,7 @@ VTP_DEVICE void select_row(const Score& score, const SelectRow& row, const MakeK
     const Census census = take_census(keys, scratch);
     if (census.kept <= row.capacity) return select_from(keys, census, rest, scratch);
     source.let_kept_compete();
-    rest.k = row.capacity;
+    rest.k = RawInteger::of(row.capacity);
     __syncthreads();  // all have read the census
   }
 }
