@@ -13,6 +13,10 @@
 // lane's own. Writing and reading back the logits of 16 rows moves 128 bytes a key, no more than K
 // itself does at D = 64; more rows are cheaper to compute twice. Block sizes are constants, sums
 // have one order and nothing is added atomically: same bits on every run and in any batch.
+//
+// A block asks for its keys, their masks and its first query rows at once and looks at none of them
+// before that. Keys wait for their masks only where that spares reading them from DRAM; positions
+// of query rows say what counts, not what is read.
 #include "cuda_ops.h"
 #include "vtp/attention_parts.cuh"
 #include "vtp/dependent_launch.cuh"
@@ -59,7 +63,6 @@ struct PassShared {
   int4 queries[2][kSteps][Keys::kQueryUnits];
   RowWeight weights[2][kRows];
   RowStatistic statistics[2][kWarps][kRows];
-  BlockScratch<int> scratch;
 };
 
 // --- query rows -------------------------------------------------------------------------------
@@ -174,36 +177,46 @@ struct Staged {
 
 // --- keys -------------------------------------------------------------------------------------
 
-// By a whole block: the last key any query row attends to.
-VTP_DEVICE int farthest_key(const AttentionScores& a, int64_t batch, BlockScratch<int>& scratch) {
-  const int end = static_cast<int>(a.key.size[2]) - 1;
-  if (!a.query_positions) return end;
-  int farthest = -1;
-  for (int64_t m = threadIdx.x; m < a.query_positions.size[1]; m += kThreads) {
-    const int64_t position = *a.query_positions.at(batch, m);
-    if (position > farthest) farthest = position < end ? static_cast<int>(position) : end;
-  }
-  return block_reduce<kThreads>(farthest, Max{}, scratch);
-}
-
 // The bits of keys up to `last`, of those from `first` on.
 VTP_DEVICE unsigned bits_until(int last, int first) {
   const int count = last - first + 1;
   return count <= 0 ? 0 : count >= kWarp ? kAllLanes : (1u << count) - 1;
 }
 
-// By a whole warp: which of its keys the pass has to do with, a bit each.
+// A warp's keys, a lane each.
 template <Pass P>
-VTP_DEVICE unsigned wanted_keys(const AttentionScores& a, int64_t batch, int first, int count) {
-  const int key = first + lane_id();
-  const bool exists = lane_id() < count && key < a.key.size[2];
-  bool candidate = true, valid = true;
-  if (P == Pass::columns || a.candidates_only) {
-    candidate = exists && *a.candidates.at(batch, key);
+struct WarpKeys {
+  bool exists;
+  KeyMasks masks;  // 1 where the pass does not ask
+
+  // What is masked is not read, but where the pass before has just read K: from L2 it comes no
+  // later than the masks.
+  static VTP_DEVICE bool masks_come_first(const AttentionScores& a) {
+    return P == Pass::statistics ? a.valid || a.candidates_only : static_cast<bool>(a.lse);
   }
-  if (a.valid) valid = exists && *a.valid.at(batch, key);
-  return __ballot_sync(kAllLanes, exists && candidate && valid);
-}
+
+  VTP_DEVICE WarpKeys(const AttentionScores& a, int first, int count)
+      : exists(lane_id() < count && first + lane_id() < a.key.size[2]), masks{1, 1} {}
+
+  VTP_DEVICE void load_masks(const AttentionScores& a, int64_t batch, int first) {
+    const int key = first + lane_id();
+    if (exists && (P == Pass::columns || a.candidates_only)) {
+      masks.candidate = a.candidates.at(batch, key)->byte;
+    }
+    if (exists && a.valid) masks.valid = a.valid.at(batch, key)->byte;
+  }
+
+  // Whether the pass has to do with the lane's own.
+  VTP_DEVICE bool is_wanted() const { return exists && masks.is_scored(); }
+
+  // A bit for each that it has to do with.
+  VTP_DEVICE unsigned wanted() const { return __ballot_sync(kAllLanes, is_wanted()); }
+
+  // The same for those to read.
+  VTP_DEVICE unsigned read(const AttentionScores& a) const {
+    return masks_come_first(a) ? wanted() : __ballot_sync(kAllLanes, exists);
+  }
+};
 
 // --- the pass ---------------------------------------------------------------------------------
 
@@ -217,7 +230,7 @@ struct Warp {
   const Block& block;
   const Keys& keys;
   int first;
-  unsigned all, read;  // bits of the keys: those there are, those that were read
+  unsigned all, wanted;  // bits of the keys: a whole tile's, those the pass has to do with
 
   // Which keys the lane's rows attend to. The bit of the lane's key (n, j) is 8 n + j.
   struct Attends {
@@ -234,7 +247,7 @@ struct Warp {
     bool any = false, every = true;
 #pragma unroll
     for (int i = 0; i < kLaneQueries; ++i) {
-      const unsigned bits = read & bits_until(weights[Keys::query_of(i)].last, first);
+      const unsigned bits = wanted & bits_until(weights[Keys::query_of(i)].last, first);
       any = any || bits != 0;
       every = every && bits == all;
       attends.keys[i] = bits >> Keys::key_of(0, 0);
@@ -408,28 +421,26 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Chunks>)
   release_next_kernel();
   const Block block = block_of(p);
   const int first = (block.tile * kWarps + warp_id()) * Keys::kKeys;
-  const int farthest = farthest_key(p.a, block.batch, shared.scratch);
-  const unsigned wanted = wanted_keys<P>(p.a, block.batch, first, Keys::kKeys);
-  if (!__syncthreads_or(wanted != 0)) {
-    await_earlier_kernels();
-    if (P == Pass::statistics) write_no_statistics(p, block);
-    return;
-  }
-
+  WarpKeys<P> own(p.a, first, Keys::kKeys);
+  if (own.masks_come_first(p.a)) own.load_masks(p.a, block.batch, first);
   if (p.parts.key_copy) await_earlier_kernels();  // else keys are given: there before the others
   const auto key = view_as<const T>(p.a.key);
-  const unsigned read = wanted & bits_until(farthest, first);
   Keys keys;
-  keys.load(key.at(block.batch, block.kv_head, first), key.stride[2], read,
+  keys.load(key.at(block.batch, block.kv_head, first), key.stride[2], own.read(p.a),
             static_cast<int>(key.size[3]));
+  if (!own.masks_come_first(p.a)) own.load_masks(p.a, block.batch, first);
   await_earlier_kernels();
-  const Warp<T, Chunks> warp = {p, block, keys, first, bits_until(Keys::kKeys - 1, 0), read};
-
   Rows rows(p);
   Staged<T, Chunks, P> staged;
   staged.load(p, block, rows);
+
   staged.store(p, shared, rows, 0);
-  __syncthreads();
+  if (!__syncthreads_or(own.is_wanted())) {
+    if (P == Pass::statistics) write_no_statistics(p, block);
+    return;
+  }
+  const unsigned all = bits_until(Keys::kKeys - 1, 0);
+  const Warp<T, Chunks> warp = {p, block, keys, first, all, own.wanted()};
   float sum[Keys::kGroups][2] = {}, column[Keys::kGroups][2] = {};
   for (int buffer = 0; rows.exists(p); buffer = 1 - buffer) {
     const Rows next = rows.next(p);
