@@ -488,10 +488,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 constexpr int kMergeRows = kWarp, kMergeThreads = kMergeRows * kStatisticParts;
-constexpr int kMergeLoads = 8;  // of a thread under way at once
 using MergeShared = RowStatistic[kStatisticParts][kMergeRows];
 
-// What RawSoftmax does, a thread for each of its parts.
+// A thread for each part of a row.
 __global__ void __launch_bounds__(kMergeThreads) merge_statistics(const AttentionParts parts) {
   VTP_SHARED(MergeShared, shared);
   release_next_kernel();
@@ -499,20 +498,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_statistics(const Attentio
   const int64_t blocks = divide_up(parts.rows, kMergeRows);
   const int64_t batch = blockIdx.x / blocks, row = blockIdx.x % blocks * kMergeRows + lane_id();
   RowStatistic part = no_logits();
-  if (row < parts.rows) {
-    const RowStatistic* statistic = parts.statistics + batch * parts.tiles * parts.rows + row;
-    for (int tile = warp_id(); tile < parts.tiles; tile += kMergeLoads * kStatisticParts) {
-      RowStatistic read[kMergeLoads];
-#pragma unroll
-      for (int i = 0; i < kMergeLoads; ++i) {
-        const int64_t at = tile + i * kStatisticParts;
-        read[i] = no_logits();
-        if (at < parts.tiles) read[i] = statistic[at * parts.rows];
-      }
-#pragma unroll
-      for (int i = 0; i < kMergeLoads; ++i) part = merge(part, read[i]);
-    }
-  }
+  if (row < parts.rows) part = merged_part(parts, batch, row, warp_id());
   shared[warp_id()][lane_id()] = part;
   __syncthreads();
   if (warp_id() > 0 || row >= parts.rows) return;

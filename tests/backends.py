@@ -5,14 +5,15 @@ import os
 import pytest
 import torch
 
-from emulator import serving
+from emulator import cases, serving
 from vtp_kernels.ops._dispatch import BACKENDS, why_not
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def runs(op: str) -> list:
-    """Parameters (device, backend, emulated) of every run of a test of `op`."""
+    """Parameters (device, backend, emulated) of every run of a test of `op`; emulated is False or
+    the architecture that is emulated."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     found = [
         pytest.param(
@@ -25,5 +26,7 @@ def runs(op: str) -> list:
         if why_not(op, backend, device) is None
     ]
     if serving.why_not() is None and why_not(op, "native", "cpu") is None and not INTERPRETED:
-        found.append(pytest.param("cpu", "native", True, id="emulated"))
+        for architecture in cases.ARCHITECTURES.get(op, (90,)):
+            name = "emulated" if architecture == 90 else f"emulated-sm_{architecture}"
+            found.append(pytest.param("cpu", "native", architecture, id=name))
     return found

@@ -3,7 +3,8 @@
 A test that takes `backend` (and `device`) runs once for every backend that can serve the module's
 `OP`, on the CPU and on a GPU where there is one. Adding a backend adds no test code. The CUDA
 kernels run on any machine: under the id "emulated", the native backend's CPU calls go to their
-unchanged source on the emulator of tests/emulator. That checks their logic, not a GPU. Triton does
+unchanged source on the emulator of tests/emulator, and under "emulated-sm_80" to the kernels that
+older GPUs get in the place of some. That checks their logic, not a GPU. Triton does
 the same for its kernels in a process of its own, with TRITON_INTERPRET=1: "cpu-triton".
 
 Inputs differ from run to run. A failure prints the seed; VTP_TEST_SEED=<seed> repeats the run.
@@ -64,7 +65,7 @@ def emulated(request):
     if not getattr(request, "param", False):
         yield False
         return
-    with serving.serving():
+    with serving.serving(request.param):
         yield True
 
 

@@ -101,10 +101,30 @@ void compute_attention_parts(const AttentionScores& a, const AttentionParts& par
 
 constexpr int kStatisticParts = 8;
 
-// A row's softmax as it lies in memory: ready, or the statistics of all key tiles. Part i takes
-// tiles i, i + 8, ...; parts are merged in order. Where there are no more than 8 tiles one thread
-// does it; merge_statistics (attention_scores.cu) gives every part a thread, with the same result:
-// to merge with no_logits() changes no bit.
+constexpr int kStatisticLoads = 8;  // of one thread, under way at once
+
+// The statistics of a row in tiles part, part + 8, ...: its parts are merged in order, whoever does
+// it, so that all get the same softmax.
+VTP_DEVICE RowStatistic merged_part(const AttentionParts& parts, int64_t batch, int64_t row,
+                                    int part) {
+  const RowStatistic* statistic = parts.statistics + batch * parts.tiles * parts.rows + row;
+  RowStatistic merged = no_logits();
+  for (int tile = part; tile < parts.tiles; tile += kStatisticLoads * kStatisticParts) {
+    RowStatistic read[kStatisticLoads];
+#pragma unroll
+    for (int i = 0; i < kStatisticLoads; ++i) {
+      const int64_t at = tile + i * kStatisticParts;
+      read[i] = no_logits();
+      if (at < parts.tiles) read[i] = statistic[at * parts.rows];
+    }
+#pragma unroll
+    for (int i = 0; i < kStatisticLoads; ++i) merged = merge(merged, read[i]);
+  }
+  return merged;
+}
+
+// A row's softmax as it lies in memory: ready, or the statistics of no more than 8 tiles, each a
+// part of its own. To merge with no_logits() changes no bit.
 struct RawSoftmax {
   RowSoftmax softmax;
   RowStatistic part[kStatisticParts];
@@ -150,6 +170,42 @@ VTP_DEVICE void load_row_weights(const AttentionScores& a, const AttentionParts&
     sight.load(a, batch, number / queries, number % queries);
     const RowSoftmax softmax = raw.value(parts);
     weights[i] = {softmax.base, softmax.share, sight.last_key(a)};
+  }
+}
+
+// The same where there are more tiles than one thread takes, a thread for each part of a row.
+template <int Threads>
+struct MergeScratch {
+  static constexpr int kRows = Threads / kStatisticParts;  // at a time
+
+  RowStatistic part[kStatisticParts][kRows];
+};
+
+template <int Threads>
+VTP_DEVICE void merge_row_weights(const AttentionScores& a, const AttentionParts& parts,
+                                  int64_t batch, MergeScratch<Threads>& scratch,
+                                  RowWeights& weights) {
+  constexpr int kRows = MergeScratch<Threads>::kRows;
+  const auto queries = static_cast<unsigned>(a.query.size[2]);
+  const int thread = static_cast<int>(threadIdx.x), rows = static_cast<int>(parts.rows);
+  for (int first = 0; first < rows; first += kRows) {
+    const int row = first + thread % kRows, part = thread / kRows;
+    RowSight sight;
+    if (row < rows) {
+      if (part == 0) sight.load(a, batch, row / queries, row % queries);
+      scratch.part[part][row - first] = merged_part(parts, batch, row, part);
+    }
+    __syncthreads();
+    if (part == 0 && row < rows) {
+      RowStatistic merged = scratch.part[0][row - first];
+#pragma unroll
+      for (int i = 1; i < kStatisticParts; ++i) {
+        merged = merge(merged, scratch.part[i][row - first]);
+      }
+      const RowSoftmax softmax = softmax_of(merged);
+      weights[row] = {softmax.base, softmax.share, sight.last_key(a)};
+    }
+    __syncthreads();
   }
 }
 

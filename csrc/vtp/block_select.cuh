@@ -43,7 +43,7 @@ constexpr uint32_t kAbsentKey = 0, kKeptKey = 0xffffffffu;
 template <int Threads>
 constexpr int kFetchBatch = Threads >= 1024 ? 4 : 8;
 
-// Keys in registers, fetched once: rows of up to Threads * KeysPerThread tokens.
+// Keys in registers, fetched once: runs of up to Threads * KeysPerThread tokens.
 template <int Threads, int KeysPerThread>
 class HeldKeys {
  public:
@@ -51,14 +51,16 @@ class HeldKeys {
   static_assert(kCapacity < 1 << 16);
   using Pair = uint32_t;  // two counts of tokens, 16 bits each
 
+  // The `size` tokens from `begin` on.
   template <class Source>
-  VTP_DEVICE void load(const Source& source, int size) {
+  VTP_DEVICE void load(const Source& source, int size, int begin = 0) {
     constexpr int kMost = kFetchBatch<Threads>;
     constexpr int kBatch = KeysPerThread < kMost ? KeysPerThread : kMost;
     static_assert(KeysPerThread % kBatch == 0);
     words_ = (size + Threads - 1) / Threads;
-    first_ = warp_id() * words_ * kWarp + lane_id();
-    const int inside = size - first_ < words_ * kWarp ? size - first_ : words_ * kWarp;
+    const int first = warp_id() * words_ * kWarp + lane_id();
+    first_ = begin + first;
+    const int inside = size - first < words_ * kWarp ? size - first : words_ * kWarp;
 #pragma unroll
     for (int word = 0; word < KeysPerThread; word += kBatch) {
       const int rest = inside - word * kWarp;
@@ -118,6 +120,13 @@ class StreamedKeys {
 
 // --- the three steps --------------------------------------------------------------------------
 
+struct alignas(16) Census {
+  int competing, kept;
+  uint32_t lowest, highest;  // of the keys that compete
+};
+
+VTP_DEVICE Census census_of_none() { return {0, 0, kKeptKey, kAbsentKey}; }
+
 // Shared memory of emit.
 struct EmitScratch {
   unsigned long long per_warp[kWarp];
@@ -134,8 +143,7 @@ struct SelectScratch {
   alignas(16) int slots[kSlots];  // zero between rounds
   int per_warp[kWarp];
   EmitScratch emit;
-  uint32_t lowest, highest;
-  int competing, kept;
+  Census census;
   int slot, above, count;
 };
 
@@ -143,22 +151,13 @@ template <int Threads>
 VTP_DEVICE void select_prepare(SelectScratch<Threads>& scratch) {
 #pragma unroll
   for (int i = 0; i < scratch.kSlotsPerThread; ++i) scratch.slots[i * Threads + threadIdx.x] = 0;
-  if (threadIdx.x == 0) {
-    scratch.lowest = kKeptKey;
-    scratch.highest = kAbsentKey;
-    scratch.competing = scratch.kept = 0;
-  }
+  if (threadIdx.x == 0) scratch.census = census_of_none();
   __syncthreads();
 }
 
-struct Census {
-  int competing, kept;
-  uint32_t lowest, highest;  // of the keys that compete
-};
-
-// To be called once after select_prepare.
-template <int Threads, class Keys>
-VTP_DEVICE Census take_census(const Keys& keys, SelectScratch<Threads>& scratch) {
+// Adds the thread's keys to a census in shared memory.
+template <class Keys>
+VTP_DEVICE void count_in(const Keys& keys, Census& census) {
   using Pair = typename Keys::Pair;
   constexpr int kHalf = sizeof(Pair) * 4;
   Pair counts = 0;  // those that compete, and above them those that are kept
@@ -174,14 +173,48 @@ VTP_DEVICE Census take_census(const Keys& keys, SelectScratch<Threads>& scratch)
   highest = warp_max(highest);
   before_lowest = ~warp_max(~before_lowest);
   if (lane_id() == 0) {  // 32 warps at most: cheaper than a second tree
-    atomicAdd(&scratch.competing, static_cast<int>(counts & ((Pair{1} << kHalf) - 1)));
-    atomicAdd(&scratch.kept, static_cast<int>(counts >> kHalf));
-    atomicMax(&scratch.highest, highest);
-    atomicMin(&scratch.lowest, before_lowest + 1);
+    atomicAdd(&census.competing, static_cast<int>(counts & ((Pair{1} << kHalf) - 1)));
+    atomicAdd(&census.kept, static_cast<int>(counts >> kHalf));
+    atomicMax(&census.highest, highest);
+    atomicMin(&census.lowest, before_lowest + 1);
   }
-  __syncthreads();
-  return {scratch.competing, scratch.kept, scratch.lowest, scratch.highest};
 }
+
+// To be called once after select_prepare.
+template <int Threads, class Keys>
+VTP_DEVICE Census take_census(const Keys& keys, SelectScratch<Threads>& scratch) {
+  count_in(keys, scratch.census);
+  __syncthreads();
+  return scratch.census;
+}
+
+// Keys among which the cut is sought. Slots divide them evenly, from the highest key down.
+struct KeyRange {
+  uint32_t lowest, highest;
+
+  VTP_DEVICE bool is_one_key() const { return lowest == highest; }
+
+  // A slot holds 2^shift keys.
+  VTP_DEVICE int shift(int slot_bits) const {
+    const int bits = kWarp - __clz(static_cast<int>(highest - lowest));
+    return bits > slot_bits ? bits - slot_bits : 0;
+  }
+
+  // Counts the thread's keys by slot. Absent and kept keys lie outside of every range.
+  template <class Keys>
+  VTP_DEVICE void count(const Keys& keys, int shift, int* slots) const {
+    keys.for_each([&](int, uint32_t key) {
+      const uint32_t below = highest - key;
+      if (below <= highest - lowest) atomicAdd(&slots[below >> shift], 1);
+    });
+  }
+
+  VTP_DEVICE void narrow(int slot, int shift) {
+    highest -= static_cast<uint32_t>(slot) << shift;
+    const uint32_t width = (1u << shift) - 1;
+    lowest = highest - lowest > width ? highest - width : lowest;
+  }
+};
 
 // Which slot holds the need-th key of the histogram, how many lie in slots before it, how many in
 // it. Leaves the histogram zero.
@@ -222,36 +255,38 @@ VTP_DEVICE uint32_t find_cut(const Keys& keys, const Census& census, int need,
                              SelectScratch<Threads>& scratch) {
   if (need == 0) return kKeptKey - 1;
   if (need == census.competing) return kAbsentKey;
-  uint32_t lowest = census.lowest, highest = census.highest;
-  while (lowest != highest) {
-    const uint32_t range = highest - lowest;
-    const int bits = kWarp - __clz(static_cast<int>(range));
-    const int shift = bits > scratch.kSlotBits ? bits - scratch.kSlotBits : 0;
-    keys.for_each([&](int, uint32_t key) {
-      const uint32_t below = highest - key;  // absent and kept keys lie outside of every range
-      if (below <= range) atomicAdd(&scratch.slots[below >> shift], 1);
-    });
+  KeyRange range = {census.lowest, census.highest};
+  while (!range.is_one_key()) {
+    const int shift = range.shift(scratch.kSlotBits);
+    range.count(keys, shift, scratch.slots);
     __syncthreads();
     find_slot(need, scratch);
-    const int slot = scratch.slot, count = scratch.count;
+    const int count = scratch.count;
     need -= scratch.above;
-    highest -= static_cast<uint32_t>(slot) << shift;
-    const uint32_t width = (1u << shift) - 1;
-    lowest = highest - lowest > width ? highest - width : lowest;
-    if (need == count) return lowest - 1;
+    range.narrow(scratch.slot, shift);
+    if (need == count) return range.lowest - 1;
   }
-  return highest;
+  return range.highest;
 }
 
-// Writes `count` tokens, ascending: those whose keys are above the cut, no more than count, and of
-// those equal to it the first. Does not touch the rest of `indices`.
+// Keys above a cut, and in the upper half keys equal to it.
+template <class Pair>
+struct CutCounts {
+  static constexpr int kHalf = sizeof(Pair) * 4;
+
+  Pair before;  // those of the warps before
+  Pair all;     // those of the block
+
+  static VTP_DEVICE int above(Pair x) { return static_cast<int>(x & ((Pair{1} << kHalf) - 1)); }
+  static VTP_DEVICE int equal(Pair x) { return static_cast<int>(x >> kHalf); }
+};
+
 template <int Threads, class Keys>
-VTP_DEVICE void emit(const Keys& keys, uint32_t cut, int count, int64_t* indices,
-                     EmitScratch& scratch) {
+VTP_DEVICE CutCounts<typename Keys::Pair> count_at_cut(const Keys& keys, uint32_t cut,
+                                                       EmitScratch& scratch) {
   using Pair = typename Keys::Pair;
-  constexpr int kHalf = sizeof(Pair) * 4;
-  constexpr Pair kFirstHalf = (Pair{1} << kHalf) - 1;
-  Pair mine = 0;  // keys above the cut, and above them keys equal to it
+  constexpr int kHalf = CutCounts<Pair>::kHalf;
+  Pair mine = 0;
   keys.for_each([&](int, uint32_t key) {
     mine += key > cut ? 1 : key == cut ? Pair{1} << kHalf : 0;
   });
@@ -261,11 +296,15 @@ VTP_DEVICE void emit(const Keys& keys, uint32_t cut, int count, int64_t* indices
   const bool is_warp = lane_id() < Threads / kWarp;
   const Pair of_warp = is_warp ? static_cast<Pair>(scratch.per_warp[lane_id()]) : Pair{0};
   const Pair before = warp_exclusive_sum(of_warp);
-  const Pair all = __shfl_sync(kAllLanes, before + of_warp, kWarp - 1);
-  const int ties = count - static_cast<int>(all & kFirstHalf);
-  const Pair start = __shfl_sync(kAllLanes, before, warp_id());
+  return {__shfl_sync(kAllLanes, before, warp_id()),
+          __shfl_sync(kAllLanes, before + of_warp, kWarp - 1)};
+}
 
-  int above = static_cast<int>(start & kFirstHalf), equal = static_cast<int>(start >> kHalf);
+// Writes the warp's tokens whose keys are above the cut and, of those equal to it, the first `ties`
+// of the row. `above` and `equal` count those of either kind that lie before the warp's.
+template <class Keys>
+VTP_DEVICE void write_tokens(const Keys& keys, uint32_t cut, int above, int equal, int ties,
+                             int64_t* indices) {
   const unsigned lanes_before = (1u << lane_id()) - 1;
   keys.for_each([&](int token, uint32_t key) {
     const unsigned above_here = __ballot_sync(kAllLanes, key > cut);
@@ -282,6 +321,18 @@ VTP_DEVICE void emit(const Keys& keys, uint32_t cut, int count, int64_t* indices
     if (taken) indices[place + (tie < ties ? tie : ties)] = token;
     above += __popc(above_here);
   });
+}
+
+// Writes `count` tokens, ascending: those whose keys are above the cut, no more than count, and of
+// those equal to it the first. Does not touch the rest of `indices`.
+template <int Threads, class Keys>
+VTP_DEVICE void emit(const Keys& keys, uint32_t cut, int count, int64_t* indices,
+                     EmitScratch& scratch) {
+  using Counts = CutCounts<typename Keys::Pair>;
+  const Counts counts = count_at_cut<Threads>(keys, cut, scratch);
+  const int ties = count - Counts::above(counts.all);
+  write_tokens(keys, cut, Counts::above(counts.before), Counts::equal(counts.before), ties,
+               indices);
 }
 
 }  // namespace vtp::cuda

@@ -1,28 +1,32 @@
-// select_topk for one row by one block, whatever the scores are made of.
+// select_topk for one row, whatever the scores are made of, by one block or by a cluster of them.
 #pragma once
 
 #include "block_select.cuh"
+#include "cluster_select.cuh"
 #include "vector.cuh"
 
 namespace vtp::cuda {
 
-// An int32 or int64 as it lies in memory: to widen it where it is loaded would wait for it, before
-// anything else is asked for.
+// An int32 or int64 as it lies in memory, even lanes of a warp holding its lower word and odd ones
+// the upper. To widen it where it is loaded would wait for it, before anything else is asked for;
+// and so would nvcc for a value that it knows to be the same in all lanes.
 struct RawInteger {
-  int low, high;
+  int word;
   bool is_int64;
 
   VTP_DEVICE static RawInteger of(int64_t x) {
-    return {static_cast<int>(x), static_cast<int>(x >> 32), true};
+    return {static_cast<int>(lane_id() % 2 == 0 ? x : x >> 32), true};
   }
 
   VTP_DEVICE static RawInteger load(const Integers<1>& integers, int64_t i) {
-    const int* at = static_cast<const int*>(integers.data);
-    at += i * integers.stride[0] * (integers.is_int64 ? 2 : 1);
-    return {at[0], integers.is_int64 ? at[1] : 0, integers.is_int64};
+    const int* words = static_cast<const int*>(integers.data);
+    const int64_t at = i * integers.stride[0];
+    return {words[integers.is_int64 ? 2 * at + lane_id() % 2 : at], integers.is_int64};
   }
 
+  // By a whole warp.
   VTP_DEVICE int64_t value() const {
+    const int low = __shfl_sync(kAllLanes, word, 0), high = __shfl_sync(kAllLanes, word, 1);
     const auto bits = static_cast<uint64_t>(static_cast<uint32_t>(high)) << 32 |
                       static_cast<uint32_t>(low);
     return is_int64 ? static_cast<int64_t>(bits) : low;
@@ -126,20 +130,30 @@ class SelectSource {
   uint32_t kept_bits_ = kKeptKey;
 };
 
-// What is left to do once it is known how many tokens there are: cut, write, fill up with -1.
-template <int Threads, class Keys>
-VTP_DEVICE void select_from(const Keys& keys, const Census& census, const SelectRow& row,
-                            SelectScratch<Threads>& scratch) {
+// How many of the competing tokens are taken, where the kept ones fit.
+VTP_DEVICE int need_of(const SelectRow& row, const Census& census) {
   int64_t need = row.k.value();
   if (need < 0) need = 0;
   if (need > census.competing) need = census.competing;
   if (need > row.capacity - census.kept) need = row.capacity - census.kept;
-  const int64_t count = census.kept + need;
-  if (threadIdx.x == 0) *row.count = static_cast<int32_t>(count);
-  for (int64_t i = count + threadIdx.x; i < row.capacity; i += Threads) row.indices[i] = -1;
+  return static_cast<int>(need);
+}
+
+// Says how many tokens were taken and fills up with -1; `thread` is one of `threads` that do it.
+VTP_DEVICE void write_rest(const SelectRow& row, int64_t count, int thread, int threads) {
+  if (thread == 0) *row.count = static_cast<int32_t>(count);
+  for (int64_t i = count + thread; i < row.capacity; i += threads) row.indices[i] = -1;
+}
+
+// What is left to do once it is known how many tokens there are.
+template <int Threads, class Keys>
+VTP_DEVICE void select_from(const Keys& keys, const Census& census, const SelectRow& row,
+                            SelectScratch<Threads>& scratch) {
+  const int need = need_of(row, census), count = census.kept + need;
+  write_rest(row, count, static_cast<int>(threadIdx.x), Threads);
   if (count == 0) return;
-  const uint32_t cut = find_cut(keys, census, static_cast<int>(need), scratch);
-  emit<Threads>(keys, cut, static_cast<int>(count), row.indices, scratch.emit);
+  const uint32_t cut = find_cut(keys, census, need, scratch);
+  emit<Threads>(keys, cut, count, row.indices, scratch.emit);
 }
 
 // The whole row. make_keys(source) returns HeldKeys or StreamedKeys of that source. Every thread of
@@ -182,6 +196,36 @@ VTP_DEVICE void select_streamed_row(const Score& score, int size, const SelectRo
     return StreamedKeys<Threads, SelectSource<Score>>(source, size);
   };
   select_row(score, row, make_keys, scratch);
+}
+
+// A row of up to kClusterBlocks * Threads * KeysPerThread tokens by a cluster, each block of which
+// asks for the scores of its run, after a barrier. The blocks must have come to cluster_arrive once
+// before, and end with cluster_wait.
+template <int Threads, int KeysPerThread, class Score>
+VTP_DEVICE void select_cluster_row(const Score& score, int size, const SelectRow& row,
+                                   ClusterScratch<Threads>& scratch) {
+  SelectSource<Score> source(score, row);
+  SelectRow rest = row;
+  const Run run = run_of_block(size);
+#pragma unroll 1
+  for (bool all_have_begun = false;; all_have_begun = true) {
+    cluster_prepare(scratch);
+    HeldKeys<Threads, KeysPerThread> keys;
+    keys.load(source, run.size, run.begin);
+    if (!all_have_begun) cluster_wait();
+    const ClusterCensus census = take_cluster_census(keys, scratch);
+    if (census.all.kept <= row.capacity) {
+      const int need = need_of(rest, census.all), count = census.all.kept + need;
+      const ClusterCut cut = find_cluster_cut(keys, census, need, scratch);
+      cluster_arrive();  // no more is read from other blocks
+      write_rest(row, count, cluster_rank() * Threads + static_cast<int>(threadIdx.x),
+                 kClusterBlocks * Threads);
+      return emit_share<Threads>(keys, cut, row.indices, scratch.emit);
+    }
+    source.let_kept_compete();
+    rest.k = RawInteger::of(row.capacity);
+    cluster_sync();  // all have read the census
+  }
 }
 
 // A row of scores in memory.

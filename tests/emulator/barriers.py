@@ -23,7 +23,7 @@ def runs_of(kernels, op: str) -> Iterator[Run]:
         yield lambda: kernels.primitives.block_operations(np.ones(256, np.int32))
         return
     for case in cases.cases(op, SEED):
-        yield lambda case=case: cases.run(case)
+        yield lambda case=case: cases.run(kernels, case)
 
 
 def first_race(runs: Iterator[Run]) -> str | None:

@@ -190,6 +190,17 @@ def load(variant: str = "plain"):
     return module
 
 
+@contextlib.contextmanager
+def architecture(kernels, number: int):
+    """While open, kernels count as compiled for it: 90 has clusters, 80 has not."""
+    before = kernels.architecture()
+    kernels.set_architecture(number)
+    try:
+        yield
+    finally:
+        kernels.set_architecture(before)
+
+
 def sanitized_environment() -> dict[str, str]:
     """What a Python process needs to load the sanitized module."""
 

@@ -26,6 +26,7 @@ class Case(NamedTuple):
     op: str
     text: str  # what is special about it
     arguments: tuple
+    architecture: int  # what kernels count as compiled for
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -229,6 +230,8 @@ OPS = {
     "compact_kv_": compact_kv,
     "compact_rows": compact_rows,
 }
+# Ops that have other kernels before sm_90, which knows clusters.
+ARCHITECTURES = {"attention_topk": (90, 80), "select_topk": (90, 80)}
 # Rows that take the ways for long ones.
 LONG = {
     "attention_scores": (600,),
@@ -247,14 +250,16 @@ def cases(op: str, seed: int) -> Iterator[Case]:
     sizes = [(2, draw.any(*LENGTHS), dtype, x) for dtype in DTYPES for x in LAYOUTS]
     sizes += [(0, 7, torch.float32, "dense"), (2, 0, draw.any(*DTYPES), "dense")]
     sizes += [(1, length, draw.any(*DTYPES), "dense") for length in LONG.get(op, ())]
-    for batch, length, draw.dtype, draw.layout in sizes:
-        text = f"{draw.dtype} {draw.layout} batch {batch} length {length}"
-        yield Case(op, text, OPS[op](draw, batch, length))
+    for architecture in ARCHITECTURES.get(op, (90,)):
+        for batch, length, draw.dtype, draw.layout in sizes:
+            text = f"{draw.dtype} {draw.layout} batch {batch} length {length} sm_{architecture}"
+            yield Case(op, text, OPS[op](draw, batch, length), architecture)
 
 
-def run(case: Case) -> list[Tensor]:
+def run(kernels, case: Case) -> list[Tensor]:
     """The tensors the emulated op returns or, if it returns none, has changed."""
-    result = getattr(torch.ops.vtp_kernels_emulated, case.op)(*case.arguments)
+    with build.architecture(kernels, case.architecture):
+        result = getattr(torch.ops.vtp_kernels_emulated, case.op)(*case.arguments)
     if result is None:
         keys, values, *_ = case.arguments
         return [*keys, *values]
@@ -262,11 +267,11 @@ def run(case: Case) -> list[Tensor]:
 
 
 def main(variant: str, seed: str, *ops: str) -> None:
-    build.load(variant)
+    kernels = build.load(variant)
     for op in ops or OPS:
         for case in cases(op, int(seed)):
             print(case.op, case.text, flush=True)  # the last one said is the one that failed
-            run(case)
+            run(kernels, case)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,14 @@ def why_not() -> str | None:
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[None]:
-    """While open, torch.ops.vtp_kernels.* on CPU tensors run the CUDA kernels' unchanged source."""
-    build.load("plain")
+def serving(architecture: int = 90) -> Iterator[None]:
+    """While open, torch.ops.vtp_kernels.* on CPU tensors run the CUDA kernels' unchanged source, as
+    compiled for the architecture."""
+    kernels = build.load("plain")
     with torch.library._scoped_library("vtp_kernels", "IMPL") as library:
         with warnings.catch_warnings():  # of a kernel being overridden, as it should be
             warnings.simplefilter("ignore")
             for op in _native.OPS:
                 library.impl(op, getattr(torch.ops.vtp_kernels_emulated, op).default, "CPU")
-        yield
+        with build.architecture(kernels, architecture):
+            yield

@@ -13,12 +13,12 @@ def bits(tensors):
 
 
 @pytest.mark.parametrize("op", cases.OPS)
-def test_results_do_not_depend_on_the_order_of_threads(set_order, draw, op):
+def test_results_do_not_depend_on_the_order_of_threads(kernels, set_order, draw, op):
     seed = draw.integer(0, 2**31)
     results = {}
     for order in build.ORDERS:
         set_order(order)
-        results[order] = [(case, bits(cases.run(case))) for case in cases.cases(op, seed)]
+        results[order] = [(case, bits(cases.run(kernels, case))) for case in cases.cases(op, seed)]
     for order in build.ORDERS[1:]:
         for (case, first), (_, other) in zip(results["forward"], results[order], strict=True):
             assert all(map(torch.equal, first, other)), (order, case)
