@@ -62,13 +62,6 @@ VTP_DEVICE T block_extreme(T x, Operation operation, BlockScratch<T>& scratch) {
   return warp_reduce(scratch.per_warp[lane_id() % (Threads / kWarp)], operation);
 }
 
-struct Min {
-  template <class T>
-  VTP_DEVICE T operator()(T a, T b) const {
-    return b < a ? b : a;
-  }
-};
-
 template <int Threads>
 VTP_DEVICE int first_rank(int rank, KneeScratch<Threads>& scratch) {
   return block_extreme<Threads>(rank, Min{}, scratch.ranks);
@@ -215,7 +208,7 @@ VTP_DEVICE int mass_knee(const FiniteRun& y, double mass, KneeScratch<Threads>& 
     smallest = y.keys[i] > kZeroKey ? y.keys[i] : smallest;  // they descend
   }
   const double before = warp_exclusive_sum(own);
-  smallest = warp_reduce(smallest, Min{});
+  smallest = warp_min(smallest);
   if (lane_id() == kWarp - 1) {
     scratch.doubles.per_warp[warp_id()] = before + own;
     scratch.keys.per_warp[warp_id()] = smallest;
@@ -223,7 +216,7 @@ VTP_DEVICE int mass_knee(const FiniteRun& y, double mass, KneeScratch<Threads>& 
   __syncthreads();
   const double of_warp = lane_id() < kWarps ? scratch.doubles.per_warp[lane_id()] : 0.0;
   const double total = warp_sum(of_warp);
-  smallest = warp_reduce(scratch.keys.per_warp[lane_id() % kWarps], Min{});
+  smallest = warp_min(scratch.keys.per_warp[lane_id() % kWarps]);
   if (!(total > 0.0)) return -1;
 
   if (total > largest_exact_sum(smallest)) {

@@ -1,6 +1,8 @@
 // Reductions and scans over a warp and over a block, in a fixed order: same bits on every run.
 #pragma once
 
+#include <type_traits>
+
 #include "platform.cuh"
 
 namespace vtp::cuda {
@@ -22,9 +24,39 @@ struct Max {
   }
 };
 
+struct Min {
+  template <class T>
+  VTP_DEVICE T operator()(T a, T b) const {
+    return b < a ? b : a;
+  }
+};
+
+// Integers of 32 bits that one instruction of sm_80 reduces over a warp.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+template <class T>
+constexpr bool kReducesAtOnce = std::is_same_v<T, int> || std::is_same_v<T, unsigned>;
+
+template <class T>
+VTP_DEVICE T reduce_at_once(T x, Sum) {
+  return __reduce_add_sync(kAllLanes, x);
+}
+template <class T>
+VTP_DEVICE T reduce_at_once(T x, Max) {
+  return __reduce_max_sync(kAllLanes, x);
+}
+template <class T>
+VTP_DEVICE T reduce_at_once(T x, Min) {
+  return __reduce_min_sync(kAllLanes, x);
+}
+#else
+template <class T>
+constexpr bool kReducesAtOnce = false;
+#endif
+
 // Over groups of Width neighbouring lanes; every lane gets its group's result.
 template <int Width = kWarp, class T, class Operation>
 VTP_DEVICE T warp_reduce(T x, Operation operation) {
+  if constexpr (Width == kWarp && kReducesAtOnce<T>) return reduce_at_once(x, operation);
 #pragma unroll
   for (int offset = Width / 2; offset > 0; offset /= 2) {
     x = operation(x, __shfl_xor_sync(kAllLanes, x, offset));
@@ -40,6 +72,11 @@ VTP_DEVICE T warp_sum(T x) {
 template <int Width = kWarp, class T>
 VTP_DEVICE T warp_max(T x) {
   return warp_reduce<Width>(x, Max{});
+}
+
+template <int Width = kWarp, class T>
+VTP_DEVICE T warp_min(T x) {
+  return warp_reduce<Width>(x, Min{});
 }
 
 // Sum of x over the lanes before this one.

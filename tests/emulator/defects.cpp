@@ -181,6 +181,15 @@ __global__ void some_lanes_kernel(int* out) {
   if (threadIdx.x < 16) out[threadIdx.x] = __shfl_xor_sync(0xffffu, 1, 1);
 }
 
+__global__ void some_lanes_reduced_kernel(int* out) {
+  if (threadIdx.x < 16) out[threadIdx.x] = __reduce_add_sync(0xffffu, 1);
+}
+
+__global__ void two_reductions_kernel(int* out) {
+  const int i = threadIdx.x;
+  out[i] = i < 40 ? __reduce_add_sync(kAllLanes, i) : __reduce_max_sync(kAllLanes, i);
+}
+
 __global__ void partial_warp_kernel() { __syncwarp(); }
 
 void partial_warp() { launch("partial_warp", partial_warp_kernel, 1, 48, 0, nullptr); }
@@ -505,6 +514,8 @@ void bind_defects(py::module_ m) {
   VTP_BIND(barrier_meets_collective);
   VTP_BIND(absent_lanes);
   VTP_BIND(some_lanes);
+  VTP_BIND(some_lanes_reduced);
+  VTP_BIND(two_reductions);
 #undef VTP_BIND
   m.def("partial_warp", partial_warp);
 

@@ -79,10 +79,11 @@ py::tuple block_vote(Array<int> in) {
 
 // ---- csrc/vtp/warp.cuh ---------------------------------------------------------------------------
 
-template <int Width>
-__global__ void warp_reduce_kernel(const int* in, int* sum, int* most) {
+template <class T, int Width>
+__global__ void warp_reduce_kernel(const T* in, T* sum, T* most, T* least) {
   sum[threadIdx.x] = warp_sum<Width>(in[threadIdx.x]);
   most[threadIdx.x] = warp_max<Width>(in[threadIdx.x]);
+  least[threadIdx.x] = warp_min<Width>(in[threadIdx.x]);
 }
 
 template <int Threads>
@@ -103,13 +104,14 @@ void with_choice(int n, const F& f) {
   if (!found) throw std::runtime_error("no such size");
 }
 
-py::tuple warp_reduce_groups(Array<int> in, int width) {
-  auto sum = like<int>(in), most = like<int>(in);
+template <class T>
+py::tuple warp_reduce_groups(Array<T> in, int width) {
+  auto sum = like<T>(in), most = like<T>(in), least = like<T>(in);
   with_choice<1, 2, 4, 8, 16, 32>(width, [&](auto chosen) {
-    launch("warp_reduce", warp_reduce_kernel<chosen()>, 1, in.size(), 0, nullptr, in.data(),
-           sum.mutable_data(), most.mutable_data());
+    launch("warp_reduce", warp_reduce_kernel<T, chosen()>, 1, in.size(), 0, nullptr, in.data(),
+           sum.mutable_data(), most.mutable_data(), least.mutable_data());
   });
-  return py::make_tuple(sum, most);
+  return py::make_tuple(sum, most, least);
 }
 
 py::tuple block_operations(Array<int> in) {
@@ -227,7 +229,9 @@ void bind_primitives(py::module_ m) {
   m.def("shuffle_float64", shuffle_block<double>);
   m.def("vote", vote);
   m.def("block_vote", block_vote);
-  m.def("warp_reduce", warp_reduce_groups);
+  m.def("warp_reduce_int32", warp_reduce_groups<int>);
+  m.def("warp_reduce_uint32", warp_reduce_groups<unsigned>);
+  m.def("warp_reduce_float64", warp_reduce_groups<double>);
   m.def("block_operations", block_operations);
   m.def("mma_float16", multiply<__half>);
   m.def("mma_bfloat16", multiply<__nv_bfloat16>);

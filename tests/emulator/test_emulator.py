@@ -84,6 +84,11 @@ def test_unknown_order(kernels):
         ("barrier_meets_collective", "40 at __syncthreads .* 24 of warp 1 at __any_sync"),
         ("absent_lanes", "8 of warp 1 at __shfl_xor_sync .* 56 of 64 have returned"),
         ("some_lanes", "__shfl_xor_sync .* does not name all 32 lanes"),
+        ("some_lanes_reduced", "__reduce_add_sync .* does not name all 32 lanes"),
+        (
+            "two_reductions",
+            "came to __reduce_(add|max)_sync .* others wait at __reduce_(max|add)_sync",
+        ),
         ("partial_warp", "16 of warp 1 at __syncwarp .* 32 of 48 have returned"),
         ("throwing", "thrown by a kernel"),
         ("trap", r"thread \(5, 0, 0\): __trap"),
@@ -243,6 +248,8 @@ def test_launches_are_counted_by_kernel(kernels, defects):
         ("atomicAdd(&fraction, 1.0f)", "no matching function"),
         ("__shfl_sync(~0u, number, 0)", None),
         ("__shfl_sync(~0u, small, 0)", "CUDA has no shuffle of this type"),
+        ("__reduce_add_sync(~0u, number)", None),
+        ("__reduce_add_sync(~0u, fraction)", "CUDA reduces int and unsigned alone"),
     ],
 )
 def test_only_what_cuda_and_the_rules_allow_compiles(kernels, tmp_path, statement, message):

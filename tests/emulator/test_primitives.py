@@ -70,13 +70,18 @@ def test_block_votes(primitives, draw):
 # ---- csrc/vtp/warp.cuh ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.float64])
 @pytest.mark.parametrize("width", [1, 2, 4, 8, 16, 32])
-def test_warp_reductions(primitives, draw, width):
-    values = integers(draw, 2 * LANES)
+def test_warp_reductions(primitives, draw, width, dtype):
+    values = integers(draw, 2 * LANES, low=-(2**31), high=2**31 - 1).astype(dtype)
+    sums, maxima, minima = (
+        result.reshape(-1, width)
+        for result in getattr(primitives, f"warp_reduce_{dtype.__name__}")(values, width)
+    )
     groups = values.reshape(-1, width)
-    sums, maxima = primitives.warp_reduce(values, width)
-    assert (sums.reshape(-1, width) == groups.sum(1, keepdims=True)).all()
-    assert (maxima.reshape(-1, width) == groups.max(1, keepdims=True)).all()
+    assert (sums == groups.sum(1, keepdims=True, dtype=dtype)).all()  # integers wrap around
+    assert (maxima == groups.max(1, keepdims=True)).all()
+    assert (minima == groups.min(1, keepdims=True)).all()
 
 
 @pytest.mark.parametrize("threads", [32, 64, 96, 128, 256, 512, 1024])

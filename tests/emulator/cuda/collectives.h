@@ -34,6 +34,17 @@ T shuffle(const char* kind, unsigned mask, const T& value, int width, Site site,
   return multiprocessor.exchange(kind, mask, value, site)[source(lane, lane & ~(width - 1))];
 }
 
+// All lanes' values in one, for the two types that sm_80 has instructions for.
+template <class T, class Operation>
+T reduce(const char* kind, unsigned mask, T value, Site site, Operation operation) {
+  static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned>,
+                "CUDA reduces int and unsigned alone");
+  const T* values = multiprocessor.exchange(kind, mask, value, site);
+  T result = values[0];
+  for (unsigned lane = 1; lane < kLanes; ++lane) result = operation(result, values[lane]);
+  return result;
+}
+
 }  // namespace vtp::emulator
 
 inline void __syncthreads(vtp::emulator::Site site = vtp::emulator::Site::here()) {
@@ -111,6 +122,24 @@ T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 32,
     const int source = (lane ^ bits) & 31;
     return source < first + width ? source : lane;
   });
+}
+
+// Sums wrap around, as on a GPU.
+template <class T>
+T __reduce_add_sync(unsigned mask, T x, vtp::emulator::Site site = vtp::emulator::Site::here()) {
+  return vtp::emulator::reduce("__reduce_add_sync", mask, x, site, [](T x, T y) {
+    return static_cast<T>(static_cast<unsigned>(x) + static_cast<unsigned>(y));
+  });
+}
+template <class T>
+T __reduce_min_sync(unsigned mask, T x, vtp::emulator::Site site = vtp::emulator::Site::here()) {
+  return vtp::emulator::reduce("__reduce_min_sync", mask, x, site,
+                               [](T x, T y) { return y < x ? y : x; });
+}
+template <class T>
+T __reduce_max_sync(unsigned mask, T x, vtp::emulator::Site site = vtp::emulator::Site::here()) {
+  return vtp::emulator::reduce("__reduce_max_sync", mask, x, site,
+                               [](T x, T y) { return x < y ? y : x; });
 }
 
 // One processor runs all threads in turn: memory is always up to date.
