@@ -11,10 +11,10 @@ namespace {
 // reads, and within a tile reads come before writes. Chains of 128 bytes, a cache line, make enough
 // blocks of even a few heads.
 constexpr CopyShape kShape = {128, true};
-constexpr int kBlocksPerSm = 8;  // of two tiles each: up to 128 KB under way
+constexpr int kBlocksPerSm = 8;  // of a tile each: up to 64 KB of rows under way
 
-// The rows that go to a thread's slots of a tile; a slot that keeps what it has names itself. An
-// int holds any row of a KV cache and leaves 64 registers enough.
+// The indices of a thread's slots of a tile. An int holds any row of a KV cache and leaves 64
+// registers enough.
 struct Sources {
   int row[kRowsPerThread];
 };
@@ -29,22 +29,21 @@ VTP_DEVICE Sources read_sources(const Chain& chain, const Place& place, int begi
   Sources sources;
 #pragma unroll
   for (int i = 0; i < kRowsPerThread; ++i) {
-    const int slot = begin + place.slot + i * place.row_step;
-    // Loaded without waiting for the count.
-    const int64_t row = slot < chain.slots ? chain.indices[slot * chain.index_stride] : 0;
-    sources.row[i] = slot < chain.count && place.in_row ? static_cast<int>(row) : slot;
+    sources.row[i] = static_cast<int>(chain.index(begin + place.slot + i * place.row_step));
   }
   return sources;
 }
 
+// Slots past the count and rows that are in their slot stay as they are.
 template <class Piece>
-VTP_DEVICE Tile<Piece> read_tile(const Chain& chain, const Place& place, int begin,
+VTP_DEVICE Tile<Piece> read_tile(const Chain& chain, const Place& place, int begin, int count,
                                  const Sources& sources) {
   Tile<Piece> tile;
 #pragma unroll
   for (int i = 0; i < kRowsPerThread; ++i) {
+    const int slot = begin + place.slot + i * place.row_step;
     const char* row = chain.source + sources.row[i] * chain.source_stride;
-    tile.moves[i] = sources.row[i] != begin + place.slot + i * place.row_step;
+    tile.moves[i] = place.in_row && slot < count && sources.row[i] != slot;
     tile.pieces[i] = tile.moves[i] ? *reinterpret_cast<const Piece*>(row + place.byte) : Piece{};
   }
   return tile;
@@ -65,11 +64,13 @@ VTP_DEVICE void write_tile(const Chain& chain, const Place& place, int begin,
 template <class Piece>
 VTP_DEVICE void move_chain(const Chain& chain, const Place& place) {
   const int step = place.tile_step;
-  Tile<Piece> tile = read_tile<Piece>(chain, place, 0, read_sources(chain, place, 0));
-  Sources sources = read_sources(chain, place, step);
-  for (int begin = 0; begin < chain.count; begin += step) {
-    const Tile<Piece> next = read_tile<Piece>(chain, place, begin + step, sources);
-    sources = read_sources(chain, place, begin + 2 * step);
+  const Sources sources = read_sources(chain, place, 0);
+  Sources ahead = read_sources(chain, place, step);
+  const int count = chain.count();
+  Tile<Piece> tile = read_tile<Piece>(chain, place, 0, count, sources);
+  for (int begin = 0; begin < count; begin += step) {
+    const Tile<Piece> next = read_tile<Piece>(chain, place, begin + step, count, ahead);
+    ahead = read_sources(chain, place, begin + 2 * step);
     __syncthreads();
     write_tile(chain, place, begin, tile);
     tile = next;

@@ -15,15 +15,14 @@ VTP_DEVICE void copy_tile(const Chain& chain, const Place& place, bool align_rig
   const auto slot_of = [&](int i) { return begin + i * place.row_step; };
   if (!place.in_row) return;
 
-  // Left aligned, the indices are loaded without waiting for the count.
+  // Left aligned, the indices are under way before the count is waited for.
   int64_t index[kRowsPerThread];
 #pragma unroll
-  for (int i = 0; i < kRowsPerThread; ++i) {
-    index[i] = slot_of(i) < chain.slots ? chain.indices[slot_of(i) * chain.index_stride] : 0;
-  }
+  for (int i = 0; i < kRowsPerThread; ++i) index[i] = chain.index(slot_of(i));
+  const int count = chain.count();
   int first = 0;  // real slots are [first, first + count)
   if (align_right) {
-    first = chain.slots - chain.count;
+    first = chain.slots - count;
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
       const bool real = slot_of(i) >= first && slot_of(i) < chain.slots;
@@ -34,7 +33,7 @@ VTP_DEVICE void copy_tile(const Chain& chain, const Place& place, bool align_rig
   Piece pieces[kRowsPerThread];
 #pragma unroll
   for (int i = 0; i < kRowsPerThread; ++i) {
-    const bool real = slot_of(i) >= first && slot_of(i) < first + chain.count;
+    const bool real = slot_of(i) >= first && slot_of(i) < first + count;
     const char* row = chain.source + (real ? index[i] : 0) * chain.source_stride;
     pieces[i] = real ? *reinterpret_cast<const Piece*>(row + place.byte) : Piece{};
   }

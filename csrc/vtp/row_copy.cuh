@@ -66,10 +66,25 @@ struct Chain {
   const char* source;
   char* target;
   const int64_t* indices;
+  const void* counted;  // null: all slots are real
+  bool counted_is_int64;
   int slots;
-  int count;  // how many of them are real
   int block;  // which of the blocks on this chain
   int64_t source_stride, target_stride, index_stride;
+
+  // How many slots are real. All threads of a block read the same, and the compiler waits for such a
+  // load where it stands: to be called when the loads that do not need it are under way.
+  VTP_DEVICE int count() const {
+    if (counted == nullptr) return slots;
+    const int64_t count = counted_is_int64 ? *static_cast<const int64_t*>(counted)
+                                           : *static_cast<const int32_t*>(counted);
+    return count < 0 ? 0 : count < slots ? static_cast<int>(count) : slots;
+  }
+
+  // The index of a slot, past the last one of any; those past the count may be of no row.
+  VTP_DEVICE int64_t index(int slot) const {
+    return slot < slots ? indices[slot * index_stride] : 0;
+  }
 };
 
 // Where a thread stands in a tile.
@@ -97,12 +112,11 @@ VTP_DEVICE uint32_t tensor_of_block(const Plan& plan) {
 }
 
 template <class Plan>
-VTP_DEVICE int count_of_chain(const Plan& plan, const CopyTensor& t, int64_t batch, int64_t head) {
-  if (t.counts == nullptr) return plan.slots;
+VTP_DEVICE const void* count_of_chain(const Plan& plan, const CopyTensor& t, int64_t batch,
+                                      int64_t head) {
+  if (t.counts == nullptr) return nullptr;
   const int64_t at = batch * plan.count_stride[0] + head * plan.count_stride[1];
-  const int64_t count = plan.counts_are_int64 ? static_cast<const int64_t*>(t.counts)[at]
-                                              : static_cast<const int32_t*>(t.counts)[at];
-  return count < 0 ? 0 : count < plan.slots ? static_cast<int>(count) : plan.slots;
+  return static_cast<const char*>(t.counts) + at * (plan.counts_are_int64 ? 8 : 4);
 }
 
 // Calls f(chain, place, piece), piece a value of the type that moves one; the whole block takes the
@@ -121,8 +135,9 @@ VTP_DEVICE void with_chain(const Plan& plan, const F& f) {
       t.source + batch * t.source_stride[0] + head * t.source_stride[1],
       t.target + batch * t.target_stride[0] + head * t.target_stride[1],
       t.indices + batch * plan.index_stride[0] + head * plan.index_stride[1],
-      plan.slots,
       count_of_chain(plan, t, batch, head),
+      plan.counts_are_int64,
+      plan.slots,
       static_cast<int>(above - number * t.chain_blocks),
       t.source_stride[2],
       t.target_stride[2],
