@@ -42,21 +42,19 @@ VTP_DEVICE Tile<Piece> read_tile(const Chain& chain, const Place& place, int beg
 #pragma unroll
   for (int i = 0; i < kRowsPerThread; ++i) {
     const int slot = begin + place.slot + i * place.row_step;
-    const char* row = chain.source + sources.row[i] * chain.source_stride;
-    tile.moves[i] = place.in_row && slot < count && sources.row[i] != slot;
+    const char* row = chain.target + sources.row[i] * chain.target_stride;
+    tile.moves[i] = slot < count && sources.row[i] != slot;
     tile.pieces[i] = tile.moves[i] ? *reinterpret_cast<const Piece*>(row + place.byte) : Piece{};
   }
   return tile;
 }
 
 template <class Piece>
-VTP_DEVICE void write_tile(const Chain& chain, const Place& place, int begin,
-                           const Tile<Piece>& tile) {
+VTP_DEVICE void write_tile(const Tile<Piece>& tile, char* row, int64_t row_step) {
 #pragma unroll
   for (int i = 0; i < kRowsPerThread; ++i) {
-    const int slot = begin + place.slot + i * place.row_step;
-    char* row = chain.target + slot * chain.target_stride;
-    if (tile.moves[i]) *reinterpret_cast<Piece*>(row + place.byte) = tile.pieces[i];
+    if (tile.moves[i]) *reinterpret_cast<Piece*>(row) = tile.pieces[i];
+    row += row_step;
   }
 }
 
@@ -68,11 +66,14 @@ VTP_DEVICE void move_chain(const Chain& chain, const Place& place) {
   Sources ahead = read_sources(chain, place, step);
   const int count = chain.count();
   Tile<Piece> tile = read_tile<Piece>(chain, place, 0, count, sources);
+  const int64_t row_step = place.row_step * chain.target_stride;
+  char* row = chain.target + place.byte + place.slot * chain.target_stride;
   for (int begin = 0; begin < count; begin += step) {
     const Tile<Piece> next = read_tile<Piece>(chain, place, begin + step, count, ahead);
     ahead = read_sources(chain, place, begin + 2 * step);
     __syncthreads();
-    write_tile(chain, place, begin, tile);
+    write_tile(tile, row, row_step);
+    row += kRowsPerThread * row_step;
     tile = next;
   }
 }

@@ -13,7 +13,6 @@ template <class Piece>
 VTP_DEVICE void copy_tile(const Chain& chain, const Place& place, bool align_right) {
   const int begin = chain.block * place.tile_step + place.slot;
   const auto slot_of = [&](int i) { return begin + i * place.row_step; };
-  if (!place.in_row) return;
 
   // Left aligned, the indices are under way before the count is waited for.
   int64_t index[kRowsPerThread];

@@ -1,11 +1,12 @@
 // Rows moved from place to place, many tensors in one launch: what compact_rows and the in place
 // compact_kv share.
 //
-// A chain is the row of slots of one (tensor, batch row, head). A tile is the part of a chain that
-// a block holds in its registers at a time: neighbouring lanes share a row, in pieces of up to 16
-// bytes, and each thread holds the same piece of kRowsPerThread rows, loads that do not wait for
-// each other. At 12 blocks an SM that is 96 KB under way, where 25 KB hide the latency of the
-// memory of an H200.
+// A chain is the row of slots of one (tensor, batch row, head), or where rows are wide a column of
+// it. A tile is the part of a chain that a block holds in its registers at a time: neighbouring
+// threads share a row, in pieces of up to 16 bytes, and each holds the same piece of kRowsPerThread
+// rows, loads that do not wait for each other. Rows follow each other through the block whatever
+// their number of pieces, so that few threads are without one: 2 of 128 where it is 9. At 12 blocks
+// an SM that is 96 KB under way, where 25 KB hide the latency of the memory of an H200.
 #pragma once
 
 #include <algorithm>
@@ -18,6 +19,7 @@ namespace vtp::cuda {
 
 constexpr int kCopyThreads = 128;
 constexpr int kRowsPerThread = 4;
+constexpr uint32_t kReciprocalOne = 1 << 15;
 
 // A tensor whose rows are cut into pieces.
 struct CopyTensor {
@@ -28,15 +30,20 @@ struct CopyTensor {
   int64_t source_stride[3], target_stride[3];  // bytes: batch, head, row
   uint32_t heads;
   uint32_t row_pieces;
+  uint32_t columns;       // blocks side by side on a row
   uint32_t chain_blocks;  // one behind the other on a chain
+  uint16_t reciprocal;    // of column_pieces, times kReciprocalOne, rounded up
+  uint8_t column_pieces;  // at most kWarp
   uint8_t piece_log2;     // bytes of a piece
-  uint8_t lanes_log2;     // lanes that share a row
 
-  // Blocks side by side on a row.
-  __host__ __device__ uint32_t row_blocks() const {
-    return (row_pieces + (1u << lanes_log2) - 1) >> lanes_log2;
+  // thread / column_pieces: which of the rows that a block moves at once a thread has a piece of.
+  // The reciprocal is too large by less than 1 / kReciprocalOne; times a thread that is less than
+  // 1 / kWarp, and the quotient is exact.
+  __host__ __device__ uint32_t row_of_thread(uint32_t thread) const {
+    return thread * reciprocal / kReciprocalOne;
   }
 };
+static_assert(kCopyThreads * kWarp <= static_cast<int>(kReciprocalOne));
 
 // All that a launch needs, passed by value: in device memory it would first have to be copied
 // there. first_block stands apart from the tensors so that the search for a block's tensor touches
@@ -56,9 +63,10 @@ struct CopyPlan {
   CopyTensor tensors[Capacity];
 };
 
-constexpr int kMostTensors = 320;
+constexpr int kMostTensors = 300;
 constexpr int64_t kMostBlocks = std::numeric_limits<int32_t>::max();  // of a grid
-constexpr int64_t kMostSlots = 1 << 30;  // a slot past the last tile is still an int
+constexpr int64_t kMostSlots = 1 << 29;
+constexpr int kNoSlot = 1 << 29;  // past all of them, and an int yet some tiles behind the last one
 static_assert(sizeof(CopyPlan<kMostTensors>) <= 32764, "the limit for the parameters of a kernel");
 
 // What a block works on.
@@ -90,8 +98,7 @@ struct Chain {
 // Where a thread stands in a tile.
 struct Place {
   int64_t byte;   // of its piece, in a row
-  bool in_row;    // whether a row has this piece
-  int slot;       // of its first row, in the first tile
+  int slot;       // of its first row, in the first tile; kNoSlot where no row has this piece
   int row_step;   // slots from one of its rows to the next
   int tile_step;  // slots from one tile to the next
 };
@@ -127,8 +134,7 @@ VTP_DEVICE void with_chain(const Plan& plan, const F& f) {
   const CopyTensor& t = plan.tensors[index];
   const uint32_t block = blockIdx.x - plan.first_block[index];
 
-  const uint32_t row_blocks = t.row_blocks();
-  const uint32_t above = block / row_blocks, column = block - above * row_blocks;
+  const uint32_t above = block / t.columns, column = block - above * t.columns;
   const uint32_t number = above / t.chain_blocks;
   const int64_t batch = number / t.heads, head = number % t.heads;
   const Chain chain = {
@@ -144,11 +150,14 @@ VTP_DEVICE void with_chain(const Plan& plan, const F& f) {
       plan.index_stride[2],
   };
 
-  const uint32_t lanes = 1u << t.lanes_log2;
-  const uint32_t piece = column * lanes + (threadIdx.x & (lanes - 1));
-  const int row_step = kCopyThreads >> t.lanes_log2;
-  const Place place = {static_cast<int64_t>(piece) << t.piece_log2, piece < t.row_pieces,
-                       static_cast<int>(threadIdx.x >> t.lanes_log2), row_step,
+  const uint32_t slot = t.row_of_thread(threadIdx.x);
+  const uint32_t piece_of_column = threadIdx.x - slot * t.column_pieces;
+  const uint32_t piece = column * t.column_pieces + piece_of_column;
+  const uint32_t rows = t.row_of_thread(kCopyThreads);
+  const bool in_row = piece < t.row_pieces && slot < rows;
+  const int row_step = static_cast<int>(rows);
+  const Place place = {static_cast<int64_t>(piece) << t.piece_log2,
+                       in_row ? static_cast<int>(slot) : kNoSlot, row_step,
                        row_step * kRowsPerThread};
   switch (t.piece_log2) {
     case 4:
@@ -179,7 +188,8 @@ inline int piece_log2_of(const RowTensor& t) {
   return log2;
 }
 
-// A block covers up to `width` bytes of a row.
+// A block covers up to `width` bytes of a row. Wider rows are cut into columns of about equal width,
+// of whole sectors of 32 bytes where pieces have 16.
 inline CopyTensor copy_tensor(const RowTensor& t, const RowIndices& rows, int width) {
   CopyTensor c = {};
   c.source = t.source, c.target = t.target;
@@ -192,15 +202,15 @@ inline CopyTensor copy_tensor(const RowTensor& t, const RowIndices& rows, int wi
   std::copy_n(t.target_stride, 3, c.target_stride);
   const int piece_log2 = piece_log2_of(t);
   const int64_t pieces = t.row_bytes >> piece_log2;
-  int lanes_log2 = 0;
-  while (1 << lanes_log2 < kWarp && 1 << lanes_log2 < pieces &&
-         1 << lanes_log2 << piece_log2 < width) {
-    ++lanes_log2;
-  }
+  const int64_t columns = divide_up(pieces, std::min(kWarp, width >> piece_log2));
+  int64_t column_pieces = divide_up(pieces, columns);
+  if (columns > 1 && piece_log2 == 4) column_pieces += column_pieces % 2;
   c.heads = static_cast<uint32_t>(t.heads);
   c.row_pieces = static_cast<uint32_t>(pieces);
+  c.columns = static_cast<uint32_t>(divide_up(pieces, column_pieces));
+  c.reciprocal = static_cast<uint16_t>(divide_up(kReciprocalOne, column_pieces));
+  c.column_pieces = static_cast<uint8_t>(column_pieces);
   c.piece_log2 = static_cast<uint8_t>(piece_log2);
-  c.lanes_log2 = static_cast<uint8_t>(lanes_log2);
   return c;
 }
 
@@ -227,9 +237,9 @@ int64_t fill_plan(const CompactRows& a, CopyShape shape, int64_t first, CopyPlan
     const RowTensor& t = a.tensors[first];
     if (t.batch * t.heads * t.row_bytes * indices.size[3] == 0) continue;
     CopyTensor c = copy_tensor(t, a.rows, shape.width);
-    const int64_t tile = (kCopyThreads >> c.lanes_log2) * kRowsPerThread;
+    const int64_t tile = c.row_of_thread(kCopyThreads) * kRowsPerThread;
     c.chain_blocks = shape.one_block ? 1 : static_cast<uint32_t>(divide_up(plan.slots, tile));
-    const int64_t tensor_blocks = t.batch * t.heads * c.chain_blocks * c.row_blocks();
+    const int64_t tensor_blocks = t.batch * t.heads * c.chain_blocks * c.columns;
     if (total + tensor_blocks > kMostBlocks) {
       if (total == 0) {
         throw std::runtime_error("vtp_kernels: a tensor must take at most " +

@@ -74,7 +74,7 @@ def assert_moved(before, after, new, layer, indices, counts):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", (1, 7, 16, 80, 128, 256))
+@pytest.mark.parametrize("dim", (1, 7, 72, 80, 128, 264))
 def test_dtypes_and_dims(draw, backend, dtype, dim):
     keys, values = cache(draw, (40, 40), dim=dim, dtype=dtype)
     check(keys, values, *draw.rows(2, 40, 25), backend)
