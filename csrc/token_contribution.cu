@@ -15,6 +15,7 @@
 #include <cmath>
 
 #include "cuda_ops.h"
+#include "vtp/async_copy.cuh"
 #include "vtp/dependent_launch.cuh"
 #include "vtp/math.cuh"
 #include "vtp/row_dot.cuh"
@@ -31,6 +32,8 @@ constexpr int kMaxThreads = kGroups * kWarp;
 constexpr int kMaxWarps = kGroups;
 // Query heads that share one read of K and V; more of them go to blocks of their own.
 constexpr int kMaxHeads = 8;
+// What `compare` keeps of query heads in shared memory: 60 heads of head dim 128 at a time.
+constexpr int kCompareBytes = 32 * 1024;
 
 struct Shape {
   int length, heads, kv_heads, group;
@@ -38,6 +41,7 @@ struct Shape {
   int splits;          // parts of the keys
   int tiles;           // of tokens, in `compare`
   int log_head_warps;  // warps of `compare` that share the KV heads of the same tokens
+  int compare_heads;   // query heads that `compare` takes at a time
   float factor;        // of query, so that exponentials are those of base 2
   RowShape row;
 
@@ -53,13 +57,20 @@ struct Shape {
         row(RowShape::of(a.query.size[2])) {
     while (2 << log_head_warps <= std::min(kv_heads, warps())) ++log_head_warps;
     tiles = static_cast<int>(divide_up(length, tile_tokens()));
+    compare_heads = std::min(heads, std::max(1, kCompareBytes / compare_head_bytes()));
   }
 
   VTP_INLINE int threads() const { return kGroups << row.log_lanes; }
   VTP_INLINE int warps() const { return threads() / kWarp; }
   VTP_INLINE int head_warps() const { return 1 << log_head_warps; }
   VTP_INLINE int log_warp_tokens() const { return kLogGroupTokens + 5 - row.log_lanes; }
-  VTP_INLINE int tile_tokens() const { return (warps() >> log_head_warps) << log_warp_tokens(); }
+  VTP_INLINE int log_tile_tokens() const {
+    return row.log_lanes - 1 - log_head_warps + log_warp_tokens();
+  }
+  VTP_INLINE int tile_tokens() const { return 1 << log_tile_tokens(); }
+  VTP_INLINE int compare_head_bytes() const {  // an output and the tile's weights
+    return (row.width() + tile_tokens()) * static_cast<int>(sizeof(float));
+  }
 };
 
 // Softmax is taken in base 2, of logits that carry a factor of log2(e). Vectors lie in the order of
@@ -297,6 +308,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine(Shape shape, Workspac
 
 struct CompareShared {
   double alpha[kMaxWarps][kWarp / 2], beta[kMaxWarps][kWarp / 2];
+  double squared;  // ||o||^2
   bool is_nearly_all[kMaxWarps * kWarp / 2];
   // of add_rest
   float weights[kSplit];
@@ -316,73 +328,176 @@ struct Weight {
   VTP_DEVICE float value() const { return fast_exp2(logit - base_of(maximum)) * inverse_sum; }
 };
 
-struct AlphaBeta {
-  double alpha, beta;
+// Shared memory for the query heads that `compare` takes at a time.
+struct CompareHeads {
+  float* outputs;  // [compare_heads, width]
+  float* weights;  // [compare_heads, tile_tokens]
+
+  VTP_DEVICE CompareHeads(void* memory, const Shape& shape)
+      : outputs(static_cast<float*>(memory)),
+        weights(outputs + shape.compare_heads * shape.row.width()) {}
 };
 
-// Of this thread's token, from the KV heads of its warp.
+// Weights of the tile's tokens in `count` query heads, a few a thread: asked for, then stored.
+struct TileWeights {
+  static constexpr int kAtOnce = 2;
+  Weight weight[kAtOnce];
+
+  VTP_DEVICE void load(const Shape& shape, const Workspace& work, int64_t row, int count, int first,
+                       int begin) {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = begin + i * shape.threads() + static_cast<int>(threadIdx.x);
+      const int token = first + (at & (shape.tile_tokens() - 1));
+      weight[i] = {-INFINITY, 0.0f, 0.0f};
+      if (at < count << shape.log_tile_tokens() && token < shape.length) {
+        weight[i].load(work, shape, row + (at >> shape.log_tile_tokens()), token);
+      }
+    }
+  }
+
+  VTP_DEVICE void store(const Shape& shape, int count, int begin, float* weights) const {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = begin + i * shape.threads() + static_cast<int>(threadIdx.x);
+      if (at < count << shape.log_tile_tokens()) weights[at] = weight[i].value();
+    }
+  }
+};
+
+// How many KV heads ahead of their use a warp's values are asked for: 32 registers.
+template <class T, bool Aligned>
+constexpr int kHeadsAhead = !Aligned ? 1 : 4 / static_cast<int>(sizeof(T));
+
+// Of this thread's token, from the KV heads of its warp. All lanes of a group learn a token's
+// product. They take the double arithmetic, slow on most devices, in turns: as many query heads at
+// once as there are lanes to a token.
+class AlphaBeta {
+ public:
+  VTP_DEVICE void add(RowShape row, float weight, float product, float value_squared) {
+    if (turn(row) == pending_) {
+      weight_ = weight;
+      product_ = product;
+      value_squared_ = value_squared;
+    }
+    if (++pending_ == row.lanes() / kGroupTokens) finish_turns(row);
+  }
+
+  VTP_DEVICE void finish_turns(RowShape row) {
+    const double wide = turn(row) < pending_ ? weight_ : 0.0f;
+    alpha_ += wide * product_;
+    beta_ += wide * wide * value_squared_;
+    pending_ = 0;
+  }
+
+  // Over the lanes that took turns.
+  VTP_DEVICE void sum_turns(RowShape row) {
+#pragma unroll
+    for (int offset = kGroupTokens; offset < kWarp; offset *= 2) {
+      if (offset < row.lanes()) {
+        alpha_ += __shfl_xor_sync(kAllLanes, alpha_, offset);
+        beta_ += __shfl_xor_sync(kAllLanes, beta_, offset);
+      }
+    }
+  }
+
+  VTP_DEVICE double alpha() const { return alpha_; }
+  VTP_DEVICE double beta() const { return beta_; }
+
+ private:
+  static VTP_DEVICE int turn(RowShape row) { return row.lane() / kGroupTokens; }
+
+  int pending_ = 0;
+  float weight_ = 0.0f, product_ = 0.0f, value_squared_ = 0.0f;
+  double alpha_ = 0.0, beta_ = 0.0;
+};
+
+// `first` is the tile's first token, `place` that of this thread in the tile. All of the block come.
+// Leaves ||o||^2, too.
 template <class T, bool Aligned>
 VTP_DEVICE AlphaBeta compare_heads(const TokenContribution& a, const Shape& shape,
-                                   const Workspace& work, int b, int first_token, bool own_wanted,
-                                   unsigned wanted) {
+                                   const Workspace& work, int b, int first, int place,
+                                   bool own_wanted, void* memory, CompareShared& shared) {
+  constexpr int kAhead = kHeadsAhead<T, Aligned>;
   const RowShape row_shape = shape.row;
-  // All lanes of a group learn a token's product. They take the double arithmetic, slow on most
-  // devices, in turns: as many heads at once as there are lanes to a token.
-  const int own_token = first_token + row_shape.lane() % kGroupTokens;
-  const int turns = row_shape.lanes() / kGroupTokens, turn = row_shape.lane() / kGroupTokens;
+  const CompareHeads heads(memory, shape);
+  const int first_token = first + place - row_shape.lane() % kGroupTokens;
   const auto value = view_as<const T>(a.value);
-  double alpha = 0.0, beta = 0.0;
-  int kv_head = warp_id() & (shape.head_warps() - 1);
-  RowPart<T> parts[kGroupTokens];
-  load_parts<Aligned>(value.at(b, kv_head, first_token), value.stride[2], row_shape, wanted, parts);
-  // Values and outputs are read one head ahead of their use.
-  const float* const outputs =
-      work.output + static_cast<int64_t>(b) * shape.heads * row_shape.width();
-  float next_output[kLaneElements];
-  load_share(outputs + kv_head * shape.group * row_shape.width(), row_shape, next_output);
-  for (; kv_head < shape.kv_heads; kv_head += shape.head_warps()) {
-    float rows[kGroupTokens][kLaneElements];
-    widen_parts(parts, rows);
-    if (kv_head + shape.head_warps() < shape.kv_heads) {
-      load_parts<Aligned>(value.at(b, kv_head + shape.head_warps(), first_token), value.stride[2],
-                          row_shape, wanted, parts);
-    }
-    const double value_squared = square_rows(rows, row_shape);
-    for (int first = 0; first < shape.group; first += turns) {
-      const int64_t row = static_cast<int64_t>(b) * shape.heads + kv_head * shape.group + first;
-      const int count = min(turns, shape.group - first);
-      const bool mine = own_wanted && turn < count;
-      Weight weight;
-      if (mine) weight.load(work, shape, row + turn, own_token);
-      float product = 0.0f;
-      for (int i = 0; i < count; ++i) {
-        float output[kLaneElements];
+  const unsigned of_warp = __ballot_sync(kAllLanes, own_wanted);
+  const unsigned wanted = of_warp >> (row_shape.group_of_warp() << row_shape.log_lanes);
+  AlphaBeta sums;
+#pragma unroll 1
+  for (int begin = 0; begin < shape.heads; begin += shape.compare_heads) {
+    const int count = min(shape.compare_heads, shape.heads - begin);
+    const int last = (begin + count - 1) / shape.group, step = shape.head_warps();
+    int kv_head = begin / shape.group;
+    kv_head += (warp_id() - kv_head) & (step - 1);
+    RowPart<T> parts[kAhead][kGroupTokens];
+    const auto load = [&](int head, auto& out) {
+      load_parts<Aligned>(value.at(b, min(head, last), first_token), value.stride[2], row_shape,
+                          head <= last ? wanted : 0, out);
+    };
 #pragma unroll
-        for (int j = 0; j < kLaneElements; ++j) output[j] = next_output[j];
-        const bool is_last = first + i + 1 == shape.group;
-        const int next = kv_head * shape.group + first + i + 1 +
-                         (is_last ? (shape.head_warps() - 1) * shape.group : 0);
-        if (next < shape.heads) {
-          load_share(outputs + next * row_shape.width(), row_shape, next_output);
+    for (int i = 0; i < kAhead; ++i) load(kv_head + i * step, parts[i]);
+
+    const int64_t row = static_cast<int64_t>(b) * shape.heads + begin;
+    double squared = 0.0;
+    if (begin == 0) {
+      await_earlier_kernels();  // values are no kernel's
+      if (warp_id() == 0 && lane_id() < shape.heads) squared = work.squared[row + lane_id()];
+    } else {
+      __syncthreads();  // the heads before are no longer read
+    }
+    const float* outputs = work.output + row * row_shape.width();
+    for (int i = static_cast<int>(threadIdx.x) * 4; i < count * row_shape.width();
+         i += shape.threads() * 4) {
+      copy_async(heads.outputs + i, outputs + i, true);
+    }
+    commit_copies();
+    TileWeights weights;
+    weights.load(shape, work, row, count, first, 0);
+    weights.store(shape, count, 0, heads.weights);
+    constexpr int kAtOnce = TileWeights::kAtOnce;
+    for (int i = kAtOnce * shape.threads(); i < count << shape.log_tile_tokens();
+         i += kAtOnce * shape.threads()) {
+      weights.load(shape, work, row, count, first, i);
+      weights.store(shape, count, i, heads.weights);
+    }
+    if (begin == 0 && warp_id() == 0) {
+      for (int head = lane_id() + kWarp; head < shape.heads; head += kWarp) {
+        squared += work.squared[row + head];
+      }
+      squared = warp_sum(squared);
+      if (lane_id() == 0) shared.squared = squared;
+    }
+    wait_copies<0>();
+    __syncthreads();
+    if (of_warp == 0) continue;
+
+#pragma unroll 1
+    for (; kv_head <= last; kv_head += kAhead * step) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int head = kv_head + i * step;
+        if (head > last) break;
+        float rows[kGroupTokens][kLaneElements];
+        widen_parts(parts[i], rows);
+        load(head + kAhead * step, parts[i]);
+        const float value_squared = square_rows(rows, row_shape);
+        const int end = min((head + 1) * shape.group - begin, count);
+#pragma unroll 1
+        for (int query = max(head * shape.group - begin, 0); query < end; ++query) {
+          float output[kLaneElements];
+          load_share(heads.outputs + query * row_shape.width(), row_shape, output);
+          const float weight = heads.weights[(query << shape.log_tile_tokens()) + place];
+          sums.add(row_shape, weight, dot_rows(rows, output, row_shape), value_squared);
         }
-        const float sum = dot_rows(rows, output, row_shape);
-        product = i == turn ? sum : product;
-      }
-      if (mine) {
-        const double wide = weight.value();
-        alpha += wide * product;
-        beta += wide * wide * value_squared;
       }
     }
   }
-#pragma unroll
-  for (int offset = kGroupTokens; offset < kWarp; offset *= 2) {
-    if (offset < row_shape.lanes()) {
-      alpha += __shfl_xor_sync(kAllLanes, alpha, offset);
-      beta += __shfl_xor_sync(kAllLanes, beta, offset);
-    }
-  }
-  return {alpha, beta};
+  sums.finish_turns(row_shape);
+  sums.sum_turns(row_shape);
+  return sums;
 }
 
 // This thread's part of the output of head `row` without `token`: from the other splits, which know
@@ -481,7 +596,7 @@ VTP_DEVICE bool is_wanted(const TokenContribution& a, const Shape& shape, int b,
 // This thread's token of the tile, from the sums of all warps. True where its rest is too short for
 // the closed form.
 VTP_DEVICE bool finish(const TokenContribution& a, const Shape& shape, int b, int first,
-                       double squared, const CompareShared& shared) {
+                       const CompareShared& shared) {
   const int place = static_cast<int>(threadIdx.x), token = first + place;
   if (place >= shape.tile_tokens() || token >= shape.length) return false;
   const int warp = place >> shape.log_warp_tokens() << shape.log_head_warps;
@@ -493,6 +608,7 @@ VTP_DEVICE bool finish(const TokenContribution& a, const Shape& shape, int b, in
   }
   // No contribution: cosine 1. So it is off the candidates, too.
   const bool contributes = is_wanted(a, shape, b, token) && beta != 0.0;
+  const double squared = shared.squared;
   const Rest rest = {squared - 2.0 * alpha + beta, squared - alpha};
   const int64_t at = static_cast<int64_t>(b) * shape.length + token;
   static_cast<float*>(a.cosine)[at] = contributes ? cosine_of(squared, rest) : 1.0f;
@@ -510,28 +626,19 @@ __global__ void __launch_bounds__(kMaxThreads)
   // From the end: what `attend` read last is likeliest to be in the cache yet.
   const unsigned unit = gridDim.x - 1 - blockIdx.x;
   const int b = unit / shape.tiles, first = unit % shape.tiles * shape.tile_tokens();
-  const int group = shape.row.group_of_warp();
-  const int place = group * kGroupTokens + shape.row.lane() % kGroupTokens;
-  const int warp_first = first + (warp_id() >> shape.log_head_warps << shape.log_warp_tokens());
-  const bool own_wanted = is_wanted(a, shape, b, warp_first + place);
-  const unsigned wanted = __ballot_sync(kAllLanes, own_wanted);
-  await_earlier_kernels();
-  const double* squares = work.squared + static_cast<int64_t>(b) * shape.heads;
-  double squared = lane_id() < shape.heads ? squares[lane_id()] : 0.0;
-  AlphaBeta sums = {0.0, 0.0};
-  if (wanted != 0) {
-    sums = compare_heads<T, Aligned>(a, shape, work, b, warp_first + group * kGroupTokens,
-                                     own_wanted, wanted >> (group << shape.row.log_lanes));
-  }
+  const int warp_place = shape.row.group_of_warp() * kGroupTokens + shape.row.lane() % kGroupTokens;
+  const int warp_first = warp_id() >> shape.log_head_warps << shape.log_warp_tokens();
+  const int place = warp_first + warp_place;
+  const bool own_wanted = is_wanted(a, shape, b, first + place);
+  const AlphaBeta sums = compare_heads<T, Aligned>(a, shape, work, b, first, place, own_wanted,
+                                                   memory, shared);
   if (shape.row.lane() < kGroupTokens) {
-    shared.alpha[warp_id()][place] = sums.alpha;
-    shared.beta[warp_id()][place] = sums.beta;
+    shared.alpha[warp_id()][warp_place] = sums.alpha();
+    shared.beta[warp_id()][warp_place] = sums.beta();
   }
-  for (int head = lane_id() + kWarp; head < shape.heads; head += kWarp) squared += squares[head];
-  squared = warp_sum(squared);
   __syncthreads();
 
-  const bool is_nearly_all = finish(a, shape, b, first, squared, shared);
+  const bool is_nearly_all = finish(a, shape, b, first, shared);
   if (static_cast<int>(threadIdx.x) < shape.tile_tokens()) {
     shared.is_nearly_all[threadIdx.x] = is_nearly_all;
   }
@@ -542,7 +649,7 @@ __global__ void __launch_bounds__(kMaxThreads)
                                            reinterpret_cast<float*>(memory), shared);
     if (threadIdx.x == 0) {
       static_cast<float*>(a.cosine)[static_cast<int64_t>(b) * shape.length + first + i] =
-          cosine_of(squared, rest);
+          cosine_of(shared.squared, rest);
     }
   }
 }
@@ -563,6 +670,7 @@ void token_contribution(const TokenContribution& a, void* workspace, Stream stre
   const Shape shape(a);
   const int64_t units = batch * shape.kv_heads * shape.splits * shape.chunks;
   const size_t sums = shape.warps() * shape.row.width() * sizeof(float);
+  const size_t heads = shape.compare_heads * shape.compare_head_bytes();
   OpStream ours(stream);
   with_type(a.query.dtype, [&](auto type) {
     with_bool(rows_are_aligned(a.key) && rows_are_aligned(a.value), [&](auto aligned) {
@@ -572,7 +680,7 @@ void token_contribution(const TokenContribution& a, void* workspace, Stream stre
       launch("token_contribution: combine", combine, dim3(batch * shape.heads), kCombineThreads, 0,
              ours, shape, work);
       launch("token_contribution: compare", compare<T, aligned.value>, dim3(batch * shape.tiles),
-             shape.threads(), sums, ours, a, shape, work);
+             shape.threads(), std::max(sums, heads), ours, a, shape, work);
     });
   });
 }

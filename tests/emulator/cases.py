@@ -150,6 +150,8 @@ def select_topk(draw, batch, length):
 
 def token_contribution(draw, batch, length):
     (heads, kv_heads), dim = draw.any(*HEADS), draw.any(*DIMS)
+    if length in LONG["token_contribution"]:
+        heads, kv_heads, dim = 40, 5, 136  # more heads than are compared at a time
     valid = draw.maybe(draw.bools(batch, length, p=0.8))
     query = draw.normal(batch, heads, dim)
     pair = [keys(draw, batch, kv_heads, length, dim, valid) for _ in range(2)]

@@ -99,6 +99,11 @@ def test_heads_and_dims(draw, backend, kv_heads, group, dim):
     check(inputs(draw, heads=kv_heads * group, kv_heads=kv_heads, length=67, dim=dim), backend)
 
 
+@pytest.mark.parametrize("kv_heads, group", ((8, 5), (1, 40), (40, 1)))
+def test_more_heads_than_are_compared_at_a_time(draw, backend, kv_heads, group):
+    check(inputs(draw, 1, kv_heads * group, kv_heads, length=20, dim=256), backend)
+
+
 def test_scale(draw, backend):
     check(inputs(draw), backend, scale=0.03)
 
