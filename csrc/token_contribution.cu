@@ -168,6 +168,10 @@ VTP_DEVICE float sum_warps(const float* sums, const Shape& shape) {
   return sum;
 }
 
+// Whether keys and values of a split fit into registers side by side, and are asked for together.
+template <class T, bool Aligned>
+constexpr bool kValuesAtOnce = Aligned && sizeof(T) == 2;
+
 template <class T, bool Aligned>
 __global__ void __launch_bounds__(kMaxThreads)
     attend(TokenContribution a, Shape shape, Workspace work) {
@@ -192,14 +196,18 @@ __global__ void __launch_bounds__(kMaxThreads)
   const unsigned valid =
       __ballot_sync(kAllLanes, own_valid) >> (row_shape.group_of_warp() << row_shape.log_lanes);
 
-  RowPart<T> parts[kGroupKeys];
+  RowPart<T> keys[kGroupKeys], values[kGroupKeys];
   const auto key = view_as<const T>(a.key), value = view_as<const T>(a.value);
-  load_parts<Aligned, true>(key.at(b, kv_head, first_key), key.stride[2], row_shape, valid, parts);
+  const auto load_values = [&] {
+    load_parts<Aligned>(value.at(b, kv_head, first_key), value.stride[2], row_shape, valid, values);
+  };
+  load_parts<Aligned, true>(key.at(b, kv_head, first_key), key.stride[2], row_shape, valid, keys);
+  if (kValuesAtOnce<T, Aligned>) load_values();
   stage_queries<T>(a, shape, b, first_head, count, shared.queries);
   __syncthreads();
 
   float rows[kGroupKeys][kLaneElements];
-  widen_parts(parts, rows);
+  widen_parts(keys, rows);
 #pragma unroll 1
   for (int head = 0; head < count; ++head) {
     float query[kLaneElements];
@@ -210,15 +218,14 @@ __global__ void __launch_bounds__(kMaxThreads)
     }
   }
 
-  // Under way while exponentials are taken.
-  load_parts<Aligned>(value.at(b, kv_head, first_key), value.stride[2], row_shape, valid, parts);
+  if (!kValuesAtOnce<T, Aligned>) load_values();  // under way while exponentials are taken
   __syncthreads();
   for (int head = warp_id(); head < count; head += shape.warps()) {
     exponentiate(shape, split, row + head, work, shared.weights + head * kSplit);
   }
   __syncthreads();
 
-  widen_parts(parts, rows);
+  widen_parts(values, rows);
   const int width = row_shape.width();
 #pragma unroll 1
   for (int head = 0; head < count; ++head) {
