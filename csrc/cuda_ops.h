@@ -1,5 +1,7 @@
 // The CUDA kernels' interface: one launcher per op, in csrc/<op>.cu. Neither torch nor CUDA headers.
 //
+// Calls are made with the device of the memory and of the stream current, those of <op>_workspace too.
+//
 // A launcher puts its kernels on `stream` and returns; it waits for nothing, allocates nothing and
 // may be captured in a graph. `workspace` is device memory of <op>_workspace(arguments) bytes,
 // aligned to 256, of any content. A launch that fails throws std::runtime_error. float64 is not

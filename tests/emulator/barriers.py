@@ -37,6 +37,7 @@ def first_race(runs: Iterator[Run]) -> str | None:
 
 def main(*ops: str) -> None:
     kernels = build.load("races")
+    kernels.set_shared_limit(cases.SHARED_BYTES)
     purposes: dict[str, str | None] = {}
     for op in ops or ("", *cases.OPS):
         kernels.forget_barriers()  # those that this op does not meet cannot matter to it

@@ -14,6 +14,13 @@ def kernels():
 
 
 @pytest.fixture
+def set_shared_limit(kernels):
+    """A function that changes how much shared memory a block may have, which is put back."""
+    yield kernels.set_shared_limit
+    kernels.set_shared_limit(64 << 10)
+
+
+@pytest.fixture
 def set_order(kernels, draw):
     """A function that changes the thread order, which is put back afterwards."""
     before = kernels.order()

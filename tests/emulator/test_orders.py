@@ -13,7 +13,10 @@ def bits(tensors):
 
 
 @pytest.mark.parametrize("op", cases.OPS)
-def test_results_do_not_depend_on_the_order_of_threads(kernels, set_order, draw, op):
+def test_results_do_not_depend_on_the_order_of_threads(
+    kernels, set_order, set_shared_limit, draw, op
+):
+    set_shared_limit(cases.SHARED_BYTES)
     seed = draw.integer(0, 2**31)
     results = {}
     for order in build.ORDERS:
