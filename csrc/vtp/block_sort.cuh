@@ -3,6 +3,10 @@
 // which strides are registers or shuffles; wider strides go through memory, up to three in a pass.
 // 1024 keys take 6 passes with a barrier each, 8192 take 14. Keys alone are moved: what equal keys
 // belong to does not matter to those who call.
+//
+// A lane takes its eight keys in two accesses of 16 bytes. Eight lanes, which shared memory serves at
+// once, would meet in half of the banks: they lie 32 bytes apart. So until the last pass the halves of
+// every other four lanes' keys change places.
 #pragma once
 
 #include "warp.cuh"
@@ -71,17 +75,21 @@ VTP_DEVICE void merge_lanes(uint32_t (&keys)[8]) {
   merge_own(keys);
 }
 
+// Where a key is until the last pass. (What is to be sorted may lie in any order.)
+VTP_DEVICE unsigned banked(unsigned index) { return index ^ (index >> 3 & 4); }
+
 // Calls f(keys, index of the first) for this thread's part of every segment of its warp.
 template <int Threads, class F>
-VTP_DEVICE void for_each_segment(uint32_t* keys, unsigned size, const F& f) {
+VTP_DEVICE void for_each_segment(uint32_t* keys, unsigned size, bool is_last, const F& f) {
+  const auto halves = [&](unsigned place) { return reinterpret_cast<uint4*>(keys + place); };
   for (unsigned segment = warp_id(); segment < size / kSegment; segment += Threads / kWarp) {
     const unsigned first = segment * kSegment + lane_id() * 8;
-    uint4* place = reinterpret_cast<uint4*>(keys + first);
-    const uint4 low = place[0], high = place[1];
+    const unsigned from = banked(first), to = is_last ? first : from;
+    const uint4 low = *halves(from), high = *halves(from ^ 4);
     uint32_t own[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
     f(own, first);
-    place[0] = make_uint4(own[0], own[1], own[2], own[3]);
-    place[1] = make_uint4(own[4], own[5], own[6], own[7]);
+    *halves(to) = make_uint4(own[0], own[1], own[2], own[3]);
+    *halves(to ^ 4) = make_uint4(own[4], own[5], own[6], own[7]);
   }
 }
 
@@ -113,14 +121,15 @@ VTP_DEVICE void merge_wide(uint32_t* keys, unsigned size, int log, int sequence_
   constexpr int kCount = 1 << Strides;
   for (unsigned i = threadIdx.x; i < size >> Strides; i += Threads) {
     const unsigned first = (i >> log << (log + Strides)) | (i & ((1u << log) - 1));
+    uint32_t* place = keys + banked(first);  // the same for every j: log is kSegmentLog or more
     uint32_t own[kCount];
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) own[j] = keys[first + (static_cast<unsigned>(j) << log)];
+    for (int j = 0; j < kCount; ++j) own[j] = place[static_cast<unsigned>(j) << log];
     flip_if(ascends(first, sequence_log), own);
     merge_own(own);
     flip_if(ascends(first, sequence_log), own);
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) keys[first + (static_cast<unsigned>(j) << log)] = own[j];
+    for (int j = 0; j < kCount; ++j) place[static_cast<unsigned>(j) << log] = own[j];
   }
   __syncthreads();
 }
@@ -129,7 +138,7 @@ VTP_DEVICE void merge_wide(uint32_t* keys, unsigned size, int log, int sequence_
 // before a barrier that precedes the call; a barrier ends it.
 template <int Threads>
 VTP_DEVICE void sort_descending(uint32_t* keys, unsigned size) {
-  for_each_segment<Threads>(keys, size,
+  for_each_segment<Threads>(keys, size, size == kSegment,
                             [](auto& own, unsigned first) { sort_segment(own, first); });
   __syncthreads();
   for (int sequence_log = kSegmentLog + 1; size >> sequence_log != 0; ++sequence_log) {
@@ -139,7 +148,8 @@ VTP_DEVICE void sort_descending(uint32_t* keys, unsigned size) {
     }
     if (log == kSegmentLog + 2) merge_wide<Threads, 2>(keys, size, log - 2, sequence_log);
     if (log == kSegmentLog + 1) merge_wide<Threads, 1>(keys, size, log - 1, sequence_log);
-    for_each_segment<Threads>(keys, size, [&](auto& own, unsigned first) {
+    const bool is_last = size >> sequence_log == 1;
+    for_each_segment<Threads>(keys, size, is_last, [&](auto& own, unsigned first) {
       flip_if(ascends(first, sequence_log), own);
       merge_lanes<kSegmentLog>(own);
       flip_if(ascends(first, sequence_log), own);
