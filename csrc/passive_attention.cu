@@ -66,6 +66,34 @@ KeyLists keys_of_visual(const PassiveAttention& a) {
 
 constexpr int kListThreads = 256, kPerThread = 8, kListStep = kListThreads * kPerThread;
 
+// kPerThread bytes of a mask from `begin` on, 0 past `count`: one load where they lie that way, else
+// loads that do not wait for each other.
+VTP_DEVICE uint64_t load_mask(const Mask& mask, int64_t batch, int begin, int count) {
+  static_assert(kPerThread == sizeof(uint64_t));
+  const MaskByte* first = mask.at(batch, begin);
+  if (count == kPerThread && mask.stride[1] == 1 &&
+      reinterpret_cast<uintptr_t>(first) % sizeof(uint64_t) == 0) {
+    return *reinterpret_cast<const uint64_t*>(first);
+  }
+  uint64_t bytes = 0;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const uint8_t byte = i < count ? first[i * mask.stride[1]].byte : 0;
+    bytes |= uint64_t{byte} << 8 * i;
+  }
+  return bytes;
+}
+
+// A bit for every byte that is not 0.
+VTP_DEVICE unsigned bits_of_mask(uint64_t bytes) {
+  unsigned bits = 0;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    bits |= static_cast<unsigned>((bytes >> 8 * i & 0xff) != 0) << i;
+  }
+  return bits;
+}
+
 // Lists position s of a batch row, of which `until` counts what lies before.
 VTP_DEVICE void list_token(const Tokens& tokens, int64_t batch, int s, bool is_text, bool is_visual,
                            Until& until) {
@@ -86,12 +114,11 @@ VTP_DEVICE void list_step(const Tokens& tokens, const Mask& visual, const Mask& 
   const int64_t batch = blockIdx.x;
   const int begin = first + static_cast<int>(threadIdx.x) * kPerThread;
   const int count = max(0, min(kPerThread, tokens.length - begin));
-  unsigned text_bits = 0, visual_bits = 0;
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    if (i >= count || (valid && !*valid.at(batch, begin + i))) continue;
-    (*visual.at(batch, begin + i) ? visual_bits : text_bits) |= 1u << i;
-  }
+  const uint64_t visual_bytes = load_mask(visual, batch, begin, count);
+  const uint64_t valid_bytes = valid ? load_mask(valid, batch, begin, count) : ~uint64_t{0};
+  const unsigned in_row = (1u << count) - 1, valid_bits = bits_of_mask(valid_bytes) & in_row;
+  const unsigned visual_bits = bits_of_mask(visual_bytes) & valid_bits;
+  const unsigned text_bits = valid_bits & ~visual_bits;
   int total;  // text in the lower half, visual in the upper one
   const int before = block_exclusive_sum<kListThreads>(
       __popc(visual_bits) << 16 | __popc(text_bits), &total, scratch);
