@@ -639,6 +639,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const bool own_wanted = is_wanted(a, shape, b, first + place);
   const AlphaBeta sums = compare_heads<T, Aligned>(a, shape, work, b, first, place, own_wanted,
                                                    memory, shared);
+  await_earlier_kernels();  // so that every path has, for all that the machine code tells
   if (shape.row.lane() < kGroupTokens) {
     shared.alpha[warp_id()][warp_place] = sums.alpha();
     shared.beta[warp_id()][warp_place] = sums.beta();
