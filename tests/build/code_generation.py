@@ -1,16 +1,15 @@
-"""What nvcc makes of the CUDA kernels: registers, shared memory, spills, instructions.
+"""What nvcc makes of the CUDA kernels: registers, shared memory, spills, instructions, waits.
 
     python tests/build/code_generation.py [--write]
 
-compares the kernels as built with the table in csrc/code_generation.md, or writes the table anew.
-It reads what ptxas said when the library was built; where there is no such build, it compiles
-csrc/*.cu by itself, to build/code_generation/.
+compares the kernels as built with the tables in csrc/code_generation.md, or writes the tables anew.
+It reads what ptxas said when the library was built, and the objects; where there is no such build,
+it compiles csrc/*.cu by itself, to build/code_generation/.
 """
 
 import argparse
 import dataclasses
 import functools
-import importlib.util
 import os
 import re
 import shutil
@@ -22,11 +21,15 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from round_trips import RoundTrips, round_trips
+from sass import disassembled, disassembler, dotted
+
 ROOT = Path(__file__).parents[2].resolve()
 CSRC = ROOT / "csrc"
 TABLE = CSRC / "code_generation.md"
 OWN_BUILD = ROOT / "build" / "code_generation"
 ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+WAITS_ARCH = "9.0"  # of the table of waits
 # Registers a kernel may use beyond the table's where another nvcc built it.
 REGISTER_TOLERANCE = 16
 
@@ -61,11 +64,6 @@ ENTRY = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\w+)'")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
-
-
-def dotted(number: str) -> str:
-    """sm_120 as 12.0, sm_90a as 9.0a."""
-    return re.sub(r"(\d)([a-z]?)$", r".\1\2", number.removeprefix("sm_"))
 
 
 def parse(log: str) -> list[Usage]:
@@ -195,43 +193,53 @@ def is_newer(target: Path, headers: Path) -> bool:
     )
 
 
+def compile_source(source: Path, target: Path, *options: str) -> None:
+    """With the library's options and these, unless `target` is newer; what ptxas says is kept in
+    <target>.ptxas.txt."""
+    log, headers = target.with_suffix(".ptxas.txt"), target.with_suffix(".d")
+    if is_newer(target, headers) and log.exists():
+        return
+    nvcc = find_nvcc() or stop("no nvcc here: set CUDA_HOME to the CUDA toolkit")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    command = [
+        *(nvcc, "-std=c++17", "-O3", "-DNDEBUG", f'-DVTP_CUDA_ARCHS="{",".join(ARCHS)}"'),
+        *("-Xptxas=-v", "-MD", "-MF", str(headers), *options, str(source), "-o", str(target)),
+    ]
+    started = time.time()  # what is edited meanwhile is newer than the result
+    run = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if run.returncode != 0:
+        stop(f"nvcc fails on {source.name}:\n{run.stderr[-8000:]}")
+    log.write_text(run.stderr)
+    os.utime(target, (started, started))
+
+
 def own_build() -> Build:
     nvcc = find_nvcc() or stop("no nvcc here: set CUDA_HOME to the CUDA toolkit")
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     build = Build(OWN_BUILD, re.search(r"V([\d.]+)", text)[1])
-    build.folder.mkdir(parents=True, exist_ok=True)
-
-    def compile_source(source: Path):
-        target, log = build.objects()[source.stem], build.logs()[source.stem]
-        headers = target.with_suffix(".d")
-        if is_newer(target, headers) and log.exists():
-            return
-        numbers = [arch.replace(".", "") for arch in ARCHS]
-        command = [
-            *(nvcc, "-std=c++17", "-O3", "-DNDEBUG", f'-DVTP_CUDA_ARCHS="{",".join(ARCHS)}"'),
-            *(f"--generate-code=arch=compute_{n},code=sm_{n}" for n in numbers),
-            *("-Xptxas=-v", "-Xfatbin=-compress-all", "-MD", "-MF", str(headers)),
-            *("-c", str(source), "-o", str(target)),
-        ]
-        started = time.time()  # what is edited meanwhile is newer than the result
-        run = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-        if run.returncode != 0:
-            stop(f"nvcc fails on {source.name}:\n{run.stderr[-8000:]}")
-        log.write_text(run.stderr)
-        os.utime(target, (started, started))
-
+    numbers = [arch.replace(".", "") for arch in ARCHS]
+    options = [f"--generate-code=arch=compute_{n},code=sm_{n}" for n in numbers]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        list(pool.map(compile_source, sources()))
+        running = [
+            pool.submit(
+                compile_source,
+                *(source, build.objects()[source.stem]),
+                *("-c", "-Xfatbin=-compress-all", *options),
+            )
+            for source in sources()
+        ]
+        for compilation in running:
+            compilation.result()
     return build
 
 
-# --- the table --------------------------------------------------------------------------------
+# --- the table of registers ------------------------------------------------------------------
 
 HEADING = """# What nvcc makes of the kernels
 
 Registers of a thread and, after a plus sign, bytes of static shared memory of a block, by compute
-capability. No kernel has a stack frame or spills. tests/build/test_code_generation.py compares this
-table with what is built; `python tests/build/code_generation.py --write` writes it anew.
+capability. No kernel has a stack frame or spills. tests/build/test_code_generation.py compares the
+tables with what is built; `python tests/build/code_generation.py --write` writes them anew.
 """
 
 
@@ -260,14 +268,22 @@ def render(usages: list[Usage], nvcc: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of a Markdown table, its heading first."""
+    return [
+        [cell.strip() for cell in line.strip("|\n").split("|")]
+        for line in text.splitlines()
+        if line.startswith("| ")
+    ]
+
+
 def read_table(text: str) -> tuple[str, dict[tuple[str, str], Usage]]:
     """nvcc's version, and the usage by kernel and architecture."""
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    (_, *archs), *kernels = rows
+    (_, *archs), *kernels = rows_of(text.split(WAITS_TITLE)[0])
     recorded = {}
     for name, *cells in kernels:
         for arch, numbers in zip(archs, cells, strict=False):
-            if numbers.strip():
+            if numbers:
                 registers, _, shared = numbers.partition("+")
                 usage = Usage(name.strip("`"), arch, int(registers), int(shared or 0))
                 recorded[usage.kernel, arch] = usage
@@ -300,52 +316,32 @@ def complaints(usages: list[Usage], nvcc: str, table: str) -> Iterator[str]:
 # --- machine code -----------------------------------------------------------------------------
 
 
-@functools.cache
-def disassembler() -> str | None:
-    """cuobjdump of the toolkit, or the one that triton brings."""
-    if found := shutil.which("cuobjdump"):
-        return found
-    triton = importlib.util.find_spec("triton")
-    if triton is None:
-        return None
-    folder = Path(triton.submodule_search_locations[0]) / "backends" / "nvidia" / "bin"
-    return shutil.which(str(folder / "cuobjdump"))
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """A kernel's machine code: the instructions in use, with modifiers, and on WAITS_ARCH what it
+    waits for."""
+
+    used: set[str]
+    waits: RoundTrips | None
 
 
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
-FUNCTION = re.compile(r"^\s*Function : (\S+)")
-CODE = re.compile(r"^\s*code for sm_(\w+)")
+def machine_code(build: Build, arch: str | None = None) -> dict[tuple[str, str], Code]:
+    """By architecture (all, or one) and "<op>: <kernel>", sorted."""
 
-
-def instructions(listing: Iterable[str]) -> dict[tuple[str, str], set[str]]:
-    """The instructions, with modifiers, by architecture and mangled name of the function."""
-    found, arch, current = {}, "", set()
-    for line in listing:
-        if match := INSTRUCTION.match(line):
-            current.add(match[1])
-        elif match := FUNCTION.match(line):
-            current = found.setdefault((arch, match[1]), set())
-        elif match := CODE.match(line):
-            arch = dotted(match[1])
-    return found
-
-
-def machine_code(build: Build) -> dict[tuple[str, str], set[str]]:
-    """The instructions in use, by architecture and "<op>: <kernel>"."""
-
-    def of(op: str, file: Path) -> dict[tuple[str, str], set[str]]:
-        with subprocess.Popen([disassembler(), "-sass", file], stdout=-1, text=True) as process:
-            found = instructions(process.stdout)
-        if process.returncode != 0:
-            stop(f"cuobjdump fails on {file}")
-        names = short_names(function for _, function in found)
-        return {(arch, f"{op}: {names[name]}"): used for (arch, name), used in found.items()}
+    def of(op: str, file: Path) -> dict[tuple[str, str], Code]:
+        found = {}
+        for function in disassembled(file, arch):
+            waits = round_trips(function.instructions) if function.arch == WAITS_ARCH else None
+            used = {instruction.opcode for instruction in function.instructions}
+            found[function.arch, function.name] = Code(used, waits)
+        names = short_names(name for _, name in found)
+        return {(arch, f"{op}: {names[name]}"): code for (arch, name), code in found.items()}
 
     everything = {}
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for part in pool.map(of, *zip(*build.objects().items(), strict=True)):
             everything.update(part)
-    return everything
+    return dict(sorted(everything.items(), key=lambda item: [natural(x) for x in item[0]]))
 
 
 # Additions of floats in no fixed order, such as RED.E.ADD.F32.FTZ.RN. Where the hardware cannot add
@@ -372,6 +368,91 @@ def images(library: Path) -> tuple[set[str], set[str]]:
     return listed("--list-elf"), listed("--list-ptx")
 
 
+# --- the table of waits -----------------------------------------------------------------------
+
+WAITS_TITLE = f"## Waits on {WAITS_ARCH}"
+WAITS_TEXT = """
+Round trips to memory that a warp stands still for, from the start to the first barrier and to the
+end; and to the end if loads of 1 or 2 bytes took no time, as of masks and of rows not aligned.
+Of paths that part, the one with the most counts; each loop is gone through once. The places in the
+code that wait for one, and how many loads are on their way there, on average. The loops, in order
+of address: instructions of an iteration, without those of loops inside, and in brackets the round
+trips it waits for. What counts is told in tests/build/round_trips.py; `python tests/build/waits.py
+KERNEL` shows where they are.
+"""
+COLUMNS = {  # title -> what its cells are
+    "to the first barrier": "round trips to the first barrier",
+    "to the end": "round trips",
+    "of wide loads": "round trips of wide loads",
+    "waits": "places that wait for a round trip",
+    "loads a wait": "loads on their way at a wait",
+    "loops": "as its loops",
+}
+
+
+def waits_cells(waits: RoundTrips) -> list[str]:
+    numbers = (waits.first, waits.trips, waits.wide, len(waits.waits))
+    return [*map(str, numbers), f"{waits.loads_per_wait:.1f}", ", ".join(map(str, waits.loops))]
+
+
+def render_waits(codes: dict[tuple[str, str], Code]) -> str:
+    rows = [
+        [f"`{kernel}`", *waits_cells(code.waits)]
+        for (_, kernel), code in codes.items()
+        if code.waits
+    ]
+    if not rows:
+        stop(f"nothing was built for {WAITS_ARCH}")
+    lines = [f"| {' | '.join(row)} |" for row in (["kernel", *COLUMNS], *rows)]
+    lines.insert(1, "|---" * (1 + len(COLUMNS)) + "|")
+    return "\n".join([WAITS_TITLE, WAITS_TEXT, *lines]) + "\n"
+
+
+def read_waits(text: str) -> dict[str, list[str]]:
+    """The cells by kernel."""
+    _, title, rest = text.partition(WAITS_TITLE)
+    if not title:
+        return {}
+    (_, *columns), *kernels = rows_of(rest)
+    if columns != list(COLUMNS):
+        stop(f"the columns of the table of waits are {columns}")
+    return {name.strip("`"): cells for name, *cells in kernels}
+
+
+def grew(column: str, now: str, was: str) -> bool:
+    """Whether a kernel became worse by more than another nvcc may make it. From 12.9 to 13.4 round
+    trips stay as they are, and loops within a tenth."""
+    if column == "loops":
+        return _most_slots(now) > 1.2 * _most_slots(was)
+    if column == "loads a wait":
+        return float(now) < 0.8 * float(was)
+    return int(now) > int(was) + 1
+
+
+def _most_slots(loops: str) -> int:
+    return max(map(int, re.findall(r"(\d+)(?: \(|,|$)", loops)), default=0)
+
+
+def waits_complaints(codes: dict[tuple[str, str], Code], nvcc: str, table: str) -> Iterator[str]:
+    """As `complaints`, of what the kernels wait for."""
+    recorded = read_waits(table)
+    table_nvcc, _ = read_table(table)
+    for (arch, kernel), code in codes.items():
+        if code.waits is None:
+            continue
+        was = recorded.pop(kernel, None)
+        if was is None:
+            yield f"{kernel} on {arch} is not in the table of waits"
+            continue
+        for (title, what), now, before in zip(
+            COLUMNS.items(), waits_cells(code.waits), was, strict=True
+        ):
+            if now != before if nvcc == table_nvcc else grew(title, now, before):
+                yield f"{kernel} on {arch} has {now or '-'} {what}, in the table {before or '-'}"
+    if any(arch == WAITS_ARCH for arch, _ in codes):
+        yield from (f"{kernel} is in the table of waits, but was not built" for kernel in recorded)
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="write csrc/code_generation.md")
@@ -379,9 +460,15 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     build = (None if options.compile else library_build()) or own_build()
     usages = build.usages()
+    disassembler() or stop("no cuobjdump here: neither the CUDA toolkit's nor triton's")
+    codes = machine_code(build, WAITS_ARCH)
     if options.write:
-        TABLE.write_text(render(usages, build.nvcc))
-    wrong = list(complaints(usages, build.nvcc, TABLE.read_text()))
+        TABLE.write_text(render(usages, build.nvcc) + "\n" + render_waits(codes))
+    table = TABLE.read_text()
+    wrong = [
+        *complaints(usages, build.nvcc, table),
+        *waits_complaints(codes, build.nvcc, table),
+    ]
     print("\n".join(wrong) or f"{len(usages)} kernels as in {TABLE.name}, none spills")
     return 1 if wrong else 0
 

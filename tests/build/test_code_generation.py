@@ -3,6 +3,7 @@
 A kernel that spills, or whose 16-byte loads fell apart, still passes every other test.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -17,24 +18,29 @@ from code_generation import (
     LOCAL_MEMORY,
     REGISTER_TOLERANCE,
     TABLE,
+    WAITS_ARCH,
+    Code,
     Usage,
     by_kernel,
     complaints,
     demangler,
-    disassembler,
-    dotted,
     find_nvcc,
+    grew,
     images,
-    instructions,
     library_build,
     machine_code,
     moves_16_bytes,
     own_build,
     parse,
     read_table,
+    read_waits,
     render,
+    render_waits,
     shortened,
+    waits_complaints,
 )
+from round_trips import Loop, RoundTrips
+from sass import disassembler, dotted
 
 from vtp_kernels import _native
 
@@ -157,28 +163,70 @@ def test_some_architectures_alone_may_be_built():
     assert list(complaints([*usages, beside], "13.0.88", render(USAGES, "13.0.88"))) == []
 
 
-LISTING = """
-	code for sm_80
-		Function : _Z4copyPf
-	.headerflags	@"EF_CUDA_TEXMODE_UNIFIED"
-        /*0000*/                   MOV R1, c[0x0][0x28] ;              /* 0x00000a0000017a02 */
-                                                                       /* 0x000fc40000000f00 */
-        /*0010*/              @!P0 LDG.E.128 R4, [R2.64] ;             /* 0x0000000402048981 */
-        /*0020*/             @!UP1 UMOV UR4, 0x1 ;                     /* 0x0000000402048981 */
-        /*0030*/                   DEPBAR.LE SB0, 0x0, {4,3,2,1} ;     /* 0x0000801e0000791a */
-	code for sm_90
-		Function : _Z4sortPf
-        /*0000*/               @P0 STL.64 [R1], R2 ;                   /* 0x0000000402048981 */
-"""
-
-
-def test_a_listing_is_read():
-    assert instructions(LISTING.splitlines()) == {
-        ("8.0", "_Z4copyPf"): {"MOV", "LDG.E.128", "UMOV", "DEPBAR.LE"},
-        ("9.0", "_Z4sortPf"): {"STL.64"},
-    }
+def test_16_byte_loads_are_known():
     assert moves_16_bytes({"LDG.E.128"}, "LDG") and moves_16_bytes({"LDG.E.128.SYS"}, "LDG")
     assert not moves_16_bytes({"LDG.E.64", "LDS.128", "LDGSTS.E.BYPASS.128"}, "LDG")
+
+
+WAITS = RoundTrips(2, 5, 4, [], [Loop(0, 40, 1.0), Loop(64, 30, 0)], [])
+
+
+def codes(**change) -> dict:
+    waits = dataclasses.replace(WAITS, **change)
+    return {
+        ("9.0", "copy: kernel<2>"): Code(set(), waits),
+        ("8.0", "copy: kernel<2>"): Code(set(), None),
+    }
+
+
+WAITS_TABLE = render(USAGES, "13.0.88") + render_waits(codes())
+
+
+def test_a_table_of_waits_is_read_as_it_was_written():
+    assert read_waits(WAITS_TABLE) == {"copy: kernel<2>": ["2", "5", "4", "0", "0.0", "40 (1), 30"]}
+    assert list(waits_complaints(codes(), "13.0.88", WAITS_TABLE)) == []
+    assert list(complaints(USAGES, "13.0.88", WAITS_TABLE)) == []
+    with pytest.raises(RuntimeError, match=r"nothing was built for 9\.0"):
+        render_waits({})
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"first": 3}, "kernel<2> on 9.0 has 3 round trips to the first barrier, in the table 2"),
+        ({"trips": 4}, "has 4 round trips, in the table 5"),
+        ({"wide": 5}, "has 5 round trips of wide loads, in the table 4"),
+        ({"loops": []}, r"has - as its loops, in the table 40 \(1\), 30"),
+        ({"loops": [Loop(0, 40, 1.0), Loop(64, 31, 0)]}, r"has 40 \(1\), 31 as its loops"),
+        ({"loops": [Loop(0, 40, 2.0), Loop(64, 30, 0)]}, r"has 40 \(2\), 30 as its loops"),
+    ],
+)
+def test_a_change_of_waits_is_told(change, words):
+    (told,) = waits_complaints(codes(**change), "13.0.88", WAITS_TABLE)
+    assert re.search(words, told)
+
+
+def test_a_kernel_without_recorded_waits_is_told():
+    (told,) = waits_complaints(codes(), "13.0.88", render(USAGES, "13.0.88"))
+    assert "not in the table of waits" in told
+    other = {("9.0", "copy: other"): Code(set(), WAITS)}
+    told = "\n".join(waits_complaints({**codes(), **other}, "13.0.88", WAITS_TABLE))
+    assert told == "copy: other on 9.0 is not in the table of waits"
+    (_, told) = waits_complaints(other, "13.0.88", WAITS_TABLE)
+    assert told == "copy: kernel<2> is in the table of waits, but was not built"
+    assert not list(
+        waits_complaints({("8.0", "copy: k"): Code(set(), None)}, "13.0.88", WAITS_TABLE)
+    )
+
+
+def test_another_nvcc_may_wait_a_little_more():
+    def told(**change):
+        return list(waits_complaints(codes(**change), "12.9", WAITS_TABLE))
+
+    assert told(first=3, trips=1, loops=[Loop(0, 48, 1.0), Loop(0, 9, 0)]) == []
+    assert len(told(first=4)) == len(told(trips=7)) == 1
+    assert len(told(loops=[Loop(0, 49, 0)])) == 1
+    assert grew("loads a wait", "2.0", "4.0") and not grew("loads a wait", "3.5", "4.0")
 
 
 @pytest.mark.parametrize(
@@ -228,6 +276,20 @@ def code(build):
     return machine_code(build)
 
 
+def test_kernels_wait_as_the_table_says(build, code):
+    if not any(arch == WAITS_ARCH for arch, _ in code):
+        pytest.skip(f"nothing was built for {WAITS_ARCH}")
+    wrong = list(waits_complaints(code, build.nvcc, TABLE.read_text()))
+    assert not wrong, "\n".join(
+        [*wrong, "If all is as it should be: python tests/build/code_generation.py --write"]
+    )
+
+
+def test_the_table_of_waits_knows_every_kernel():
+    table = TABLE.read_text()
+    assert set(read_waits(table)) == {kernel for kernel, _ in read_table(table)[1]}
+
+
 def test_kernels_are_as_the_table_says(build):
     assert demangler()
     wrong = list(complaints(build.usages(), build.nvcc, TABLE.read_text()))
@@ -259,12 +321,12 @@ def test_the_library_has_the_images_asked_for():
 
 
 def test_no_kernel_uses_local_memory(code):
-    found = {key: set(filter(LOCAL_MEMORY.match, used)) for key, used in code.items()}
+    found = {key: set(filter(LOCAL_MEMORY.match, found.used)) for key, found in code.items()}
     assert not {key: used for key, used in found.items() if used}
 
 
 def test_no_kernel_adds_floats_in_no_order(code):
-    found = {key: set(filter(FLOAT_ATOMIC.match, used)) for key, used in code.items()}
+    found = {key: set(filter(FLOAT_ATOMIC.match, found.used)) for key, found in code.items()}
     assert not {key: used for key, used in found.items() if used}
 
 
@@ -292,8 +354,8 @@ WIDE = (
 @pytest.mark.parametrize("kernel, instruction, oldest", WIDE)
 def test_memory_is_moved_16_bytes_at_a_time(code, kernel, instruction, oldest):
     kernels = {
-        (arch, name): used
-        for (arch, name), used in code.items()
+        (arch, name): found.used
+        for (arch, name), found in code.items()
         if re.match(kernel, name) and since(oldest, arch)
     }
     assert kernels
@@ -306,8 +368,8 @@ def test_memory_is_moved_16_bytes_at_a_time(code, kernel, instruction, oldest):
 @pytest.mark.parametrize("dtype, oldest", (("f16", "7.5"), ("bf16", "8.0")))
 def test_16_bit_floats_are_multiplied_by_tensor_cores(code, kernel, dtype, oldest):
     kernels = {
-        (arch, name): used
-        for (arch, name), used in code.items()
+        (arch, name): found.used
+        for (arch, name), found in code.items()
         if name.startswith(f"{kernel}{dtype},") and since(oldest, arch)
     }
     assert kernels
