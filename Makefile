@@ -7,8 +7,12 @@ BUILT  := $(VENV)/.built
 VLLM_VENV  ?= .venv-vllm
 VLLM_BIN   := $(VLLM_VENV)/bin
 VLLM_READY := $(VLLM_VENV)/.ready
+GPU_VENV   ?= .venv-gpu
+GPU_PYTHON ?= python3.12
+GPU_READY  := $(GPU_VENV)/.ready
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/* csrc/*/*)
 TEST_ARGS ?=
+GPU_CHECK_ARGS ?=
 WHEEL_CHECK_ARGS ?=
 # Triton's kernels on a CPU: the interpreter has to be chosen before Triton is imported.
 INTERPRETED_TESTS = TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops -k cpu-triton
@@ -16,8 +20,8 @@ METHODS ?= none fastv:2:0.5 fastv:2:0.22 pyramiddrop:2=0.5,4=0.25,6=0.125 schedu
 	random:0.5 random:0.22
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-compare bench-model bench-vllm gpu-check evaluate wheel \
-	wheel-check vllm-check clean
+.PHONY: help demo test lint bench bench-compare bench-model bench-vllm gpu-check \
+	gpu-rehearsal triton-cache evaluate wheel wheel-check vllm-check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -40,6 +44,12 @@ $(VLLM_READY): tests/vllm_check/requirements.txt tests/vllm_check/make_importabl
 	VTP_BUILD=none $(VLLM_BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
+# What a machine with a GPU may be expected to have, and no more. The library is that of the tree.
+$(GPU_READY): tests/gpu/requirements.txt
+	test -x $(GPU_VENV)/bin/python || $(GPU_PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet --requirement tests/gpu/requirements.txt
+	touch $@
+
 demo: $(BUILT) ## a trained small LLaVA answers about a picture, dense and pruned
 	$(BIN)/python -m vtp_kernels demo
 
@@ -60,8 +70,14 @@ bench-compare: bench ## the same, beside the committed results of this kind of m
 bench-model: $(BUILT) ## the small LLaVA end to end, dense and pruned
 	$(BIN)/python -m benchmarks.end_to_end --json out/end_to_end.json
 
-gpu-check: $(BUILT) ## what a GPU is needed for: its tests, the sanitizer, the benchmarks
-	$(BIN)/python -m benchmarks.gpu_check
+gpu-check: ## what a GPU is needed for, with PYTHON as it is: nothing is installed
+	$(PYTHON) -m benchmarks.gpu_check $(GPU_CHECK_ARGS)
+
+gpu-rehearsal: $(BUILT) $(GPU_READY) ## the same plan without a GPU, in the versions of such a machine
+	$(GPU_VENV)/bin/python -m benchmarks.gpu_check --rehearse --budget 240 --out out/gpu-rehearsal
+
+triton-cache: $(BUILT) $(GPU_READY) ## Triton's kernels compiled for sm_90, to be carried there
+	$(GPU_VENV)/bin/python -m benchmarks.gpu_check.triton_cache
 
 evaluate: $(BUILT) ## exact match of the small LLaVA, dense and pruned, on 2,000 held-out questions
 	$(BIN)/python benchmarks/pocket_llava/evaluate.py --questions 2000 --method $(METHODS) \
@@ -80,4 +96,4 @@ bench-vllm: $(BUILT) $(VLLM_READY) ## the small LLaVA in vLLM, dense and pruned
 	$(VLLM_BIN)/python -m benchmarks.serving --json out/vllm.json
 
 clean: ## everything that was built, the virtual environment too
-	rm -rf $(VENV) $(VLLM_VENV) build dist out vtp_kernels/*.so *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) build dist out vtp_kernels/*.so *.egg-info

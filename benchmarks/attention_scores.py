@@ -5,6 +5,7 @@ import math
 import torch
 
 import vtp_kernels as vtp
+from benchmarks import installed
 from benchmarks.harness import Case
 from benchmarks.shapes import Shape, randn, shapes, visual_mask
 
@@ -47,6 +48,7 @@ def case(shape: Shape, rows: int, device: str) -> Case:
         ours,
         {"torch eager": eager},
         lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=tolerance),
+        installed.column_means(device, shape.batch),
     )
 
 

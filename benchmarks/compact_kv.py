@@ -23,21 +23,21 @@ def index_select(keys, values, indices):
     return tuple(map(select, keys)), tuple(map(select, values))
 
 
-def case(shape: Shape, share: int, device: str) -> Case:
+def case(shape: Shape, share: int, device: str, layers: int = LAYERS) -> Case:
     kept = shape.length // share
     kv = (shape.batch, shape.kv_heads, shape.length, shape.dim)
 
     def make():
         keys, values = (
-            [randn(*kv, dtype=shape.dtype, device=device) for _ in range(LAYERS)] for _ in range(2)
+            [randn(*kv, dtype=shape.dtype, device=device) for _ in range(layers)] for _ in range(2)
         )
         scores = torch.rand(shape.batch, shape.length, device=device)
         return keys, values, scores.topk(kept).indices.sort().values
 
-    moved = 4 * LAYERS * math.prod(kv) // shape.length * kept * shape.dtype.itemsize
+    moved = 4 * layers * math.prod(kv) // shape.length * kept * shape.dtype.itemsize
     return Case(
         "compact_kv",
-        f"{shape}, keep 1/{share}, {LAYERS} layers",
+        f"{shape}, keep 1/{share}, {layers} layers",
         moved,
         make,
         vtp.compact_kv,

@@ -2,6 +2,7 @@
 
     python -m benchmarks.end_to_end --model pocket
     python -m benchmarks.end_to_end --model llava-1.5-7b --random-weights --batch 1 8 32
+    python -m benchmarks.end_to_end --model llava-next-7b --random-weights --tiny   # a rehearsal
 
 `pocket` is the small trained LLaVA of this repository. The others are built from their
 configuration, with random weights: time depends on shapes, so methods whose counts depend on the
@@ -15,6 +16,7 @@ as published code does it, too: see published.py.
 
 import argparse
 import contextlib
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from tqdm import tqdm
 
 import vtp_kernels as vtp
 from benchmarks import harness
+from benchmarks.identity import identity
 from benchmarks.memory import peak_bytes
 from benchmarks.published import published_fastv
 from vtp_kernels.demo import load, pocket_methods, pruned
@@ -89,8 +92,33 @@ class Turns:
 # ---- models and prompts --------------------------------------------------------------------------
 
 
-def random_model(name: str, device: str, dtype: torch.dtype):
-    """A model of that name's configuration, with random weights."""
+TINY = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+TINY_TOWER = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+}
+THIRTEEN = {
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+}
+
+
+def random_model(name: str, device: str, dtype: torch.dtype, tiny: bool = False):
+    """A model of that name's configuration, with random weights; `tiny`: as many layers, narrow."""
     from transformers import (
         LlavaConfig,
         LlavaForConditionalGeneration,
@@ -98,25 +126,18 @@ def random_model(name: str, device: str, dtype: torch.dtype):
         LlavaNextForConditionalGeneration,
     )
 
-    text = {"vocab_size": 32064}
     kinds = {
-        "llava-1.5-7b": (LlavaForConditionalGeneration, LlavaConfig, text),
-        "llava-1.5-13b": (
-            LlavaForConditionalGeneration,
-            LlavaConfig,
-            text
-            | {
-                "hidden_size": 5120,
-                "intermediate_size": 13824,
-                "num_hidden_layers": 40,
-                "num_attention_heads": 40,
-                "num_key_value_heads": 40,
-            },
-        ),
-        "llava-next-7b": (LlavaNextForConditionalGeneration, LlavaNextConfig, text),
+        "llava-1.5-7b": (LlavaForConditionalGeneration, LlavaConfig, {}),
+        "llava-1.5-13b": (LlavaForConditionalGeneration, LlavaConfig, THIRTEEN),
+        "llava-next-7b": (LlavaNextForConditionalGeneration, LlavaNextConfig, {}),
     }
     model_class, config_class, settings = kinds[name]
-    config = config_class(text_config={"model_type": "llama"} | settings)
+    text = {"model_type": "llama", "vocab_size": 32064} | settings
+    rest = {"vision_config": TINY_TOWER, "image_token_id": 127} if tiny else {}
+    config = config_class(text_config=text | TINY if tiny else text, **rest)
+    if tiny and config.model_type == "llava_next":
+        side = TINY_TOWER["image_size"]
+        config.image_grid_pinpoints = [[2 * side, 2 * side]]
     with torch.device(device):
         return model_class._from_config(config, dtype=dtype).eval()
 
@@ -337,16 +358,37 @@ def main() -> None:
     parser.add_argument(
         "--random-weights", action="store_true", help="needed for all models but pocket"
     )
+    parser.add_argument(
+        "--tiny", action="store_true", help="random weights of narrow layers: a rehearsal"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--decode-steps", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="write the rows, machine and versions here")
+    parser.add_argument(
+        "--json", type=Path, help="write the rows, machine and versions here, after every batch"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="measure the batches that --json lacks"
+    )
     args = parser.parse_args()
     if args.random_weights == (args.model == "pocket"):
         parser.error("--random-weights: pocket is trained, all other models are built from scratch")
     if min(*args.batch, args.repeats, args.decode_steps) < 1:
         parser.error("--batch, --repeats and --decode-steps: expected at least 1")
+    if args.tiny and args.model == "pocket":
+        parser.error("--tiny: pocket is as small as it is")
+    if args.resume and args.json is None:
+        parser.error("--resume: needs --json, the file to go on with")
+    rows, batches, whose = [], args.batch, {"identity": identity(), "device": args.device}
+    if args.resume and args.json.exists():
+        before = json.loads(args.json.read_text())
+        if all(before.get(name) == value for name, value in whose.items()):
+            rows = [Row(**x) for x in before["rows"]]
+            batches = [x for x in batches if x not in {row.batch for row in rows}]
+    if not batches:
+        print(table(rows))
+        return
     if args.model == "pocket":
         from vtp_kernels.pocket_llava.model import TRAINED
 
@@ -354,18 +396,19 @@ def main() -> None:
         methods = pocket_methods()
     else:
         cuda = torch.device(args.device).type == "cuda"
-        model = random_model(args.model, args.device, torch.bfloat16 if cuda else torch.float32)
+        dtype = torch.bfloat16 if cuda else torch.float32
+        model = random_model(args.model, args.device, dtype, args.tiny)
         methods = PAPERS
-    rows = []
-    for batch in args.batch:
+    label = f"{args.model} (tiny)" if args.tiny else args.model
+    for batch in batches:
         if args.model == "pocket":
             inputs = pocket_prompts(model, processor, batch)
         else:
             inputs = random_prompts(model, batch)
-        rows += measure(args.model, model, inputs, methods, args.repeats, args.decode_steps)
+        rows += measure(label, model, inputs, methods, args.repeats, args.decode_steps)
+        if args.json:
+            harness.write(args.json, {"rows": [asdict(x) for x in rows], **whose})
     print(table(rows))
-    if args.json:
-        harness.write(args.json, {"rows": [asdict(x) for x in rows]})
 
 
 if __name__ == "__main__":

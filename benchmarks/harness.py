@@ -8,18 +8,20 @@ so that a machine that slows down slows all of them down. Ratios are medians ove
 On a GPU a turn is one replay of a CUDA graph of many calls, between two events: what the device
 does, without the host's time to launch it. What waits for the device cannot be captured: it is
 timed call by call, between events too, and marked.
+
+Rivals from packages that some machines have (`guests`) are no part of what is promised: one that
+fails, or finds something else, is left out of its cell, which says why.
 """
 
-import json
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from benchmarks.files import write_json
 from vtp_kernels.machine import describe
 
 ROTATION_BYTES = 96 * 2**20  # more than the last-level cache of the machines this runs on
@@ -27,6 +29,24 @@ MOST_SETS = 16
 MOST_CALLS = 200  # in a turn
 TURN_SECONDS = 0.02  # a turn repeats a call until it takes this long, or the clock is what is timed
 COMPILED = "torch.compile"  # the name of that rival
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What an op is to reach on an H200: at most so many microseconds, or so much of a copy."""
+
+    microseconds: float | None = None
+    share_of_copy: float | None = None
+
+    def __str__(self) -> str:
+        if self.microseconds is not None:
+            return f"<= {self.microseconds:g} us"
+        return f">= {100 * self.share_of_copy:g} % of copy"
+
+    def is_met(self, microseconds: float, share_of_copy: float) -> bool:
+        if self.microseconds is not None:
+            return microseconds <= self.microseconds
+        return share_of_copy >= self.share_of_copy
 
 
 @dataclass(frozen=True)
@@ -40,6 +60,8 @@ class Case:
         ours: calls the op on a set.
         rivals: label -> the same job without this package.
         check: raises if the op's result and a rival's differ.
+        guests: rivals from other packages; one that fails or differs is left out.
+        goal: what the op is to reach there, if anything was promised.
     """
 
     op: str
@@ -49,6 +71,8 @@ class Case:
     ours: Callable[..., object]
     rivals: dict[str, Callable[..., object]]
     check: Callable[[object, object], None]
+    guests: dict[str, Callable[..., object]] = field(default_factory=dict)
+    goal: Goal | None = None
 
 
 @dataclass
@@ -61,6 +85,9 @@ class Timing:
     speedup: dict[str, float] = field(default_factory=dict)
     spread: dict[str, tuple[float, float]] = field(default_factory=dict)
     not_captured: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)  # guest -> why it is no rival here
+    goal: str | None = None
+    goal_met: bool | None = None
 
 
 def copy_bandwidth(device: str) -> float:
@@ -75,19 +102,12 @@ def copy_bandwidth(device: str) -> float:
     return 2 * source.numel() / statistics.median(seconds[1:])
 
 
-def measure(
-    cases: Iterable[Case],
-    device: str,
-    turns: int,
-    bandwidth: float | None = None,
-    compiled: bool = False,
-) -> list[Timing]:
-    """Times every case; `bandwidth` is that of a copy in this run, measured here if not given."""
-    bandwidth = bandwidth or copy_bandwidth(device)
-    return [
-        _measure(_with_compiled(case) if compiled else case, device, turns, bandwidth)
-        for case in tqdm(list(cases), disable=None)
-    ]
+def launch_gap(device: str) -> float:
+    """Seconds from one launch to the next in a chain of kernels that do nothing to speak of: what
+    a launch costs in a CUDA graph. On a CPU, what a call of torch costs."""
+    number = torch.zeros(1, device=device)
+    take, _ = _turn(lambda: number.add_(1), [()], device)
+    return statistics.median(take() for _ in range(5))
 
 
 def _with_compiled(case: Case) -> Case:
@@ -98,7 +118,12 @@ def _with_compiled(case: Case) -> Case:
 
 
 @torch.no_grad()
-def _measure(case: Case, device: str, turns: int, bandwidth: float) -> Timing:
+def measure(
+    case: Case, device: str, turns: int, bandwidth: float, compiled: bool = False
+) -> Timing:
+    """Times one case; `bandwidth` is that of a copy in this run (`copy_bandwidth`)."""
+    if compiled:
+        case = _with_compiled(case)
     first = case.make()
     size = sum(_bytes(x) for x in first)
     rotation = _rotation_bytes(device)
@@ -106,9 +131,11 @@ def _measure(case: Case, device: str, turns: int, bandwidth: float) -> Timing:
         case.make() for _ in range(min(MOST_SETS, max(1, rotation // max(size, 1))) - 1)
     ]
     for inputs in sets:
+        ours = case.ours(*inputs)
         for rival in case.rivals.values():
-            case.check(case.ours(*inputs), rival(*inputs))
-    calls = {"ours": case.ours, **case.rivals}
+            case.check(ours, rival(*inputs))
+    guests, left_out = _welcome(case, sets)
+    calls = {"ours": case.ours, **case.rivals, **guests}
     take = {name: _turn(call, sets, device) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(turns):
@@ -117,9 +144,11 @@ def _measure(case: Case, device: str, turns: int, bandwidth: float) -> Timing:
     ours = statistics.median(seconds["ours"])
     ratios = {
         name: sorted(r / o for r, o in zip(seconds[name], seconds["ours"], strict=True))
-        for name in case.rivals
+        for name in calls
+        if name != "ours"
     }
     rate = case.bytes_moved / ours
+    goal = case.goal if _is_cuda(device) else None
     return Timing(
         case.op,
         case.shape,
@@ -129,7 +158,24 @@ def _measure(case: Case, device: str, turns: int, bandwidth: float) -> Timing:
         {name: statistics.median(values) for name, values in ratios.items()},
         {name: (values[0], values[-1]) for name, values in ratios.items()},
         [name for name, (_, captured) in take.items() if _is_cuda(device) and not captured],
+        left_out,
+        goal=str(goal) if goal else None,
+        goal_met=goal.is_met(1e6 * ours, rate / bandwidth) if goal else None,
     )
+
+
+def _welcome(case: Case, sets: list[tuple]) -> tuple[dict[str, Callable], dict[str, str]]:
+    """(the guests that find what the op finds, why others do not take part)."""
+    guests, left_out = {}, {}
+    for name, guest in case.guests.items():
+        try:
+            for inputs in sets:
+                case.check(case.ours(*inputs), guest(*inputs))
+        except Exception as error:  # whatever another package raises
+            left_out[name] = f"{type(error).__name__}: {error}"[:500]
+        else:
+            guests[name] = guest
+    return guests, left_out
 
 
 def _turn(call, sets: list[tuple], device: str) -> tuple[Callable[[], float], bool]:
@@ -237,8 +283,8 @@ def summary(timings: list[Timing]) -> str:
     for timing in timings:
         by_op.setdefault(timing.op, []).append(timing)
     for op, rows in by_op.items():
-        others = [name for name in rows[0].speedup if name != COMPILED]
-        best = [min(row.speedup[name] for name in others) for row in rows]
+        others = dict.fromkeys(name for row in rows for name in row.speedup if name != COMPILED)
+        best = [min(v for name, v in row.speedup.items() if name != COMPILED) for row in rows]
         line = [f"`{op}`", str(len(rows)), *_mean_and_range(best), ", ".join(others)]
         if compiled:
             line += _mean_and_range([row.speedup[COMPILED] for row in rows])
@@ -252,13 +298,29 @@ def _mean_and_range(ratios: list[float]) -> tuple[str, str]:
 
 def write(path: Path, result: dict) -> None:
     """A result file: what was found, with the machine, the versions and the commit."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**result, **describe()}, indent=2) + "\n")
+    write_json(path, {**result, **describe()})
 
 
 def assert_equal(ours, theirs) -> None:
     """For ops that choose or move rows: what they return must be the same, not close."""
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+NEAR = 1e-5  # of a score, as in the tests of attention_scores
+
+
+def assert_same_choice(ours: tuple, theirs: tuple) -> None:
+    """(indices [B, k], scores [B, N]) twice, whose scores were rounded differently: the scores are
+    near, and so to the k-th is that of every row that only one side has chosen."""
+    (chosen, scores), (others, known) = ours, theirs
+    torch.testing.assert_close(scores, known, rtol=NEAR, atol=1e-12)
+    mine, rival = (torch.zeros_like(known, dtype=torch.bool) for _ in range(2))
+    mine.scatter_(1, chosen, True)
+    rival.scatter_(1, others, True)
+    assert torch.equal(mine.sum(1), rival.sum(1)), "another number of rows"
+    cut = known.gather(1, others).amin(1, keepdim=True)
+    far = (mine ^ rival) & ((known - cut).abs() > 2 * NEAR * cut.abs())
+    assert not far.any(), f"another choice, and no near-tie: {far.nonzero()[:8].tolist()}"
 
 
 def table(timings: list[Timing]) -> str:
@@ -272,6 +334,8 @@ def table(timings: list[Timing]) -> str:
             f"{name} {ratio:.2f}" + (" (not captured)" if name in t.not_captured else "")
             for name, ratio in t.speedup.items()
         )
+        if t.goal is not None:
+            rivals += f"; goal {t.goal}{': met' if t.goal_met else ': missed'}"
         lines.append(
             f"| {t.op} | {t.shape} | {t.microseconds:,.0f} us | {t.gigabytes_per_second:.1f} "
             f"| {100 * t.share_of_copy:.0f} % | {rivals} |"

@@ -1,40 +1,395 @@
-"""gpu-check and the GPU tests, as far as they go without a GPU: commands, counts, files, fakes."""
+"""gpu-check without a GPU: its plan rehearsed, its processes killed, its parsers, the GPU tests."""
 
 import contextlib
+import importlib.util
 import json
+import signal
+import subprocess
 import sys
+import tarfile
+import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from benchmarks import gpu_check, harness
+from benchmarks import harness, identity
+from benchmarks.gpu_check import __main__ as program
+from benchmarks.gpu_check import counters, journal, sanitizers, steps, triton_cache
+from benchmarks.gpu_check.check import Check, Machine
+from benchmarks.gpu_check.journal import Journal
+from benchmarks.gpu_check.plan import STEPS, Step
+from benchmarks.gpu_check.sharing import Sharing
+from emulator import build as emulator
+from emulator import serving
 from vtp_kernels import _native, reference
 
-DESCRIBED = {"machine": {"gpu": "NVIDIA H200"}, "versions": {"torch": "2.11"}, "commit": "abc"}
-PASSED = "185 passed, 2 skipped, 9 deselected in 4.93s\n"
+ROOT = Path(__file__).parents[1]
+STAND_INS = ROOT / "tests" / "gpu" / "stand_ins"
+NAMES = [step.name for step in STEPS]
 
 
-# --- what a command's output says ---------------------------------------------------------------
+# --- the whole plan -----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(_native.missing is not None, reason=str(_native.missing))
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="no transformers")
+def test_the_whole_plan_is_rehearsed(tmp_path):
+    """Every step by the very code that a GPU would see; on a CPU, with tiny shapes."""
+    if serving.why_not() is None:
+        emulator.build("plain")  # by whichever test comes first, and not in the plan's time
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--rehearse", "--budget", "400"]
+    done = subprocess.run(
+        [*command, "--out", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "check.json").read_text())
+    assert result["ok"] and result["rehearsal"] and list(result["steps"]) == NAMES
+    assert result["machine"]["cpu"] and result["versions"]["torch"] == torch.__version__
+    assert result["steps"]["small-inputs"]["counts"]["passed"] == 8
+    assert result["steps"]["racecheck"]["counts"]["reports"] == 0
+    assert result["steps"]["ncu"]["launches"][0]["dram__bytes_read.sum"] == 234.5
+    assert "without passive_attention" in result["steps"]["memcheck"]["said"]
+    bench = json.loads((tmp_path / "bench.json").read_text())
+    assert len(bench["rows"]) == 18 and not bench["failed"] and bench["running"] is None
+    assert bench["launch_gap_seconds"] > 0 and bench["copy_bytes_per_second"] > 0
+    for model in steps.MODELS:
+        rows = json.loads((tmp_path / f"end_to_end-{model}.json").read_text())["rows"]
+        assert {row["batch"] for row in rows} == {1, 2} and rows[0]["method"] == "dense"
+        assert all("(tiny)" in row["model"] for row in rows)
+    with tarfile.open(tmp_path / "logs.tar.gz") as archive:
+        packed = archive.getnames()
+    tested = [step.name for step in STEPS if isinstance(step.run, steps.Tests)]
+    assert {f"{name}/junit.xml" for name in tested} <= set(packed)
+    assert len(list(tmp_path.iterdir())) <= 8  # as many as come back from such a machine
+
+
+def test_the_plan_begins_with_what_tells_most():
+    assert NAMES[:4] == ["machine", "library", "small-inputs", "benchmarks"]
+    assert len(set(NAMES)) == len(NAMES)
+    for step in STEPS:
+        for name in (*getattr(step.run, "selection", ()), *getattr(step.run, "rehearsed", ())):
+            file = name.removeprefix("--ignore=")
+            assert not file.startswith("tests/") or (ROOT / file).exists(), file
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: gpu-check would run")
+def test_without_a_gpu_it_claims_nothing(tmp_path, capsys):
+    assert program.main(["--out", str(tmp_path)]) == 2
+    assert "torch sees no CUDA device; nothing was checked" in capsys.readouterr().err
+    result = json.loads((tmp_path / "check.json").read_text())
+    assert not result["ok"] and result["steps"]["small-inputs"] == {"state": "not run"}
+
+
+def test_too_short_a_budget_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        program.main(["--budget", "3"])
+    assert "--budget: expected at least 30 seconds" in capsys.readouterr().err
+
+
+# --- a plan of fakes ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checked(tmp_path):
+    """A function that makes a check of some steps."""
+    made = []
+
+    def make(*names, **options):
+        found = Check(tmp_path / "out", Machine(True, cores=2), list(names), 60.0, **options)
+        made.append(found)
+        return found
+
+    yield make
+    for found in made:
+        found.close()
+
+
+def fake(name, result=None, ran=None, share=1.0):
+    def run(check, step, until):
+        if ran is not None:
+            ran.append((step, until - time.monotonic()))
+        if isinstance(result, Exception):
+            raise result
+        return dict(result or {"state": "ok", "said": "done"})
+
+    return Step(name, share, "a fake", run)
+
+
+def test_a_step_that_cannot_run_says_why_and_the_next_goes_on(checked, capsys):
+    ran = []
+    broken, missing = ValueError("no such thing"), steps.cannot("ncu not found; set CUDA_HOME")
+    plan = (fake("machine"), fake("a", broken), fake("b", missing), fake("c", ran=ran))
+    check = checked("machine", "a", "b", "c")
+    assert program.run(check, plan, time.monotonic() + 30) == 1
+    assert [name for name, _ in ran] == ["c"]
+    said = capsys.readouterr().out
+    assert "gpu-check itself: ValueError: no such thing" in said
+    assert "cannot run" in said and "ncu not found" in said
+    stored = json.loads((check.out / "check.json").read_text())
+    assert not stored["ok"] and stored["steps"]["c"]["state"] == "ok"
+
+
+def test_time_that_is_not_needed_goes_to_later_steps(checked):
+    ran, shares = [], {"a": 6, "b": 3, "c": 1}
+    plan = tuple(fake(name, ran=ran, share=share) for name, share in shares.items())
+    assert program.run(checked(*"abc"), plan, time.monotonic() + 10) == 0
+    given = dict(ran)
+    assert given["a"] == pytest.approx(6, abs=0.5)
+    assert given["b"] == pytest.approx(9, abs=0.5) and given["c"] == pytest.approx(10, abs=0.5)
+
+
+def test_a_plan_whose_time_is_over_stops(checked, capsys):
+    assert program.run(checked("a"), (fake("a"),), time.monotonic() - 1) == 1
+    assert "not run" in capsys.readouterr().out
+
+
+def test_steps_that_are_done_are_not_repeated(checked):
+    ran = []
+    plan = (
+        fake("machine", ran=ran),
+        fake("a", ran=ran),
+        fake("b", {"state": "FAILED", "said": ""}),
+    )
+    names = [step.name for step in plan]
+    assert program.run(checked(*names), plan, time.monotonic() + 30) == 1
+    plan = (*plan[:2], fake("b", ran=ran))
+    assert program.run(checked(*names, resume=True), plan, time.monotonic() + 30) == 0
+    assert [name for name, _ in ran] == ["machine", "a", "machine", "b"]
+    program.run(checked(*names), plan, time.monotonic() + 30)  # and all of them without --resume
+    assert [name for name, _ in ran][4:] == ["machine", "a", "b"]
+
+
+def test_results_of_other_sources_are_dropped(checked, monkeypatch, capsys):
+    program.run(checked("a"), (fake("a"),), time.monotonic() + 30)
+    whose = identity.identity()
+    monkeypatch.setattr("benchmarks.gpu_check.check.identity", lambda: whose | {"sources": "other"})
+    assert checked("a", resume=True).results == {}
+    assert "of other sources or another library: starting anew" in capsys.readouterr().out
+
+
+def test_a_library_that_was_built_there_may_differ(checked, monkeypatch):
+    built = {"state": "ok", "said": "built here", "built": True}
+    program.run(checked("a"), (fake("a", built),), time.monotonic() + 30)
+    whose = identity.identity()
+    monkeypatch.setattr("benchmarks.gpu_check.check.identity", lambda: whose | {"library": None})
+    assert checked("a", resume=True).results["a"]["state"] == "ok"
+
+
+# --- tests that are shared between processes ----------------------------------------------------
+
+
+TESTS = """
+import os, signal, time
+import pytest
+
+def note(word):
+    with open({notes!r}, "a") as file:
+        file.write(word + " ")
+
+@pytest.fixture(scope="module")
+def shared():
+    note("setup")
+    yield
+    note("teardown")
+
+@pytest.mark.parametrize("i", range(6))
+def test_passes(shared, i):
+    note(f"pass{{i}}")
+    time.sleep(0.02)
+"""
+BAD = """
+def test_fails():
+    assert 1 == 2, "one is not two"
+
+def test_is_skipped():
+    pytest.skip("no such thing here")
+
+def test_crashes():
+    if not os.path.exists({notes!r} + ".mended"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+def test_hangs():
+    if not os.path.exists({notes!r} + ".mended"):
+        time.sleep(60)
+
+def test_comes_last():
+    note("last")
+"""
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A function that writes a file of tests; notes are what these do."""
+    notes = tmp_path / "notes"
+
+    def write(text):
+        (tmp_path / "test_written.py").write_text(text.format(notes=str(notes)))
+        return [str(tmp_path / "test_written.py")]
+
+    return SimpleNamespace(write=write, notes=lambda: notes.read_text().split(), path=notes)
+
+
+def share(check, selection, seconds=30.0, workers=2, **options):
+    sharing = Sharing(check, "s", selection, workers, time.monotonic() + seconds, **options)
+    sharing.run()
+    entries = journal.outcomes(check.entries["s"]).items()
+    return {test.split("::")[-1]: entry for test, entry in entries}
+
+
+def test_processes_share_the_tests_between_them(checked, written):
+    check = checked("s")
+    found = share(check, written.write(TESTS))
+    assert [entry["outcome"] for entry in found.values()] == ["passed"] * 6
+    assert sorted(x for x in written.notes() if x.startswith("pass")) == [
+        f"pass{i}" for i in range(6)
+    ]
+    assert journal.counts(check.entries["s"])["left"] == 0
+    assert written.notes().count("setup") == written.notes().count("teardown") <= 2
+
+
+def test_what_crashes_or_hangs_costs_itself_alone(checked, written):
+    check = checked("s")
+    found = share(check, written.write(TESTS + BAD), longest=3.0)
+    assert found["test_crashes"]["outcome"] == "crashed"
+    assert "ended by SIGSEGV" in found["test_crashes"]["message"]
+    assert found["test_hangs"]["outcome"] == "hung"
+    assert "one is not two" in found["test_fails"]["message"]
+    assert found["test_is_skipped"]["outcome"] == "skipped"
+    assert found["test_comes_last"]["outcome"] == "passed"
+    counted = journal.counts(check.entries["s"])
+    assert counted["passed"] == 7 and counted["left"] == 0
+    judged = steps.judge(counted, rehearsal=False)
+    assert judged["state"] == "FAILED" and "1 failed, 1 crashed, 1 hung" in judged["said"]
+    check.write()
+    suite = ElementTree.parse(check.folder("s") / "junit.xml").getroot()[0]
+    assert suite.attrib["tests"] == "11" and suite.attrib["failures"] == "1"
+    assert suite.attrib["errors"] == "2" and suite.attrib["skipped"] == "1"
+
+    # a second call runs what did not pass, and no more
+    written.path.write_text("")
+    written.path.with_name("notes.mended").touch()
+    again = checked("s", resume=True)
+    found = share(again, written.write(TESTS + BAD), longest=3.0)
+    assert found["test_crashes"]["outcome"] == found["test_hangs"]["outcome"] == "passed"
+    assert found["test_fails"]["outcome"] == "failed" and written.notes() == []
+
+
+def test_no_test_begins_when_the_time_is_over(checked, written):
+    slow = TESTS.replace("range(6)", "range(40)").replace("0.02", "1")
+    check = checked("s")
+    share(check, written.write(slow), seconds=6.0, workers=1, grace=2.0)
+    counted = journal.counts(check.entries["s"])
+    assert counted["passed"] and counted["left"] and not counted["stopped"]
+    assert steps.judge(counted, rehearsal=False)["state"] == "unfinished"
+
+
+def test_a_file_that_does_not_import_is_a_failure(checked, written):
+    check = checked("s")
+    share(check, written.write("import no_such_module"), workers=1)
+    counted = journal.counts(check.entries["s"])
+    assert counted["failed"] == 1 and steps.judge(counted, rehearsal=False)["state"] == "FAILED"
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from benchmarks.gpu_check import __main__ as program
+from benchmarks.gpu_check.check import Check, Machine
+from benchmarks.gpu_check.plan import Step
+from benchmarks.gpu_check.steps import Tests
+
+def look(check, step, until):
+    return {"state": "ok", "said": "here"}
+
+plan = (Step("machine", 1, "", look), Step("s", 9, "", Tests((), (sys.argv[1],), most=99)))
+check = Check(Path(sys.argv[2]), Machine(True, 1), ["machine", "s"], 60, "--resume" in sys.argv)
+status = program.run(check, plan, time.monotonic() + 60)
+check.close()
+sys.exit(status)
+"""
+
+
+def test_whoever_is_killed_loses_what_was_running(tmp_path, written):
+    slow = TESTS.replace("0.02", "0.5")
+    command = [sys.executable, "-c", KILLED, *written.write(slow), str(tmp_path / "out")]
+    lines = tmp_path / "out" / "journal.jsonl"
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (lines.exists() and lines.read_text().count('"passed"') >= 2):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(1.0)  # in which a process that was left over would go on
+    kept = lines.read_text()
+    passed = kept.count('"passed"')
+    assert not json.loads((tmp_path / "out" / "check.json").read_text())["ok"]
+    before = written.notes()
+    time.sleep(1.0)
+    assert lines.read_text() == kept and written.notes() == before  # nothing was left over
+    with lines.open("a") as file:
+        file.write('{"step": "s", "test": "torn')
+    done = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "out" / "check.json").read_text())["ok"]
+    ran = [word for word in written.notes() if word.startswith("pass")]
+    assert set(ran) == {f"pass{i}" for i in range(6)}
+    assert len(ran) <= 6 + 1 and passed >= 2  # the one that was running ran again
+
+
+# --- the journal --------------------------------------------------------------------------------
+
+
+def test_lines_are_read_once_and_torn_ones_passed_over(tmp_path):
+    lines = Journal(tmp_path / "journal.jsonl")
+    assert lines.new() == []
+    lines.add(step="a", test="t", outcome="started")
+    with lines.path.open("a") as file:
+        file.write('{"step": "a", "te')
+    assert [entry["outcome"] for entry in lines.new()] == ["started"]
+    lines.mend()
+    lines.add(step="a", test="t", outcome="passed")
+    assert [entry["outcome"] for entry in lines.new()] == ["passed"]
+
+
+def test_control_characters_do_not_break_junit(tmp_path):
+    entry = {"test": "a.py::t", "outcome": "failed", "message": "\x1b[31mred\x00"}
+    journal.write_junit(tmp_path / "junit.xml", "s", [entry])
+    failure = ElementTree.parse(tmp_path / "junit.xml").getroot()[0][0][0]
+    assert failure.tag == "failure" and failure.text == "[31mred"
 
 
 @pytest.mark.parametrize(
-    "text, counts",
+    "changed, state",
     [
-        (PASSED, (185, 0, 2, 0)),
-        ("noise\n2 failed, 3 passed, 7 warnings, 1 error in 65.12s (0:01:05)\n", (3, 2, 0, 1)),
-        ("==== 1 passed, 2 errors in 0.10s ====\nlater output\n", (1, 0, 0, 2)),
-        ("no tests ran in 0.01s\n", (0, 0, 0, 0)),
-        ("Segmentation fault\n", (None, None, None, None)),
+        ({}, "ok"),
+        ({"failed": 1}, "FAILED"),
+        ({"crashed": 1}, "FAILED"),
+        ({"hung": 1}, "FAILED"),
+        ({"reports": 3}, "FAILED"),
+        ({"reports": None}, "FAILED"),
+        ({"warnings": 1}, "FAILED"),
+        ({"unseen": 1}, "FAILED"),
+        ({"collected": None, "left": None}, "FAILED"),
+        ({"passed": 0, "skipped": 5}, "FAILED"),
+        ({"passed": 0}, "FAILED"),
+        ({"left": 4}, "unfinished"),
+        ({"stopped": 1}, "unfinished"),
+        ({"others": 7}, "ok"),
     ],
 )
-def test_counts_tests(text, counts):
-    names = ("passed", "failed", "skipped", "errors")
-    assert gpu_check.count_tests(text) == dict(zip(names, counts, strict=True))
+def test_a_step_is_judged_by_its_counts(changed, state):
+    counted = dict.fromkeys(journal.ENDED, 0) | {"collected": 5, "passed": 5, "left": 0} | changed
+    assert steps.judge(counted, rehearsal=False)["state"] == state
 
 
-HEAD = "========= COMPUTE-SANITIZER\n"
+# --- compute-sanitizer --------------------------------------------------------------------------
+
+
 UNINITIALIZED = """\
 ========= Uninitialized __global__ memory read of size 4 bytes
 =========     at void {kernel}<float>(T1 *)+0x60
@@ -46,191 +401,181 @@ UNINITIALIZED = """\
 """
 OURS = UNINITIALIZED.format(kernel="vtp::cuda::<unnamed>::select_kernel")
 TORCH = UNINITIALIZED.format(kernel="at::native::elementwise_kernel")
+HAZARDS = "========= RACECHECK SUMMARY: "
 
 
 @pytest.mark.parametrize(
     "tool, text, reports",
     [
-        ("memcheck", PASSED + "========= ERROR SUMMARY: 0 errors\n", {"reports": 0}),
-        ("synccheck", PASSED + "========= ERROR SUMMARY: 1 error\n", {"reports": 1}),
+        ("memcheck", "========= ERROR SUMMARY: 0 errors\n", {"reports": 0}),
+        ("synccheck", "========= ERROR SUMMARY: 1 error\n", {"reports": 1}),
         (
             "memcheck",
-            PASSED
-            + "========= ERROR SUMMARY: 1200 errors\n"
+            "========= ERROR SUMMARY: 1200 errors\n"
             + "========= ERROR SUMMARY: 200 errors were not printed. Use --print-limit option\n",
             {"reports": 1200},
         ),
-        ("memcheck", PASSED, {"reports": None}),
+        ("memcheck", "185 passed\n", {"reports": None}),
         (
             "racecheck",
-            PASSED + "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n",
+            HAZARDS + "0 hazards displayed (0 errors, 0 warnings)\n",
             {"reports": 0, "warnings": 0},
         ),
         (
             "racecheck",
-            PASSED + "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 2 warnings)\n",
+            HAZARDS + "1 hazard displayed (1 error, 2 warnings)\n",
             {"reports": 1, "warnings": 2},
         ),
-        ("racecheck", PASSED + "========= ERROR SUMMARY: 0 errors\n", {"reports": None}),
+        ("racecheck", "========= ERROR SUMMARY: 0 errors\n", {"reports": None, "warnings": None}),
         (
             "initcheck",
-            TORCH + OURS + TORCH + PASSED + "========= ERROR SUMMARY: 3 errors\n",
+            TORCH + OURS + TORCH + "========= ERROR SUMMARY: 3 errors\n",
             {"reports": 1, "others": 2, "unseen": 0},
         ),
         (
             "initcheck",
-            TORCH + PASSED + "========= ERROR SUMMARY: 1001 errors\n",
+            TORCH + "========= ERROR SUMMARY: 1001 errors\n",
             {"reports": 0, "others": 1, "unseen": 1},
         ),
     ],
 )
 def test_counts_reports(tool, text, reports):
-    counts = gpu_check.count_reports(tool, HEAD + text)
-    assert counts["passed"] == 185
-    assert {name: counts[name] for name in reports} == reports
-    clean = all(number == 0 for name, number in reports.items() if name != "others")
-    assert bool(gpu_check.failures(counts)) != clean
+    assert sanitizers.reports(tool, "========= COMPUTE-SANITIZER\n" + text) == reports
 
 
-def test_a_device_that_the_sanitizer_cannot_serve_is_a_failure():
-    text = HEAD + "========= Error: Device not supported\n========= ERROR SUMMARY: 0 errors\n"
-    assert "passed" in gpu_check.failures(gpu_check.count_reports("memcheck", text))
+def test_counts_of_several_processes():
+    clean, dirty = "========= ERROR SUMMARY: 0 errors\n", "========= ERROR SUMMARY: 2 errors\n"
+    assert steps.tool_counts("memcheck", [clean, dirty, dirty], killed=0) == {"reports": 4}
+    assert steps.tool_counts("memcheck", [clean, "no summary"], killed=0) == {"reports": None}
+    assert steps.tool_counts("memcheck", [clean, OURS], killed=1) == {"reports": 1}
+    assert steps.tool_counts("memcheck", [], killed=0) == {"reports": None}
 
 
-def test_nothing_passed_is_a_failure():
-    assert gpu_check.failures(gpu_check.count_tests("7 skipped in 0.5s")) == ["passed"]
-    assert gpu_check.failures({}) == []
-
-
-# --- commands -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tool", gpu_check.TOOLS)
+@pytest.mark.parametrize("tool", sanitizers.TOOLS)
 def test_sanitizer_commands(tool):
-    command = gpu_check.sanitized("compute-sanitizer", tool)
-    options, program = command[: command.index(sys.executable)], command[-1]
+    options = sanitizers.prefix("compute-sanitizer", tool)
     assert options[:3] == ["compute-sanitizer", "--tool", tool]
-    assert (Path(gpu_check.__file__).parents[1] / program).exists()
     assert ("kns=_ZN3vtp4cuda" in options) == (tool != "initcheck")
     assert ("--padding" in options) == (tool == "memcheck")
+    old, new = (2025, 3, 0, 0), (2026, 4, 0, 0)
+    misled = "passive_attention" if tool in ("memcheck", "initcheck") else None
+    assert sanitizers.left_out(tool, old) == sanitizers.left_out(tool, ()) == misled
+    assert sanitizers.left_out(tool, new) is None
+    assert steps._without(["f.py"], "op") == ["f.py", "-k", "not op"]
+    assert steps._without(["f.py", "-k", "a or b"], "op") == ["f.py", "-k", "(a or b) and not op"]
 
 
-def test_the_sanitizer_is_found_in_the_toolkit(tmp_path, monkeypatch):
+def test_the_sanitizer_is_found_in_the_toolkit(tmp_path, monkeypatch, checked):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert gpu_check.sanitizer() is None
-    result = gpu_check.run_part("racecheck", tmp_path, 1.0)
-    assert not result["ok"] and "compute-sanitizer not found" in result["last_line"]
+    assert sanitizers.find() is None
+    check = checked("racecheck")
+    monkeypatch.setattr(check, "environment", lambda: {"PATH": ""})
+    for run in (steps.count, steps.Tests((), (), tool="racecheck")):
+        result = run(check, "racecheck", time.monotonic() + 1)
+        assert result["state"] == "cannot run" and "not found; set CUDA_HOME" in result["said"]
     tool = tmp_path / "bin" / "compute-sanitizer"
     tool.parent.mkdir()
-    tool.write_text("#!/bin/sh\n")
-    tool.chmod(0o755)
-    assert gpu_check.sanitizer() == str(tool)
+    tool.symlink_to(STAND_INS / "compute-sanitizer")
+    assert sanitizers.find() == str(tool)
+    monkeypatch.undo()
+    assert sanitizers.version(str(tool)) == (2025, 3, 0, 0)
+    assert sanitizers.version("/no/such/tool") == ()
 
 
-def python(code: str) -> list[str]:
-    return [sys.executable, "-c", code]
+def test_a_race_fails_its_step(checked, written, monkeypatch):
+    monkeypatch.setenv("VTP_STAND_IN", "race")
+    one = steps.Tests((), tuple(written.write("def test_it(): pass")), tool="racecheck")
+    result = one(checked("racecheck"), "racecheck", time.monotonic() + 30)
+    assert result["state"] == "FAILED" and "1 reports" in result["said"]
+    assert result["counts"]["passed"] == 1
 
 
-def test_runs_a_command_with_its_environment(capsys):
-    code = "import os, sys; print(os.environ['EXTRA']); print('1 passed in 0.10s', file=sys.stderr)"
-    result = gpu_check.run("tests", python(code), 60.0, gpu_check.count_tests, {"EXTRA": "yes"})
-    assert result["ok"] and result["last_line"] == "1 passed in 0.10s"
-    assert result["counts"]["passed"] == 1 and result["seconds"] >= 0
-    assert result["command"][0] == "EXTRA=yes"
-    assert "yes\n" in capsys.readouterr().out
+# --- ncu ----------------------------------------------------------------------------------------
 
 
-def test_a_command_that_fails(capsys):
-    result = gpu_check.run("tests", python("exit(3)"), 60.0, lambda text: {})
-    assert not result["ok"] and result["last_line"] == "no output"
+def test_what_ncu_prints_is_read(checked, monkeypatch):
+    assert counters.parse("==ERROR== no table\n") == []
+    asked = counters.known(str(STAND_INS / "ncu"), "gh100")
+    assert "gpu__time_duration.sum" in asked and "launch__registers_per_thread" in asked
+    assert "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active" not in asked
+    assert counters.known("/no/such/ncu", "gh100") == counters.METRICS
+    command = [*counters.prefix(str(STAND_INS / "ncu"), counters.SURE), "echo", "hello"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    first, second, _ = counters.parse(text)
+    assert "select_kernel" in first["kernel"] and set(counters.SURE) < set(first)
+    assert second["dram__bytes_read.sum"] == 1234.5  # "1,234.5"
 
 
-def test_a_command_that_takes_too_long(capsys):
-    code = "import time; print('working', flush=True); time.sleep(60)"
-    result = gpu_check.run("tests", python(code), 3.0, lambda text: {})
-    assert not result["ok"] and result["last_line"] == "stopped after 3 s"
-    assert result["seconds"] < 30
-    assert "working" in capsys.readouterr().out
+def test_a_metric_that_ncu_does_not_know_costs_no_more_than_itself(checked, monkeypatch):
+    monkeypatch.setenv("VTP_STAND_IN", "unknown-metric")
+    monkeypatch.setattr(sys, "executable", "true")  # in place of the calls
+    check = checked("ncu")
+    result = steps.count(check, "ncu", time.monotonic() + 30)
+    assert result["state"] == "ok" and tuple(result["metrics"]) == counters.SURE
 
 
-# --- main and its file --------------------------------------------------------------------------
+# --- the library, and Triton's cache ------------------------------------------------------------
 
 
-@pytest.fixture
-def fake_gpu(monkeypatch):
-    """A machine with a GPU, as far as gpu_check asks, on which every part succeeds."""
-    ran = []
+def test_the_library_is_built_where_it_is_missing(checked, monkeypatch, tmp_path):
+    check = checked("library")
+    check.found = {"cannot_serve": {}}
+    assert "brought along" in steps.build(check, "library", time.monotonic() + 9)["said"]
+    check.found = {"cannot_serve": {"select_topk": "no image"}, "capability": "9.0"}
+    command, environment = steps.build_command(check)
+    assert command[1:] == ["setup.py", "-q", "build_ext", "--inplace"]
+    assert environment == {"MAX_JOBS": "2", "VTP_BUILD": "cpu"}
+    check.machine = Machine(False, cores=16)
+    _, environment = steps.build_command(check)
+    assert environment == {"MAX_JOBS": "16", "VTP_BUILD": "cuda", "VTP_CUDA_ARCHS": "9.0"}
 
-    def run(name, command, timeout, count, environment=None):
-        ran.append(name)
-        return {"ok": name not in fake.fail, "last_line": f"{name} done", "command": command}
+    monkeypatch.setattr(steps, "build_command", lambda check: (["false"], {}))
+    result = steps.build(check, "library", time.monotonic() + 9)
+    assert result["state"] == "FAILED" and "no image; and it was not built" in result["said"]
 
-    fake = SimpleNamespace(ran=ran, fail=set(), commit="abc")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200 (80 GB)")
-    monkeypatch.setattr(gpu_check, "why_not", lambda op, backend, device: None)
-    monkeypatch.setattr(gpu_check, "sanitizer", lambda: "/cuda/bin/compute-sanitizer")
-    monkeypatch.setattr(gpu_check, "library", lambda: "digest")
-    monkeypatch.setattr(gpu_check, "run", run)
-    monkeypatch.setattr(gpu_check, "describe", lambda: {**DESCRIBED, "commit": fake.commit})
-    return fake
+    def looks_again(check, step, until):
+        check.found = {"cannot_serve": {}}
 
-
-def checked(folder):
-    return json.loads((folder / "nvidia-h200-80-gb" / "check.json").read_text())
-
-
-def test_all_parts(fake_gpu, tmp_path, capsys):
-    assert gpu_check.main(["--results", str(tmp_path)]) == 0
-    assert tuple(fake_gpu.ran) == gpu_check.PARTS
-    result = checked(tmp_path)
-    assert result["ok"] and result["missing"] == [] and tuple(result["parts"]) == gpu_check.PARTS
-    assert result["machine"]["gpu"] == "NVIDIA H200" and result["commit"] == "abc"
-    assert capsys.readouterr().out.count(" ok ") == len(gpu_check.PARTS)
+    monkeypatch.setattr(steps, "build_command", lambda check: (["true"], {}))
+    monkeypatch.setattr(steps, "look", looks_again)
+    monkeypatch.setattr(identity, "BUILT", tmp_path / "built")
+    result = steps.build(check, "library", time.monotonic() + 9)
+    assert result["state"] == "ok" and result["built"]
+    if identity._library_digest() is not None:
+        assert identity.library() == "built from these sources"
 
 
-def test_parts_one_by_one(fake_gpu, tmp_path, capsys):
-    for part in reversed(gpu_check.PARTS):
-        assert gpu_check.main(["--part", part, "--results", str(tmp_path)]) == 0
-        result = checked(tmp_path)
-        assert result["ok"] == (part == "tests") and part not in result["missing"]
-    assert tuple(result["parts"]) == gpu_check.PARTS
-    assert "not run" in capsys.readouterr().out
+def test_a_carried_cache_is_found_by_triton(tmp_path):
+    """Triton's lists of files name them with their folder, which is another one there."""
+    made = tmp_path / "made" / "KEY"
+    made.mkdir(parents=True)
+    (made / "kernel.cubin").write_bytes(b"code")
+    names = {"child_paths": {"kernel.cubin": str(made / "kernel.cubin")}}
+    (made / "__grp__kernel.json").write_text(json.dumps(names))
+    triton_cache.pack(tmp_path / "made", tmp_path / "cache.tar.gz")
+    assert triton_cache.unpack(tmp_path / "cache.tar.gz", tmp_path / "there") == 1
+    there = tmp_path / "there" / "KEY"
+    found = json.loads((there / "__grp__kernel.json").read_text())["child_paths"]
+    assert found == {"kernel.cubin": str(there / "kernel.cubin")}
+    assert Path(found["kernel.cubin"]).read_bytes() == b"code"
 
 
-def test_results_of_another_commit_are_dropped(fake_gpu, tmp_path, capsys):
-    gpu_check.main(["--part", "tests", "--part", "memcheck", "--results", str(tmp_path)])
-    fake_gpu.commit = "def"
-    gpu_check.main(["--part", "racecheck", "--results", str(tmp_path)])
-    assert list(checked(tmp_path)["parts"]) == ["racecheck"]
+def test_benchmarks_go_on_after_a_crash(checked, monkeypatch):
+    """Once for every cell that takes its process down, and with the cells that are left."""
+    check, calls = checked("benchmarks"), []
+    ends = [-signal.SIGSEGV, steps.DEVICE_LOST, 0]
 
+    def run(command, log, environment, until, tick):
+        calls.append(command)
+        rows = [{"goal_met": None}] * len(calls)
+        (check.out / "bench.json").write_text(json.dumps({"rows": rows, "failed": []}))
+        return ends[len(calls) - 1]
 
-def test_a_part_that_fails(fake_gpu, tmp_path, capsys):
-    fake_gpu.fail = {"racecheck"}
-    assert gpu_check.main(["--results", str(tmp_path)]) == 1
-    assert tuple(fake_gpu.ran) == gpu_check.PARTS  # the others ran all the same
-    assert not checked(tmp_path)["ok"]
-    assert "racecheck   FAILED   racecheck done" in capsys.readouterr().out
-    assert gpu_check.main(["--part", "tests", "--results", str(tmp_path)]) == 0
-
-
-def test_a_library_without_cuda_code_is_named(fake_gpu, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check, "why_not", lambda op, backend, device: "no CUDA code")
-    assert gpu_check.main(["--results", str(tmp_path)]) == 1
-    assert "no CUDA code; nothing was checked" in capsys.readouterr().err
-    assert not any(tmp_path.iterdir())
-
-
-def test_unknown_parts_are_refused(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        gpu_check.main(["--part", "leakcheck"])
-    assert stopped.value.code == 2 and "invalid choice: 'leakcheck'" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(_native.missing is not None, reason=str(_native.missing))
-def test_the_library_has_a_digest():
-    assert len(gpu_check.library()) == 16 and gpu_check.library() == gpu_check.library()
+    monkeypatch.setattr(steps.running, "run", run)
+    result = steps.cells(check, "benchmarks", time.monotonic() + 9)
+    assert result["state"] == "ok" and result["counts"]["cells"] == 3
+    assert all("--resume" in command and "--goals" in command for command in calls)
 
 
 # --- the clock of a GPU, by a fake one ----------------------------------------------------------
@@ -324,12 +669,27 @@ def test_a_measurement_on_a_gpu(fake_clock):
         {"eager": fake_clock.op, "on the host": fake_clock.waiting_op},
         lambda ours, theirs: None,
     )
-    (timing,) = harness.measure([case], "cuda", turns=3, bandwidth=1e6)
+    timing = harness.measure(case, "cuda", turns=3, bandwidth=1e6)
     assert timing.microseconds == pytest.approx(1.0)
     assert timing.speedup == pytest.approx({"eager": 1.0, "on the host": 5.0})
     assert timing.not_captured == ["on the host"]
     assert "on the host 5.00 (not captured)" in harness.table([timing])
     assert harness._rotation_bytes("cuda") == 200 * 2**20
+
+
+def test_goals_are_held_against_what_a_gpu_does(fake_clock):
+    case = harness.Case("op", "1 B", 1, lambda: (0,), fake_clock.op, {}, lambda a, b: None)
+    for goal, met in (
+        (harness.Goal(microseconds=2), True),
+        (harness.Goal(microseconds=0.5), False),
+    ):
+        timing = harness.measure(replace(case, goal=goal), "cuda", turns=1, bandwidth=1e6)
+        assert timing.goal_met is met
+    timing = harness.measure(
+        replace(case, goal=harness.Goal(share_of_copy=0.8)), "cuda", turns=1, bandwidth=1e6
+    )
+    assert timing.share_of_copy == pytest.approx(1.0) and timing.goal_met
+    assert "goal >= 80 % of copy: met" in harness.table([timing])
 
 
 # --- the inputs and checks of the GPU tests -----------------------------------------------------

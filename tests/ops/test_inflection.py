@@ -6,7 +6,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from kneed import KneeLocator
 
 import vtp_kernels as vtp
 
@@ -37,6 +36,7 @@ def chord(y, rounding):
 
 
 def kneed_locator(y, sensitivity):
+    KneeLocator = pytest.importorskip("kneed").KneeLocator
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return KneeLocator(
