@@ -163,6 +163,20 @@ def test_steps_that_are_done_are_not_repeated(checked):
     assert [name for name, _ in ran][4:] == ["machine", "a", "b"]
 
 
+def test_starting_anew_leaves_files_of_others_alone(checked, tmp_path):
+    (tmp_path / "out").mkdir()
+    theirs, ours = tmp_path / "out" / "letters.json", tmp_path / "out" / "end_to_end-x.json"
+    for path in (theirs, ours):
+        path.write_text("{}")
+    checked("a")
+    assert theirs.exists() and not ours.exists()
+
+
+def test_packages_that_were_brought_along_are_found(checked, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/tmp/site")
+    assert checked("a").environment()["PYTHONPATH"] == f"{ROOT}:/tmp/site"
+
+
 def test_results_of_other_sources_are_dropped(checked, monkeypatch, capsys):
     program.run(checked("a"), (fake("a"),), time.monotonic() + 30)
     whose = identity.identity()

@@ -17,6 +17,7 @@ from benchmarks.files import write_json
 from benchmarks.gpu_check.journal import Journal, write_junit
 from benchmarks.identity import ROOT, identity
 
+FILES = ("check.json", "journal.jsonl", "logs.tar.gz", "bench.json", "end_to_end-*.json")
 ARCHIVE_SECONDS = 30.0  # between two archives as a step runs
 
 
@@ -58,10 +59,9 @@ class Check:
         self.journal.add(call=self.calls, identity=identity(), rehearsal=machine.rehearsal)
 
     def _start_anew(self) -> None:
-        for name in ("journal.jsonl", "check.json", "logs.tar.gz"):
-            (self.out / name).unlink(missing_ok=True)
-        for path in self.out.glob("*.json"):
-            path.unlink()
+        for pattern in FILES:
+            for path in self.out.glob(pattern):
+                path.unlink()
 
     def _go_on(self) -> None:
         """With what was found by the same sources and library; a library that the check built
@@ -170,7 +170,7 @@ class Check:
             path = f"{ROOT / 'tests/gpu/stand_ins'}{os.pathsep}{path}"
         return {
             "PATH": path,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             "PYTHONUNBUFFERED": "1",
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # the same plan, whatever is installed
             "VTP_GPU_REHEARSAL": "1" if self.machine.rehearsal else "",

@@ -35,7 +35,7 @@ def sanitized(tool: str, keyword: str | None = None) -> Tests:
 
 STEPS = (
     Step("machine", 30, "what machine this is", steps.look, least=30.0),  # torch's first import
-    Step("library", 90, "the native library; built if none was brought", steps.build),
+    Step("library", 90, "the native library; built if none was brought", steps.build, least=200.0),
     Step(
         *("small-inputs", 45, "every op on every path, beside float64"),
         Tests((SMALL,), (SMALL,), workers=6, most=8),

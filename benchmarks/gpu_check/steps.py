@@ -6,10 +6,12 @@ state ("ok", "FAILED", "unfinished" or "cannot run"), said (a line), and what it
 
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.files import write_json
 from benchmarks.gpu_check import counters, journal, running, sanitizers
 from benchmarks.gpu_check.check import Check
 from benchmarks.gpu_check.sharing import Sharing
@@ -18,6 +20,7 @@ from benchmarks.identity import ROOT, library, note_built
 
 MODELS = ("llava-1.5-7b", "llava-next-7b")
 TRITON_CACHE = ROOT / "build" / "triton-cache.tar.gz"
+LONGEST, LONGEST_UNDER_A_TOOL = 60.0, 150.0  # seconds of a test, the first one's start included
 MOST_RUNS = 5  # of a command that loses its device and goes on
 
 
@@ -59,6 +62,7 @@ class Tests:
             prefix=prefix,
             environment=extra,
             most=self.most if rehearsal else None,
+            longest=LONGEST_UNDER_A_TOOL if self.tool else LONGEST,
             grace=10.0 if self.tool and not rehearsal else 2.0,
         )
         sharing.run()
@@ -127,7 +131,7 @@ def look(check: Check, step: str, until: float) -> dict:
     check.found = json.loads(lines[-1])
     if check.found["device"] is None:
         return cannot(f"{check.found['why']}; nothing was checked")
-    if not check.machine.rehearsal:
+    if not check.machine.rehearsal and shutil.which("nvidia-smi"):
         running.run(["nvidia-smi"], check.folder(step) / "smi.log", {}, until, check.tick)
     return {"state": "ok", "said": check.found["device"]}
 
@@ -190,7 +194,7 @@ def _try_failed_cells_again(file: Path) -> None:
     """A later call does: what failed may have been the machine."""
     if file.exists():
         found = json.loads(file.read_text())
-        file.write_text(json.dumps(found | {"failed": [], "running": None}))
+        write_json(file, found | {"failed": [], "running": None})
 
 
 def _to_the_end(check: Check, step: str, command: list[str], until: float) -> int | None:

@@ -1,9 +1,9 @@
 """Tests of what only a GPU can show. All of them are marked `gpu`; without a GPU, or without CUDA
 code in the native library, they are skipped and say why.
 
-In a rehearsal (VTP_GPU_REHEARSAL=1, by `benchmarks.gpu_check --rehearse`) those files run on the
-CPU that ask nothing of a GPU but its kernels: on the emulator, or where it cannot be built on the
-CPU's kernels. Such a file says REHEARSED = True.
+In a rehearsal (VTP_GPU_REHEARSAL=1, by `benchmarks.gpu_check --rehearse`) tests run on the CPU
+whose names begin as their file's REHEARSED says: on the kernels of the CPU, with cpu_device in the
+place of torch.cuda; those of EMULATED files on the emulator, where it can be built.
 
 The ops' results over the whole matrix of inputs are no matter of this folder: tests/ops runs on
 CUDA tensors, too, wherever there is a GPU.
@@ -13,6 +13,7 @@ import contextlib
 import os
 from pathlib import Path
 
+import cpu_device
 import pytest
 import torch
 
@@ -37,7 +38,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.is_relative_to(HERE):
             item.add_marker(pytest.mark.gpu)
-            rehearsed = REHEARSAL and getattr(item.module, "REHEARSED", False)
+            names = getattr(item.module, "REHEARSED", ()) if REHEARSAL else ()
+            rehearsed = item.name.startswith(names)
             if reason is not None and not rehearsed:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
@@ -49,10 +51,12 @@ def device():
 
 
 @pytest.fixture(autouse=True)
-def finished():
+def finished(request, monkeypatch):
     """An error of the device shows in the test that made it, not in a later one."""
-    emulated = REHEARSAL and serving.why_not() is None
-    with serving.serving() if emulated else contextlib.nullcontext():
+    with contextlib.ExitStack() as open_until_the_end:
+        if REHEARSAL:
+            open_until_the_end.enter_context(cpu_device.installed(monkeypatch))
+            if getattr(request.module, "EMULATED", False) and serving.why_not() is None:
+                open_until_the_end.enter_context(serving.serving())
         yield
-    if not REHEARSAL:
         torch.cuda.synchronize()

@@ -4,6 +4,8 @@ import pytest
 import torch
 from variants import LONG, VARIANTS, assert_same_bits, cloned, emptied, filled, refill
 
+REHEARSED = ("test_",)
+
 
 def captured(call, *arguments) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
     """A graph of one call and the tensors that it writes."""

@@ -9,6 +9,7 @@ from benchmarks.memory import peak_bytes
 
 BFLOAT = torch.bfloat16
 CUDA = torch.device("cuda")
+REHEARSED = ("test_allocates", "test_keeps", "test_many_layers")  # the others are large
 
 
 def allocations() -> int:

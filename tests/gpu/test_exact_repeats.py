@@ -17,6 +17,7 @@ from variants import (
 import vtp_kernels as vtp
 
 LENGTH = 1500
+REHEARSED = ("test_",)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

@@ -7,7 +7,7 @@ synccheck. Lengths stand just before, on and past a warp, a tile and a block of 
 import pytest
 from variants import LONG, VARIANTS
 
-REHEARSED = True
+REHEARSED, EMULATED = ("test_",), True
 
 
 @pytest.mark.parametrize("length", (1, 31, 64, 65, 200))
