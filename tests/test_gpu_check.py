@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -573,6 +574,17 @@ def test_a_carried_cache_is_found_by_triton(tmp_path):
     found = json.loads((there / "__grp__kernel.json").read_text())["child_paths"]
     assert found == {"kernel.cubin": str(there / "kernel.cubin")}
     assert Path(found["kernel.cubin"]).read_bytes() == b"code"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+def test_kernels_are_compiled_beforehand(tmp_path):
+    archive = tmp_path / "cache.tar.gz"
+    command = [sys.executable, "-m", "benchmarks.gpu_check.triton_cache", "compact_rows"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    subprocess.run([*command, "--jobs", "1", "--out", archive], check=True, env=environment)
+    assert triton_cache.unpack(archive, tmp_path / "there") > 0
+    assert list((tmp_path / "there").rglob("*.cubin"))
 
 
 def test_benchmarks_go_on_after_a_crash(checked, monkeypatch):

@@ -43,7 +43,9 @@ class Check:
         self, out: Path, machine: Machine, plan: list[str], budget: float, resume: bool = False
     ) -> None:
         self.out, self.machine, self.plan, self.budget = out, machine, plan, budget
-        self.logs = Path(tempfile.mkdtemp(prefix="gpu-check-"))
+        self.temporary = Path(tempfile.mkdtemp(prefix="gpu-check-"))
+        self.logs = self.temporary / "logs"
+        self.logs.mkdir()
         self.journal = Journal(out / "journal.jsonl")
         self.entries: dict[str, list[dict]] = {}
         self.results: dict[str, dict] = {}
@@ -160,7 +162,7 @@ class Check:
     def close(self) -> None:
         self.write()
         self.pack()
-        shutil.rmtree(self.logs, ignore_errors=True)
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
     # --- what processes are told ----------------------------------------------------------------
 

@@ -58,7 +58,7 @@ STEPS = (
     ),
     Step(*("streams", 20, "streams and devices, alone"), Tests((STREAMS,), (STREAMS,))),
     *(
-        Step(f"end-to-end-{model}", 35, "dense and pruned, random weights", EndToEnd(model))
+        Step(f"end-to-end-{model}", 50, "dense and pruned, random weights", EndToEnd(model))
         for model in steps.MODELS
     ),
     Step("racecheck", 40, "races in compiled code", sanitized("racecheck", "65 or 200")),

@@ -280,7 +280,7 @@ def triton_environment(check: Check) -> dict[str, str]:
     """Triton's cache: what was compiled beforehand, if that was brought along."""
     from benchmarks.gpu_check.triton_cache import unpack
 
-    folder = check.logs.with_name(f"{check.logs.name}-triton")
+    folder = check.temporary / "triton"
     if TRITON_CACHE.exists() and not folder.exists():
         unpack(TRITON_CACHE, folder)
     return {"TRITON_CACHE_DIR": str(folder)}
