@@ -33,6 +33,7 @@ from benchmarks.identity import identity
 from benchmarks.memory import peak_bytes
 from benchmarks.published import published_fastv
 from vtp_kernels.demo import load, pocket_methods, pruned
+from vtp_kernels.machine import describe
 from vtp_kernels.methods import (
     FastV,
     Method,
@@ -380,7 +381,8 @@ def main() -> None:
         parser.error("--tiny: pocket is as small as it is")
     if args.resume and args.json is None:
         parser.error("--resume: needs --json, the file to go on with")
-    rows, batches, whose = [], args.batch, {"identity": identity(), "device": args.device}
+    whose = {"identity": identity(), "device": args.device, "machine": describe()["machine"]}
+    rows, batches = [], args.batch
     if args.resume and args.json.exists():
         before = json.loads(args.json.read_text())
         if all(before.get(name) == value for name, value in whose.items()):

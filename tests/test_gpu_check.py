@@ -109,7 +109,7 @@ def checked(tmp_path):
         found.close()
 
 
-def fake(name, result=None, ran=None, share=1.0):
+def fake(name, result=None, ran=None, share=1.0, **options):
     def run(check, step, until):
         if ran is not None:
             ran.append((step, until - time.monotonic()))
@@ -117,7 +117,7 @@ def fake(name, result=None, ran=None, share=1.0):
             raise result
         return dict(result or {"state": "ok", "said": "done"})
 
-    return Step(name, share, "a fake", run)
+    return Step(name, share, "a fake", run, **options)
 
 
 def test_a_step_that_cannot_run_says_why_and_the_next_goes_on(checked, capsys):
@@ -151,7 +151,7 @@ def test_a_plan_whose_time_is_over_stops(checked, capsys):
 def test_steps_that_are_done_are_not_repeated(checked):
     ran = []
     plan = (
-        fake("machine", ran=ran),
+        fake("machine", ran=ran, every_call=True),
         fake("a", ran=ran),
         fake("b", {"state": "FAILED", "said": ""}),
     )
@@ -183,7 +183,7 @@ def test_results_of_other_sources_are_dropped(checked, monkeypatch, capsys):
     whose = identity.identity()
     monkeypatch.setattr("benchmarks.gpu_check.check.identity", lambda: whose | {"sources": "other"})
     assert checked("a", resume=True).results == {}
-    assert "of other sources or another library: starting anew" in capsys.readouterr().out
+    assert "of other sources or another machine: starting anew" in capsys.readouterr().out
 
 
 def test_a_library_that_was_built_there_may_differ(checked, monkeypatch):
@@ -249,7 +249,9 @@ def written(tmp_path):
 
 
 def share(check, selection, seconds=30.0, workers=2, **options):
-    sharing = Sharing(check, "s", selection, workers, time.monotonic() + seconds, **options)
+    done = list(journal.done(check.entries.get("s", [])))
+    until = time.monotonic() + seconds
+    sharing = Sharing(check, "s", selection, workers, until, done=done, **options)
     sharing.run()
     entries = journal.outcomes(check.entries["s"]).items()
     return {test.split("::")[-1]: entry for test, entry in entries}
@@ -460,10 +462,15 @@ def test_counts_reports(tool, text, reports):
 
 def test_counts_of_several_processes():
     clean, dirty = "========= ERROR SUMMARY: 0 errors\n", "========= ERROR SUMMARY: 2 errors\n"
-    assert steps.tool_counts("memcheck", [clean, dirty, dirty], killed=0) == {"reports": 4}
-    assert steps.tool_counts("memcheck", [clean, "no summary"], killed=0) == {"reports": None}
-    assert steps.tool_counts("memcheck", [clean, OURS], killed=1) == {"reports": 1}
-    assert steps.tool_counts("memcheck", [], killed=0) == {"reports": None}
+
+    def count(*outputs, killed=()):
+        named = {str(i): output for i, output in enumerate(outputs)}
+        return steps.tool_counts("memcheck", named, lambda name: name in killed)
+
+    assert count(clean, dirty, dirty) == {"reports": 4}
+    assert count(clean, "no summary") == {"reports": None}
+    assert count(clean, OURS, killed="1") == {"reports": 1}
+    assert count() == {"reports": None}
 
 
 @pytest.mark.parametrize("tool", sanitizers.TOOLS)
@@ -501,9 +508,32 @@ def test_the_sanitizer_is_found_in_the_toolkit(tmp_path, monkeypatch, checked):
 def test_a_race_fails_its_step(checked, written, monkeypatch):
     monkeypatch.setenv("VTP_STAND_IN", "race")
     one = steps.Tests((), tuple(written.write("def test_it(): pass")), tool="racecheck")
-    result = one(checked("racecheck"), "racecheck", time.monotonic() + 30)
+    check = checked("racecheck")
+    result = one(check, "racecheck", time.monotonic() + 30)
     assert result["state"] == "FAILED" and "1 reports" in result["said"]
+    check.pack()
     assert result["counts"]["passed"] == 1
+    monkeypatch.delenv("VTP_STAND_IN")  # and a later call does not forget it
+    again = checked("racecheck", resume=True)
+    result = one(again, "racecheck", time.monotonic() + 30)
+    assert result["state"] == "FAILED" and result["counts"]["reports"] == 1
+
+
+def test_tests_of_a_process_without_a_summary_are_run_again(checked, written):
+    """It may have been killed before it came to tell what it saw."""
+    text = "def test_it():\n    with open({notes!r}, 'a') as file:\n        file.write('ran ')"
+    one = steps.Tests((), tuple(written.write(text)), tool="memcheck")
+    check = checked("memcheck")
+    assert one(check, "memcheck", time.monotonic() + 30)["state"] == "ok"
+    assert written.notes() == ["ran"]
+    one(check, "memcheck", time.monotonic() + 30)
+    assert written.notes() == ["ran"]
+    for log in check.folder("memcheck").glob("*.log"):
+        log.write_text(log.read_text().replace("SUMMARY", ""))
+    check.pack()
+    again = checked("memcheck", resume=True)
+    assert one(again, "memcheck", time.monotonic() + 30)["state"] == "ok"
+    assert written.notes() == ["ran", "ran"]
 
 
 # --- ncu ----------------------------------------------------------------------------------------
@@ -602,6 +632,20 @@ def test_benchmarks_go_on_after_a_crash(checked, monkeypatch):
     result = steps.cells(check, "benchmarks", time.monotonic() + 9)
     assert result["state"] == "ok" and result["counts"]["cells"] == 3
     assert all("--resume" in command and "--goals" in command for command in calls)
+
+
+def test_a_cell_that_hangs_is_ended(tmp_path):
+    file = tmp_path / "bench.json"
+    alive = steps.Alive(file, 0.2)
+    alive()
+    time.sleep(0.15)
+    file.write_text("{}")
+    alive()
+    time.sleep(0.15)
+    alive()
+    time.sleep(0.1)
+    with pytest.raises(steps.Hung):
+        alive()
 
 
 # --- the clock of a GPU, by a fake one ----------------------------------------------------------

@@ -8,6 +8,7 @@ and what the benchmarks wrote. Logs lie elsewhere until they are packed: there a
 import dataclasses
 import os
 import shutil
+import subprocess
 import tarfile
 import tempfile
 import time
@@ -36,6 +37,16 @@ class Machine:
         return max(1, min(wanted, self.cores))
 
 
+def gpus() -> str | None:
+    """Which there are, by name; None where the driver's tool is not there to say."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip()
+
+
 class Check:
     """`plan`: the names of the steps, in order."""
 
@@ -51,14 +62,14 @@ class Check:
         self.results: dict[str, dict] = {}
         self.found: dict = {}  # by the step that looks at the machine
         self.seed = int.from_bytes(os.urandom(4), "little")  # of the tests' inputs
-        self.calls = 1
+        self.calls, self.whose = 1, {**identity(), "gpus": gpus()}
         self._changed, self._wrote, self._packed = set(), 0.0, time.monotonic()
         out.mkdir(parents=True, exist_ok=True)
         if resume and self.journal.path.exists():
             self._go_on()
         else:
             self._start_anew()
-        self.journal.add(call=self.calls, identity=identity(), rehearsal=machine.rehearsal)
+        self.journal.add(call=self.calls, identity=self.whose, rehearsal=machine.rehearsal)
 
     def _start_anew(self) -> None:
         for pattern in FILES:
@@ -72,12 +83,12 @@ class Check:
         entries = self.journal.new()
         calls = [entry for entry in entries if "call" in entry]
         built = any(entry.get("result", {}).get("built") for entry in entries)
-        now, before = identity(), calls[-1]["identity"] if calls else {}
+        now, before = self.whose, calls[-1]["identity"] if calls else {}
         same = all(
             now[name] == before.get(name) for name in now if not (built and name == "library")
         )
         if not same or calls[-1]["rehearsal"] != self.machine.rehearsal:
-            print("gpu-check: what is there is of other sources or another library: starting anew")
+            print("gpu-check: what is there is of other sources or another machine: starting anew")
             self._start_anew()
             self.journal = Journal(self.journal.path)
             return
@@ -129,8 +140,11 @@ class Check:
 
     # --- what is kept ---------------------------------------------------------------------------
 
+    def is_ok(self, step: str) -> bool:
+        return self.results.get(step, {}).get("state") == "ok"
+
     def ok(self) -> bool:
-        return all(self.results.get(step, {}).get("state") == "ok" for step in self.plan)
+        return all(map(self.is_ok, self.plan))
 
     def write(self) -> None:
         for step in self._changed & self.entries.keys():

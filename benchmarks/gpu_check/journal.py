@@ -59,6 +59,12 @@ def outcomes(entries: list[dict]) -> dict[str, dict]:
     return {entry["test"]: entry for entry in entries if "test" in entry}
 
 
+def done(entries: list[dict]) -> dict[str, str]:
+    """Test -> the process that ran it, of those that are not run again."""
+    found = outcomes(entries).items()
+    return {test: entry["worker"] for test, entry in found if entry["outcome"] in DONE}
+
+
 def collected(entries: list[dict]) -> int | None:
     """How many tests there are; None where no process came to count them."""
     return max((entry["collected"] for entry in entries if "collected" in entry), default=None)

@@ -9,7 +9,6 @@ import os
 import sys
 import time
 
-from benchmarks.gpu_check import journal
 from benchmarks.gpu_check.check import Check
 from benchmarks.gpu_check.running import Process, described
 from benchmarks.gpu_check.worker import DEVICE_LOST, Settings, claim_of
@@ -29,8 +28,9 @@ class Worker:
 
 
 class Sharing:
-    """`selection`: pytest's arguments. `longest`: seconds that one test may take. `grace`: seconds
-    before the end at which no test begins any more, so that processes can end well."""
+    """`selection`: pytest's arguments. `done`: tests that are not run again. `longest`: seconds that
+    one test may take. `grace`: seconds before the end at which no test begins any more, so that
+    processes can end well."""
 
     def __init__(
         self,
@@ -40,6 +40,7 @@ class Sharing:
         workers: int,
         until: float,
         *,
+        done: list[str],
         prefix: list[str] | None = None,
         environment: dict[str, str] | None = None,
         most: int | None = None,
@@ -53,17 +54,14 @@ class Sharing:
         self.folder = check.folder(step)
         self.claims = self.folder / "claims"
         self.claims.mkdir(exist_ok=True)
-        self.done = self.folder / "claims" / "done.txt"
+        self.done = self.claims / "done.txt"
+        self.done.write_text("\n".join(done))
         self.started, self.restarts = 0, 0
         self.followed = 0  # lines of the journal
         self.workers: list[Worker] = []
-        self.outputs: list[str] = []  # of processes that have ended
-        self.killed = 0
+        self.killed: set[str] = set()  # names of processes
 
     def run(self) -> None:
-        before = journal.outcomes(self.check.entries.get(self.step, []))
-        done = [test for test, entry in before.items() if entry["outcome"] in journal.DONE]
-        self.done.write_text("\n".join(done))
         try:
             for _ in range(self.wanted):
                 self._start()
@@ -122,7 +120,7 @@ class Sharing:
         self.followed = len(entries)
 
     def _kill(self, worker: Worker, outcome: str, why: str) -> None:
-        self.killed += 1
+        self.killed.add(worker.name)
         status = worker.process.kill()
         self.check.read()
         self._follow(time.monotonic())
@@ -132,7 +130,6 @@ class Sharing:
         self.workers.remove(worker)
         worker.process.kill()  # and what it has left running
         output = worker.process.output()
-        self.outputs.append(output)
         if worker.test is not None:
             message = f"{why}\n{output[-1500:]}"
             self.check.journal.add(

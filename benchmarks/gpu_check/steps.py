@@ -8,6 +8,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,9 +57,14 @@ class Tests:
             left_out = sanitizers.left_out(self.tool, sanitizers.version(program))
             if left_out is not None:
                 selection = _without(selection, left_out)
+        done = journal.done(check.entries.get(step, []))
+        if self.tool is not None:  # without a summary, nothing is known of what was reported
+            known = summarized(self.tool, check.folder(step))
+            done = {test: worker for test, worker in done.items() if worker in known}
         sharing = Sharing(
             *(check, step, selection, check.machine.workers(1 if rehearsal else self.workers)),
             until,
+            done=list(done),
             prefix=prefix,
             environment=extra,
             most=self.most if rehearsal else None,
@@ -68,7 +74,12 @@ class Tests:
         sharing.run()
         counted = journal.counts(check.entries.get(step, []))
         if self.tool is not None:
-            counted |= tool_counts(self.tool, sharing.outputs, sharing.killed)
+            ended = f"{check.calls}-"  # the processes of earlier calls may have been killed
+            counted |= tool_counts(
+                self.tool,
+                outputs(check.folder(step)),
+                lambda name: name in sharing.killed or not name.startswith(ended),
+            )
         found = judge(counted, rehearsal)
         if left_out is not None:
             found["said"] += f"; without {left_out}, of which this version reports wrongly"
@@ -82,14 +93,29 @@ def _without(selection: list[str], op: str) -> list[str]:
     return [*selection[:at], f"({selection[at]}) and not {op}", *selection[at + 1 :]]
 
 
-def tool_counts(tool: str, outputs: list[str], killed: int) -> dict[str, int | None]:
+def outputs(folder: Path) -> dict[str, str]:
+    """Process -> what it printed, of all calls."""
+    return {path.stem: path.read_text(errors="replace") for path in sorted(folder.glob("*.log"))}
+
+
+def summarized(tool: str, folder: Path) -> set[str]:
+    """The processes, of all calls, that came to print their tool's summary."""
+    return {
+        name
+        for name, text in outputs(folder).items()
+        if sanitizers.reports(tool, text)["reports"] is not None
+    }
+
+
+def tool_counts(
+    tool: str, outputs: dict[str, str], killed: Callable[[str], bool]
+) -> dict[str, int | None]:
     """The sums over all processes. Those that were killed have no summary, and are counted by
     what they had shown; one that ended without a summary makes the sum None: nothing is known."""
     total: dict[str, int | None] = {}
-    for output in outputs:
+    for name, output in outputs.items():
         found = sanitizers.reports(tool, output)
-        if found["reports"] is None and killed > 0:
-            killed -= 1
+        if found["reports"] is None and killed(name):
             found = {"reports": sanitizers.shown(output)}
         for name, number in found.items():
             before = total.get(name, 0)
@@ -172,7 +198,7 @@ def cells(check: Check, step: str, until: float) -> dict:
     command += ["--turns", "2", "--tiny"] if check.machine.rehearsal else ["--turns", "5"]
     command += ["--json", str(file), "--resume"]
     _try_failed_cells_again(file)
-    status = _to_the_end(check, step, command, until)
+    status = _to_the_end(check, step, command, file, until)
     if not file.exists():
         return {"state": "FAILED", "said": f"no cell: {_said(status)}", "command": command}
     found = json.loads(file.read_text())
@@ -197,14 +223,45 @@ def _try_failed_cells_again(file: Path) -> None:
         write_json(file, found | {"failed": [], "running": None})
 
 
-def _to_the_end(check: Check, step: str, command: list[str], until: float) -> int | None:
-    """Runs a command that goes on where it was, again if it lost its device or crashed."""
+def _to_the_end(
+    check: Check, step: str, command: list[str], file: Path, until: float
+) -> int | None:
+    """Runs a command that goes on where it was, again if it lost its device, crashed, or has
+    written nothing to its file for longer than a cell takes."""
     log = check.folder(step) / "benchmarks.log"
     for _ in range(MOST_RUNS):
-        status = running.run(command, log, check.environment(), until, check.tick)
+        alive = Alive(file, LONGEST)
+        try:
+            status = running.run(
+                command, log, check.environment(), until, lambda a=alive: (check.tick(), a())
+            )
+        except Hung:
+            status = DEVICE_LOST
         if status is None or (status != DEVICE_LOST and status >= 0):
             return status
     return status
+
+
+class Hung(Exception):
+    pass
+
+
+class Alive:
+    """Raises Hung if a file has not changed for so many seconds."""
+
+    def __init__(self, file: Path, longest: float) -> None:
+        self.file, self.longest = file, longest
+        self.changed, self.since = self._stamp(), time.monotonic()
+
+    def __call__(self) -> None:
+        now = self._stamp()
+        if now != self.changed:
+            self.changed, self.since = now, time.monotonic()
+        elif time.monotonic() - self.since > self.longest:
+            raise Hung
+
+    def _stamp(self) -> int | None:
+        return self.file.stat().st_mtime_ns if self.file.exists() else None
 
 
 def _said(status: int | None) -> str:
