@@ -557,7 +557,8 @@ def test_a_metric_that_ncu_does_not_know_costs_no_more_than_itself(checked, monk
     monkeypatch.setattr(sys, "executable", "true")  # in place of the calls
     check = checked("ncu")
     result = steps.count(check, "ncu", time.monotonic() + 30)
-    assert result["state"] == "ok" and tuple(result["metrics"]) == counters.SURE
+    assert result["state"] == "ok" and set(counters.SURE) < set(result["metrics"])
+    assert len(result["metrics"]) == 7 and "sm__pipe_tensor_cycles" in result["said"]
 
 
 # --- the library, and Triton's cache ------------------------------------------------------------

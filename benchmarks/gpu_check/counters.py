@@ -10,7 +10,7 @@ import csv
 import io
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 OUR_KERNELS = "_ZN3vtp4cuda"  # vtp::cuda::, mangled
 METRICS = (
@@ -27,7 +27,7 @@ METRICS = (
     "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio",
     "launch__registers_per_thread",
 )
-# On a chip that lacks one of them ncu measures nothing at all; these are on all.
+# If it does not know one of them, ncu measures nothing at all. These are on all chips.
 SURE = ("gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum")
 OPS = (  # eight that have kernels of their own
     "select_topk",
@@ -67,6 +67,13 @@ def known(program: str, chip: str) -> tuple[str, ...]:
         for metric in METRICS
         if metric.split(".")[0] in names or metric.startswith(is_asked_elsewhere)
     )
+
+
+def choices(program: str, capability: str) -> Iterator[tuple[str, ...]]:
+    """Metrics to ask for, one choice after another, until ncu measures something."""
+    yield METRICS
+    yield known(program, chip(capability))
+    yield SURE
 
 
 def chip(capability: str) -> str:

@@ -28,9 +28,9 @@ class Worker:
 
 
 class Sharing:
-    """`selection`: pytest's arguments. `done`: tests that are not run again. `longest`: seconds that
-    one test may take. `grace`: seconds before the end at which no test begins any more, so that
-    processes can end well."""
+    """`selection`: pytest's arguments. `done`: tests that are not run again. `longest`: seconds
+    that one test may take. `grace`: seconds before the end at which no test begins any more, so
+    that processes can end well."""
 
     def __init__(
         self,
