@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import harness, identity
 from benchmarks.gpu_check import __main__ as program
-from benchmarks.gpu_check import counters, journal, sanitizers, steps, triton_cache
+from benchmarks.gpu_check import counters, journal, running, sanitizers, steps, triton_cache
 from benchmarks.gpu_check.check import Check, Machine
 from benchmarks.gpu_check.journal import Journal
 from benchmarks.gpu_check.plan import STEPS, Step
@@ -89,6 +89,52 @@ def test_too_short_a_budget_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         program.main(["--budget", "3"])
     assert "--budget: expected at least 30 seconds" in capsys.readouterr().err
+
+
+def test_on_a_gpu_the_plan_runs_these_commands(tmp_path, monkeypatch, capsys):
+    """What a rehearsal cannot show: nothing is run, but all that would be is put together."""
+    commands = {}
+    found = {"device": "NVIDIA H200", "capability": "9.0", "cannot_serve": {"inflection": "no"}}
+
+    def run(command, log, environment, until, tick):
+        commands.setdefault(log.parent.name, []).append((command, environment))
+        built = "setup.py" in str(commands.get("library", ""))
+        said = json.dumps(found | ({"cannot_serve": {}} if built else {}))
+        log.write_text(said if log.name == "probe.log" else "")
+        return 0
+
+    def share(self):
+        commands[self.step] = [(self.command, self.environment)]
+
+    monkeypatch.setattr(steps.running, "run", run)
+    monkeypatch.setattr(Sharing, "run", share)
+    monkeypatch.setattr(identity, "BUILT", tmp_path / "built")
+    monkeypatch.setattr(sanitizers, "find", lambda name="compute-sanitizer", path=None: f"/{name}")
+    check = Check(tmp_path / "out", Machine(False, cores=16), NAMES, 480.0)
+    assert program.run(check, STEPS, time.monotonic() + 480) == 1
+    check.close()
+    said = capsys.readouterr().out
+    assert "gpu-check itself" not in said
+    assert "built here" in said  # and nothing else is ok: no test was seen to pass
+    assert [name for name in NAMES if check.is_ok(name)] == ["machine", "library"]
+    assert list(commands) == NAMES
+
+    def words(step):
+        return " ".join(commands[step][-1][0])
+
+    build = commands["library"][0][1]
+    assert build["VTP_CUDA_ARCHS"] == "9.0" and build["MAX_JOBS"] == "16"
+    for step in STEPS:
+        if isinstance(step.run, steps.Tests):
+            assert " -m gpu tests/" in words(step.name), step.name
+            assert commands[step.name][0][1]["VTP_GPU_REHEARSAL"] == ""
+    assert "--tool racecheck" in words("racecheck") and "65 or 200" in words("racecheck")
+    assert words("memcheck").endswith("-k not passive_attention")
+    for step in ("benchmarks", *(name for name in NAMES if name.startswith("end-to-end"))):
+        assert "--device cuda" in words(step) and "--tiny" not in words(step)
+    assert "--batch 1 8" in words("end-to-end-llava-next-7b")
+    assert "--clock-control none" in words("ncu") and words("ncu").endswith("--device cuda")
+    assert commands["triton"][0][1]["TRITON_CACHE_DIR"]
 
 
 # --- a plan of fakes ----------------------------------------------------------------------------
@@ -356,6 +402,19 @@ def test_whoever_is_killed_loses_what_was_running(tmp_path, written):
     ran = [word for word in written.notes() if word.startswith("pass")]
     assert set(ran) == {f"pass{i}" for i in range(6)}
     assert len(ran) <= 6 + 1 and passed >= 2  # the one that was running ran again
+
+
+def test_a_command_is_ended_at_its_time_with_all_that_it_started(tmp_path):
+    code = "import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); "
+    command = [sys.executable, "-c", code + "time.sleep(60)"]
+    log, start = tmp_path / "log", time.monotonic()
+    assert running.run(command, log, {}, start + 2, lambda: None) is None
+    assert time.monotonic() - start < 20
+    sleeping = Path("/proc") / log.read_text().split()[-1] / "stat"
+    assert not sleeping.exists() or sleeping.read_text().split()[2] == "Z"
+    assert running.run(["true"], log, {}, time.monotonic() + 9, lambda: None) == 0
+    failed = running.run(["sh", "-c", "kill -9 $$"], log, {}, time.monotonic() + 9, lambda: None)
+    assert running.described(failed) == "ended by SIGKILL"
 
 
 # --- the journal --------------------------------------------------------------------------------
