@@ -109,9 +109,12 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("ops", nargs="*", metavar="op", help=f"default: all of {', '.join(OPS)}")
     parser.add_argument(
-        "--order", type=lambda text: text.split(","), default=[], metavar="OP,OP,...",
+        "--order",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="OP,OP,...",
         help="ops that are measured before the others, in this order",
-    )  # fmt: skip
+    )
     parser.add_argument("--goals", action="store_true", help="the cells that carry goals, alone")
     parser.add_argument("--tiny", action="store_true", help="tiny --goals: a rehearsal")
     parser.add_argument("--turns", type=int, default=9)

@@ -134,17 +134,18 @@ def measure(
         ours = case.ours(*inputs)
         for rival in case.rivals.values():
             case.check(ours, rival(*inputs))
-    guests, left_out = _welcome(case, sets)
-    calls = {"ours": case.ours, **case.rivals, **guests}
+    calls = {"ours": case.ours, **case.rivals}
     take = {name: _turn(call, sets, device) for name, call in calls.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    guests, left_out = _welcome(case, sets, device)
+    take |= guests
+    seconds: dict[str, list[float]] = {name: [] for name in take}
     for _ in range(turns):
         for name, (turn, _) in take.items():
             seconds[name].append(turn())
     ours = statistics.median(seconds["ours"])
     ratios = {
         name: sorted(r / o for r, o in zip(seconds[name], seconds["ours"], strict=True))
-        for name in calls
+        for name in take
         if name != "ours"
     }
     rate = case.bytes_moved / ours
@@ -164,17 +165,16 @@ def measure(
     )
 
 
-def _welcome(case: Case, sets: list[tuple]) -> tuple[dict[str, Callable], dict[str, str]]:
-    """(the guests that find what the op finds, why others do not take part)."""
+def _welcome(case: Case, sets: list[tuple], device: str) -> tuple[dict, dict[str, str]]:
+    """(the turns of the guests that find what the op finds, why others do not take part)."""
     guests, left_out = {}, {}
     for name, guest in case.guests.items():
         try:
             for inputs in sets:
                 case.check(case.ours(*inputs), guest(*inputs))
+            guests[name] = _turn(guest, sets, device)
         except Exception as error:  # whatever another package raises
             left_out[name] = f"{type(error).__name__}: {error}"[:500]
-        else:
-            guests[name] = guest
     return guests, left_out
 
 
