@@ -72,7 +72,9 @@ def measure(cases: list[Case], results: Results, args: argparse.Namespace) -> in
     for case in tqdm([case for case in cases if not results.has(case)], disable=None):
         results.write(running=case)
         try:
-            timing = harness.measure(case, args.device, args.turns, bandwidth, args.compile)
+            timing = harness.measure(
+                case, args.device, args.turns, bandwidth, args.compile, args.alone
+            )
         except Exception as error:  # of any kind: the other cells are worth as much
             said = f"{type(error).__name__}: {error}"
             print(f"failed: {case.op}, {case.shape}: {said}", file=sys.stderr)
@@ -117,6 +119,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--goals", action="store_true", help="the cells that carry goals, alone")
     parser.add_argument("--tiny", action="store_true", help="tiny --goals: a rehearsal")
+    parser.add_argument("--alone", action="store_true", help="time no rivals; they check, as ever")
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -130,6 +133,8 @@ def arguments() -> argparse.Namespace:
         parser.error(f"unknown op {', '.join(sorted(unknown))}; there are {', '.join(OPS)}")
     if args.goals and (args.ops or args.order):
         parser.error("--goals: these cells have an order of their own, and are measured together")
+    if args.alone and (args.compile or args.plot):
+        parser.error("--alone: --compile and --plot are about rivals")
     if args.tiny and not args.goals:
         parser.error("--tiny: of --goals alone")
     if args.resume and args.json is None:
@@ -144,7 +149,9 @@ def main() -> int:
     status = measure(cases, results, args)
     timings = results.rows
     if timings:
-        print(harness.table(timings), harness.summary(timings), sep="\n\n")
+        print(harness.table(timings))
+    if timings and not args.alone:
+        print(f"\n{harness.summary(timings)}")
         if args.plot:
             chart.draw(timings, args.plot)
     for cell in results.failed:

@@ -119,9 +119,15 @@ def _with_compiled(case: Case) -> Case:
 
 @torch.no_grad()
 def measure(
-    case: Case, device: str, turns: int, bandwidth: float, compiled: bool = False
+    case: Case,
+    device: str,
+    turns: int,
+    bandwidth: float,
+    compiled: bool = False,
+    alone: bool = False,
 ) -> Timing:
-    """Times one case; `bandwidth` is that of a copy in this run (`copy_bandwidth`)."""
+    """Times one case; `bandwidth` is that of a copy in this run (`copy_bandwidth`). `alone`: rivals
+    check what it finds, and are not timed."""
     if compiled:
         case = _with_compiled(case)
     first = case.make()
@@ -134,9 +140,9 @@ def measure(
         ours = case.ours(*inputs)
         for rival in case.rivals.values():
             case.check(ours, rival(*inputs))
-    calls = {"ours": case.ours, **case.rivals}
+    calls = {"ours": case.ours} | ({} if alone else case.rivals)
     take = {name: _turn(call, sets, device) for name, call in calls.items()}
-    guests, left_out = _welcome(case, sets, device)
+    guests, left_out = ({}, {}) if alone else _welcome(case, sets, device)
     take |= guests
     seconds: dict[str, list[float]] = {name: [] for name in take}
     for _ in range(turns):

@@ -144,6 +144,14 @@ def test_a_timing_has_time_bandwidth_and_ratios(case):
     assert "| double | 1 MiB |" in harness.table([timing])
 
 
+def test_rivals_may_check_and_not_be_timed(case):
+    timing = harness.measure(case, "cpu", turns=1, bandwidth=1e9, alone=True)
+    assert timing.microseconds > 0 and timing.speedup == {}
+    with pytest.raises(AssertionError):
+        wrong = replace(case, ours=lambda x: x * 3)
+        harness.measure(wrong, "cpu", turns=1, bandwidth=1e9, alone=True)
+
+
 def test_what_torch_compiles_can_be_a_rival(case):
     timing = harness.measure(case, "cpu", turns=1, bandwidth=1e9, compiled=True)
     assert list(timing.speedup) == ["sum", "torch.compile"]
@@ -288,6 +296,7 @@ def test_ops_in_the_order_given():
         (["--order", "sort"], "unknown op sort"),
         (["--goals", "inflection"], "--goals: these cells have an order of their own"),
         (["--tiny"], "--tiny: of --goals alone"),
+        (["--alone", "--compile"], "--alone: --compile and --plot are about rivals"),
         (["--resume"], "--resume: needs --json"),
     ],
 )

@@ -57,6 +57,8 @@ def test_the_whole_plan_is_rehearsed(tmp_path):
     bench = json.loads((tmp_path / "bench.json").read_text())
     assert len(bench["rows"]) == 18 and not bench["failed"] and bench["running"] is None
     assert bench["launch_gap_seconds"] > 0 and bench["copy_bytes_per_second"] > 0
+    plain = json.loads((tmp_path / "bench-plain_launches.json").read_text())
+    assert len(plain["rows"]) == 18 and not any(row["speedup"] for row in plain["rows"])
     for model in steps.MODELS:
         rows = json.loads((tmp_path / f"end_to_end-{model}.json").read_text())["rows"]
         assert {row["batch"] for row in rows} == {1, 2} and rows[0]["method"] == "dense"
@@ -132,6 +134,8 @@ def test_on_a_gpu_the_plan_runs_these_commands(tmp_path, monkeypatch, capsys):
     assert words("memcheck").endswith("-k not passive_attention")
     for step in ("benchmarks", *(name for name in NAMES if name.startswith("end-to-end"))):
         assert "--device cuda" in words(step) and "--tiny" not in words(step)
+    assert commands["plain-launches"][0][1]["VTP_DEPENDENT_LAUNCH"] == "0"
+    assert "VTP_DEPENDENT_LAUNCH" not in commands["benchmarks"][0][1]
     assert "--batch 1 8" in words("end-to-end-llava-next-7b")
     assert "--clock-control none" in words("ncu") and words("ncu").endswith("--device cuda")
     assert commands["triton"][0][1]["TRITON_CACHE_DIR"]
@@ -689,7 +693,7 @@ def test_benchmarks_go_on_after_a_crash(checked, monkeypatch):
         return ends[len(calls) - 1]
 
     monkeypatch.setattr(steps.running, "run", run)
-    result = steps.cells(check, "benchmarks", time.monotonic() + 9)
+    result = steps.Cells()(check, "benchmarks", time.monotonic() + 9)
     assert result["state"] == "ok" and result["counts"]["cells"] == 3
     assert all("--resume" in command and "--goals" in command for command in calls)
 

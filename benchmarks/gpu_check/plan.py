@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from benchmarks.gpu_check import steps
 from benchmarks.gpu_check.check import Check
-from benchmarks.gpu_check.steps import EndToEnd, Tests
+from benchmarks.gpu_check.steps import Cells, EndToEnd, Tests
 
 SMALL = "tests/gpu/test_small_inputs.py"
 STREAMS = "tests/gpu/test_streams_and_devices.py"  # these put the device to sleep, and look
@@ -48,7 +48,7 @@ STEPS = (
         *("small-inputs", 45, "every op on every path, beside float64"),
         Tests((SMALL,), (SMALL,), workers=6, most=8),
     ),
-    Step("benchmarks", 120, "the cells that carry goals, bfloat16", steps.cells),
+    Step("benchmarks", 120, "the cells that carry goals, bfloat16", Cells()),
     Step(
         *("ops", 45, "the whole matrix of inputs, native kernels"),
         Tests(
@@ -71,6 +71,9 @@ STEPS = (
     ),
     Step("racecheck", 40, "races in compiled code", sanitized("racecheck", "65 or 200")),
     Step("ncu", 35, "counters of the kernels of eight ops", steps.count),
+    Step(
+        "plain-launches", 25, "the same cells, no launches that overlap", Cells(plain=True)
+    ),
     Step("memcheck", 40, "stray accesses", sanitized("memcheck")),
     Step(
         *("triton", 50, "Triton's kernels, the whole matrix of inputs"),
