@@ -71,9 +71,7 @@ STEPS = (
     ),
     Step("racecheck", 40, "races in compiled code", sanitized("racecheck", "65 or 200")),
     Step("ncu", 35, "counters of the kernels of eight ops", steps.count),
-    Step(
-        "plain-launches", 25, "the same cells, no launches that overlap", Cells(plain=True)
-    ),
+    Step("plain-launches", 25, "the same cells, no launches that overlap", Cells(plain=True)),
     Step("memcheck", 40, "stray accesses", sanitized("memcheck")),
     Step(
         *("triton", 50, "Triton's kernels, the whole matrix of inputs"),
