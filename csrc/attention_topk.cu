@@ -41,7 +41,6 @@ __global__ void __launch_bounds__(kThreads)
                       ? finished_score(a.attention, parts, batch, key, shared.weights, factor)
                       : 0.0f;
   }
-  __syncthreads();
   select_held_row<kThreads, kKeysPerThread>(ScoreRow<float>{scores}, length,
                                             select_row_of(a.select, batch), shared.select);
 }

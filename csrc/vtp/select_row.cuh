@@ -157,8 +157,9 @@ VTP_DEVICE void select_from(const Keys& keys, const Census& census, const Select
 }
 
 // The whole row. make_keys(source) returns HeldKeys or StreamedKeys of that source. Every thread of
-// the block calls it; scores are asked for once by HeldKeys (twice where the kept rows exceed the
-// capacity), several times by StreamedKeys, those of a token always by the same thread.
+// the block calls it; scores are asked for after a barrier, once by HeldKeys (twice where the kept
+// rows exceed the capacity), several times by StreamedKeys, those of a token always by the same
+// thread.
 template <int Threads, class Score, class MakeKeys>
 VTP_DEVICE void select_row(const Score& score, const SelectRow& row, const MakeKeys& make_keys,
                            SelectScratch<Threads>& scratch) {
