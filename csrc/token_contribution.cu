@@ -419,8 +419,8 @@ class AlphaBeta {
   double alpha_ = 0.0, beta_ = 0.0;
 };
 
-// `first` is the tile's first token, `place` that of this thread in the tile. All of the block come.
-// Leaves ||o||^2, too.
+// `first` is the tile's first token, `place` that of this thread in it. All of a block come. Leaves
+// ||o||^2, too.
 template <class T, bool Aligned>
 VTP_DEVICE AlphaBeta compare_heads(const TokenContribution& a, const Shape& shape,
                                    const Workspace& work, int b, int first, int place,

@@ -235,8 +235,9 @@ OPS = {
 }
 # Ops that have other kernels before sm_90, which knows clusters.
 ARCHITECTURES = {"attention_topk": (90, 80), "select_topk": (90, 80)}
-# Rows that take the ways for long ones, some of them with more shared memory than all devices have.
+# What sm_90 has: rows of inflection that are sorted there are sorted elsewhere on other devices.
 SHARED_BYTES = 227 << 10
+# Rows that take the ways for long ones.
 LONG = {
     "attention_scores": (600,),
     "attention_topk": (600, 3000),
