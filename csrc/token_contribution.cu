@@ -318,7 +318,7 @@ struct CompareShared {
   double squared;  // ||o||^2
   bool is_nearly_all[kMaxWarps * kWarp / 2];
   // of add_rest
-  float weights[kSplit];
+  alignas(16) float weights[kSplit];  // read four at a time
   double rest_squared[kMaxWarps], rest_dot_output[kMaxWarps];
 };
 
