@@ -36,11 +36,13 @@ from code_generation import (
     read_waits,
     render,
     render_waits,
+    short_names,
     shortened,
     waits_complaints,
 )
+from overlap import FIRST, too_early, waits_for_others
 from round_trips import Loop, RoundTrips
-from sass import disassembler, dotted
+from sass import disassembled, disassembler, dotted
 
 from vtp_kernels import _native
 
@@ -328,6 +330,18 @@ def test_no_kernel_uses_local_memory(code):
 def test_no_kernel_adds_floats_in_no_order(code):
     found = {key: set(filter(FLOAT_ATOMIC.match, found.used)) for key, found in code.items()}
     assert not {key: used for key, used in found.items() if used}
+
+
+@pytest.mark.usefixtures("code")  # skips where nothing can be read
+def test_later_kernels_of_a_call_wait_on_every_path(build):
+    for file in build.objects().values():
+        found = list(disassembled(file, WAITS_ARCH))
+        names = short_names(function.name for function in found)
+        for function in found:
+            name = names[function.name]
+            assert waits_for_others(function) != (name.split("<")[0] in FIRST), name
+            if waits_for_others(function):
+                assert not too_early(function), name
 
 
 def since(oldest: str, arch: str) -> bool:
