@@ -55,7 +55,9 @@ class Case:
 
     Attributes:
         op, shape: names of the row.
-        bytes_moved: lower bound of what the op must read and write.
+        bytes_moved: lower bound of what the op must read and write: what it needs of its inputs and
+            all its outputs, each once. Masks, counts and what else is small beside them may be left
+            out; tests/emulator/traffic.py holds kernels to within 2 percent of it.
         make: draws one set of inputs.
         ours: calls the op on a set.
         rivals: label -> the same job without this package.

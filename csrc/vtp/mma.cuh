@@ -124,6 +124,7 @@ VTP_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 template <bool Transposed = false>
 VTP_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
 #if defined(VTP_EMULATOR)
+  const emulator::MatrixLoad load(row);
   const void* const* rows = emulator::all_lanes(row);
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   for (int matrix = 0; matrix < 4; ++matrix) {

@@ -1,6 +1,6 @@
 """Builds the CUDA kernels for the emulator, with g++ instead of nvcc, as a Python extension module.
 
-    python tests/emulator/build.py [plain | sanitized | races]
+    python tests/emulator/build.py [plain | sanitized | races | traffic]
 
 Results lie in build/emulator/<variant>/; ninja rebuilds what changed. VTP_EMULATOR_KERNELS, a list
 such as "select_topk,inflection", builds those csrc/*.cu alone; a call of another kernel then ends
@@ -34,10 +34,16 @@ VARIANTS = {
         *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     ),
     "races": ("-O1", "-DVTP_EMULATOR_RACES"),
+    # Accesses stay as the source has them: structs whole, loops rolled up.
+    "traffic": (
+        *("-O1", "-fno-tree-sra", "-fno-ipa-sra", "--param=max-completely-peel-times=0"),
+        "-DVTP_EMULATOR_TRAFFIC",
+    ),
 }
-# Files with kernels report their accesses; races.cpp takes the reports, not the compiler's library.
-KERNEL_FLAGS = {"races": "-fsanitize=thread"}
-KERNELS_OF_TESTS = ("defects.cpp", "primitives.cpp")
+# Files with kernels report their accesses; accesses.cpp takes the reports, not the compiler's
+# library.
+KERNEL_FLAGS = {"races": "-fsanitize=thread", "traffic": "-fsanitize=thread"}
+KERNELS_OF_TESTS = ("defects.cpp", "primitives.cpp", "requests.cpp")
 ORDERS = ("forward", "reverse", "random")  # in which threads can run
 TORCH_TARGET = "0x020a000000000000"  # as in CMakeLists.txt
 

@@ -55,18 +55,34 @@ const T* all_lanes(const T& value, Site site = Site::here()) {
   return multiprocessor.exchange("all_lanes", ~0u, value, site);
 }
 
+// In scope of one a lane takes part in a matrix load from shared memory. Traffic builds count what
+// the lane asks for, the 16 bytes of its row, and not how the emulation goes about it.
+class MatrixLoad {
+ public:
+#ifdef VTP_EMULATOR_TRAFFIC
+  __attribute__((always_inline)) explicit MatrixLoad(const void* row) {
+    untracked_.note(Access::read, row, 16, accesses::this_place());
+  }
+
+ private:
+  Untracked untracked_;
+#else
+  explicit MatrixLoad(const void*) {}
+#endif
+};
+
 __attribute__((always_inline)) inline void copy_async(void* shared, const void* source, size_t bytes) {
   if (bytes != AsyncCopies::kBytes || reinterpret_cast<uintptr_t>(shared) % bytes != 0 ||
       reinterpret_cast<uintptr_t>(source) % bytes != 0) {
     multiprocessor.fail("copy_async moves 16 bytes, aligned to 16");
   }
-  multiprocessor.copy_async(shared, source, races::this_place());
+  multiprocessor.copy_async(shared, source, accesses::this_place());
 }
 
 inline void commit_copies() { multiprocessor.commit_copies(); }
 
 __attribute__((always_inline)) inline void wait_copies(int pending) {
-  multiprocessor.wait_copies(pending, races::this_place());
+  multiprocessor.wait_copies(pending, accesses::this_place());
 }
 
 }  // namespace vtp::emulator

@@ -7,5 +7,6 @@ namespace vtp::emulator {
 
 void bind_primitives(pybind11::module_ module);  // building blocks of kernels, one by one
 void bind_defects(pybind11::module_ module);     // kernels with a planted mistake
+void bind_requests(pybind11::module_ module);    // kernels whose memory traffic is known
 
 }  // namespace vtp::emulator

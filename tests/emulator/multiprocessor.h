@@ -21,6 +21,7 @@
 #include "races.h"
 #include "shared_memory.h"
 #include "site.h"
+#include "traffic.h"
 
 namespace vtp::emulator {
 
@@ -127,7 +128,10 @@ class Multiprocessor {
     return object;
   }
 
-  unsigned char* dynamic_shared() const { return block().shared.dynamic(); }
+  unsigned char* dynamic_shared() const {
+    const Untracked untracked;
+    return block().shared.dynamic();
+  }
 
   // To shared memory, zeros from null.
   void copy_async(void* target, const void* source, const void* place) {
@@ -145,7 +149,7 @@ class Multiprocessor {
   void wait_copies(size_t pending, const void* place) {
     const Untracked untracked;
     current_->copies.wait(pending, [&](const void* target, size_t bytes) {
-      untracked.note(Access::write, target, bytes, place);
+      untracked.note_landing(target, bytes, place);
     });
   }
 
@@ -161,6 +165,7 @@ class Multiprocessor {
     votes.all &= vote;
     if (barrier.arrived == threads_) {
       leave(barrier);
+      traffic::barrier(block().rank);
       races::barrier(block().rank, site, std::strcmp(kind, "__syncthreads") != 0);
       ready_.add_range(block().rank * slots_, threads_);
     }
@@ -168,7 +173,10 @@ class Multiprocessor {
     return votes;
   }
 
-  unsigned cluster_rank() const { return block().rank; }
+  unsigned cluster_rank() const {
+    const Untracked untracked;
+    return block().rank;
+  }
   unsigned cluster_blocks() const { return cluster_; }
 
   // Comes to the next cluster barrier without waiting for it.
@@ -182,6 +190,7 @@ class Multiprocessor {
     if (cluster_barrier_.arrived == threads_ * cluster_) {
       leave(cluster_barrier_);
       ++cluster_barriers_;
+      traffic::cluster_barrier();
       for (const unsigned waiting : cluster_waiting_) ready_.add(waiting);
       cluster_waiting_.clear();
     }
@@ -262,7 +271,10 @@ class Multiprocessor {
     tell_order();
   }
 
-  unsigned lane() const { return current_->number % kLanes; }
+  unsigned lane() const {
+    const Untracked untracked;
+    return current_->number % kLanes;
+  }
 
   // Where order among threads may show, another may go first.
   void preempt() {
@@ -307,6 +319,10 @@ class Multiprocessor {
     make_blocks();
     ++launches_[name];
     races::begin_launch(is_dependent_);
+    traffic::begin_launch(name, uint64_t{grid.x} * grid.y * grid.z, threads_);
+    for (auto& block : blocks_) {  // kernels read what other lanes brought
+      traffic::ignore(block->warps.data(), block->warps.size() * sizeof(Warp));
+    }
     host_.adopt_thread();
     const unsigned row = grid.x / cluster;
     const uint64_t clusters = uint64_t{row} * grid.y * grid.z;
@@ -319,10 +335,12 @@ class Multiprocessor {
       run_cluster();
     }
     for (auto& block : blocks_) block->shared.clear();
+    traffic::end_launch();
   }
 
   void run_cluster() {
     races::begin_cluster(cluster_, slots_ / kLanes);
+    traffic::begin_cluster(cluster_, slots_ / kLanes);
     static_cast<Rendezvous&>(cluster_barrier_) = {};
     cluster_barriers_ = 0;
     cluster_waiting_.clear();
@@ -341,6 +359,7 @@ class Multiprocessor {
       failure_ = where + ": " + race;
     }
     if (!failure_.empty()) abandon();
+    traffic::end_cluster();
   }
 
   void begin_block(Block& block) {
@@ -424,9 +443,9 @@ class Multiprocessor {
     current_->fiber.arrive();
     for (;;) {
       try {
-        races::track(true);
+        accesses::track(true);
         call_(body_);
-        races::track(false);
+        accesses::track(false);
         leave_block();
       } catch (const std::exception& error) {
         failure_ = error.what();
@@ -434,7 +453,7 @@ class Multiprocessor {
       } catch (...) {
         failure_ = context() + ": an exception that is no std::exception";
       }
-      races::track(false);
+      accesses::track(false);
       ++exited_;
       wait();
     }
@@ -464,6 +483,7 @@ class Multiprocessor {
     come_to(warp, meeting);
     if (warp.arrived == kLanes) {
       leave(warp);
+      traffic::collective(meeting.kind);
       if (orders_memory) races::warp_barrier(meeting.site);
       ready_.add_warp(current_->number / kLanes);
     }
@@ -498,7 +518,7 @@ class Multiprocessor {
     current_ = all_threads_[next].get();
     position.thread = current_->index;
     position.block = block().index;
-    races::run(block().rank, next % slots_, current_->stack.bottom(), Stack::kBytes);
+    accesses::run(block().rank, next % slots_, current_->stack.bottom(), Stack::kBytes);
     tell_order();
     if (&current_->fiber != &running) running.switch_to(current_->fiber);
   }

@@ -10,19 +10,12 @@
 // what a thread does after its n-th arrival is ordered before what others do once they have waited
 // for barrier n + 1. And a dependent launch comes after those before it in a thread that has waited
 // for them.
-//
-// Kernels are compiled with -fsanitize=thread, which puts a call before each access. Those calls end
-// here instead of in the sanitizer's own library, which knows nothing but threads of the host. All
-// that is here must be compiled without that flag and stay private to this file.
 #include "races.h"
 
 #ifdef VTP_EMULATOR_RACES
 
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <cstdint>
-#include <cstdio>
 #include <map>
 #include <memory>
 #include <string_view>
@@ -82,7 +75,6 @@ class Shadow {
 };
 
 struct State {
-  bool tracking = false;
   Shadow shadow;
   std::string found;
   uint32_t clock = 0;
@@ -95,8 +87,6 @@ struct State {
   // The running thread.
   unsigned block = 0, thread = 0, arrivals = 0, waits = 0;
   bool after_earlier_kernels = true;
-  uintptr_t stack = 0;
-  size_t stack_bytes = 0;
 
   unsigned warp() const { return thread / kLanes; }
   uint32_t barrier() const { return barriers[block]; }
@@ -156,39 +146,8 @@ void update(Latest& latest, uint32_t place) {
 
 constexpr uint32_t kEndOfBlock = 0;  // no place that returns from a call
 
-const Dl_info& this_module() {
-  static const Dl_info info = [] {
-    Dl_info found;
-    dladdr(&state, &found);
-    return found;
-  }();
-  return info;
-}
-
-uint32_t offset_of(const void* place) {
-  static const char* const base = static_cast<const char*>(this_module().dli_fbase);
-  return static_cast<uint32_t>(static_cast<const char*>(place) - base);
-}
-
-// "file:line" of the call that returns to the place and, if its function was inlined there, where
-// from: "inner:1 < outer:2". The emulator's own functions are left out.
 std::string source_of(uint32_t place) {
-  if (place == kEndOfBlock) return "at the end of its block";
-  char command[4096], line[4096];
-  std::snprintf(command, sizeof command, "addr2line -i -e '%s' 0x%x", this_module().dli_fname,
-                place - 1);
-  FILE* lines = popen(command, "r");
-  if (!lines) return "?";
-  std::string source;
-  while (std::fgets(line, sizeof line, lines)) {
-    std::string text(line);
-    text.erase(text.find_first_of(" \n"));  // also " (discriminator 2)"
-    const bool ours = text.find("/emulator/cuda/") != std::string::npos ||
-                      text.find("/emulator/emulator.h") != std::string::npos;
-    if (!ours) source += (source.empty() ? "" : " < ") + text;
-  }
-  pclose(lines);
-  return source.empty() ? "?" : source;
+  return place == kEndOfBlock ? "at the end of its block" : accesses::source(place);
 }
 
 std::string text_of(const std::pair<std::string_view, int>& site) {
@@ -268,11 +227,9 @@ void ignore_barrier(const std::string& wanted) {
   for (auto& [site, ignored] : state.sites) ignored = text_of(site) == wanted;
 }
 
-void run(unsigned block, unsigned thread, const void* stack, size_t stack_bytes) {
+void run(unsigned block, unsigned thread) {
   state.block = block;
   state.thread = thread;
-  state.stack = reinterpret_cast<uintptr_t>(stack);
-  state.stack_bytes = stack_bytes;
 }
 
 void order(unsigned arrivals, unsigned waits, bool after_earlier_kernels) {
@@ -300,59 +257,15 @@ void forget(const void* data, size_t bytes) {
   for (uintptr_t at = first; at < first + bytes; ++at) state.shadow.at(at) = {};
 }
 
-void note(Access access, const void* data, size_t bytes, const void* place) {
-  const auto first = reinterpret_cast<uintptr_t>(data);
-  if (first - state.stack < state.stack_bytes) return;
-  const uint32_t offset = offset_of(place);
+void note(Access access, uintptr_t first, size_t bytes, uint32_t place) {
   for (uintptr_t at = first; at < first + bytes; ++at) {
-    emulator::note(access, state.shadow.at(at), offset);
+    emulator::note(access, state.shadow.at(at), place);
   }
 }
-
-bool track(bool on) { return std::exchange(state.tracking, on); }
 
 std::string found() { return state.found; }
 
 }  // namespace races
 }  // namespace vtp::emulator
-
-// ---- What the compiler calls --------------------------------------------------------------------
-
-#define VTP_NOTE(access, data, bytes)                                                         \
-  if (vtp::emulator::state.tracking) {                                                        \
-    vtp::emulator::races::note(vtp::emulator::Access::access, data, bytes,                    \
-                               __builtin_return_address(0));                                  \
-  }
-
-#define VTP_HOOKS(bytes)                                                        \
-  void __tsan_read##bytes(void* data) { VTP_NOTE(read, data, bytes) }           \
-  void __tsan_write##bytes(void* data) { VTP_NOTE(write, data, bytes) }         \
-  void __tsan_unaligned_read##bytes(void* data) { VTP_NOTE(read, data, bytes) } \
-  void __tsan_unaligned_write##bytes(void* data) { VTP_NOTE(write, data, bytes) }
-
-extern "C" {
-
-VTP_HOOKS(1)
-VTP_HOOKS(2)
-VTP_HOOKS(4)
-VTP_HOOKS(8)
-VTP_HOOKS(16)
-void __tsan_read_range(void* data, size_t bytes) { VTP_NOTE(read, data, bytes) }
-void __tsan_write_range(void* data, size_t bytes) { VTP_NOTE(write, data, bytes) }
-void __tsan_init() {}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void __tsan_vptr_read(void**) {}
-void __tsan_vptr_update(void**, void*) {}
-
-// Of the host's code, as for local statics: kernels have none of these.
-uint8_t __tsan_atomic8_load(const volatile uint8_t* at, int) {
-  return __atomic_load_n(at, __ATOMIC_SEQ_CST);
-}
-uint32_t __tsan_atomic32_fetch_add(volatile uint32_t* at, uint32_t x, int) {
-  return __atomic_fetch_add(at, x, __ATOMIC_SEQ_CST);
-}
-
-}  // extern "C"
 
 #endif

@@ -3,15 +3,14 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 #include <vector>
 
+#include "accesses.h"
 #include "site.h"
 
 namespace vtp::emulator {
-
-enum class Access { read, write, atomic };
-
 namespace races {
 
 #ifdef VTP_EMULATOR_RACES
@@ -28,8 +27,8 @@ VTP_RACES(void begin_cluster(unsigned /*blocks*/, unsigned /*warps of each*/))
 VTP_RACES(void barrier(unsigned /*block*/, const Site&, bool /*is_vote*/))
 VTP_RACES(void warp_barrier(const Site&))
 
-// A thread of a block of the cluster runs from now on, on a stack that is nobody else's.
-VTP_RACES(void run(unsigned /*block*/, unsigned /*thread*/, const void* /*stack*/, size_t /*bytes*/))
+// A thread of a block of the cluster runs from now on.
+VTP_RACES(void run(unsigned /*block*/, unsigned /*thread*/))
 // It has come to so many cluster barriers and waited for the first of them, and for the kernels
 // before.
 VTP_RACES(void order(unsigned /*arrivals*/, unsigned /*waits*/, bool /*after_earlier_kernels*/))
@@ -39,15 +38,12 @@ VTP_RACES(void end_of_block(const void* /*data*/, size_t /*bytes*/))
 // Memory that goes: whoever has its place next begins anew.
 VTP_RACES(void forget(const void* /*data*/, size_t /*bytes*/))
 
-// The running thread's access, by code at `place`.
-VTP_RACES(void note(Access, const void* /*data*/, size_t /*bytes*/, const void* /*place*/))
+// The running thread's access.
+VTP_RACES(void note(Access, uintptr_t /*first*/, size_t /*bytes*/, uint32_t /*place*/))
 
 #undef VTP_RACES
 
 #ifdef VTP_EMULATOR_RACES
-
-// Says whether accesses are the kernel's from now on, or the emulator's own; returns what was.
-bool track(bool on);
 
 // Where barriers that are no votes have been met since they were last forgotten; one of them, "" for
 // none, is to be taken for no barrier. What then is a race tells what the barrier is for.
@@ -61,38 +57,15 @@ bool orders(const Site&);
 // The launch's first race, in words; "" if there is none.
 std::string found();
 
-// The address of the code that asks.
-__attribute__((noinline)) inline const void* this_place() { return __builtin_return_address(0); }
-
 #else
 
-inline bool track(bool) { return false; }
 inline std::vector<std::string> barriers() { return {}; }
 inline void forget_barriers() {}
 inline void ignore_barrier(const std::string&) {}
 inline bool orders(const Site&) { return true; }
 inline std::string found() { return ""; }
-inline const void* this_place() { return nullptr; }
 
 #endif
 
 }  // namespace races
-
-// Within its scope the emulator runs, not the kernel.
-class Untracked {
- public:
-  Untracked() : before_(races::track(false)) {}
-  ~Untracked() { races::track(before_); }
-  Untracked(const Untracked&) = delete;
-  Untracked& operator=(const Untracked&) = delete;
-
-  // An access on the kernel's behalf.
-  void note(Access access, const void* data, size_t bytes, const void* place) const {
-    if (before_) races::note(access, data, bytes, place);
-  }
-
- private:
-  bool before_;
-};
-
 }  // namespace vtp::emulator

@@ -16,10 +16,10 @@ def why_not() -> str | None:
 
 
 @contextlib.contextmanager
-def serving(architecture: int = 90) -> Iterator[None]:
+def serving(architecture: int = 90, variant: str = "plain") -> Iterator[None]:
     """While open, torch.ops.vtp_kernels.* on CPU tensors run the CUDA kernels' unchanged source, as
     compiled for the architecture."""
-    kernels = build.load("plain")
+    kernels = build.load(variant)
     with torch.library._scoped_library("vtp_kernels", "IMPL") as library:
         with warnings.catch_warnings():  # of a kernel being overridden, as it should be
             warnings.simplefilter("ignore")

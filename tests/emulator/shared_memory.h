@@ -16,6 +16,7 @@
 #include "fiber.h"  // VTP_EMULATOR_ASAN
 #include "order.h"
 #include "races.h"
+#include "traffic.h"
 
 namespace vtp::emulator {
 
@@ -146,6 +147,7 @@ class SharedMemory {
     std::memset(memory, kCanary, kCanaryBytes);
     std::memset(data + bytes, kCanary, kCanaryBytes);
     fill_with_garbage(data, bytes, salt_ * 0x9e3779b9u + id);
+    traffic::shared_object(data, bytes);
     objects_.push_back({id, type, memory, data, bytes, alignment});
     if (id >= 0) static_bytes_ += bytes;
     return data;

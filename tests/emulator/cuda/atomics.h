@@ -22,7 +22,7 @@ using AnyInteger = IfOneOf<T, int, unsigned, long long, unsigned long long>;
 
 template <class T, class Operation>
 __attribute__((always_inline)) inline T atomically(T* at, Operation operation) {
-  const void* const place = races::this_place();
+  const void* const place = accesses::this_place();
   multiprocessor.preempt();
   const Untracked untracked;
   untracked.note(Access::atomic, at, sizeof *at, place);
