@@ -56,12 +56,15 @@ constexpr bool kReducesAtOnce = false;
 // Over groups of Width neighbouring lanes; every lane gets its group's result.
 template <int Width = kWarp, class T, class Operation>
 VTP_DEVICE T warp_reduce(T x, Operation operation) {
-  if constexpr (Width == kWarp && kReducesAtOnce<T>) return reduce_at_once(x, operation);
+  if constexpr (Width == kWarp && kReducesAtOnce<T>) {
+    return reduce_at_once(x, operation);
+  } else {
 #pragma unroll
-  for (int offset = Width / 2; offset > 0; offset /= 2) {
-    x = operation(x, __shfl_xor_sync(kAllLanes, x, offset));
+    for (int offset = Width / 2; offset > 0; offset /= 2) {
+      x = operation(x, __shfl_xor_sync(kAllLanes, x, offset));
+    }
+    return x;
   }
-  return x;
 }
 
 template <int Width = kWarp, class T>
