@@ -209,19 +209,19 @@ class Clock:
 @contextlib.contextmanager
 def watched(clock: Clock, spans: list):
     """Notes the begin and end of what the engine does between layers."""
-    enter = Prefill.enter
+    pruning = Prefill.let_rows_leave
 
     def timed(self, *args):
         start = clock.now()
-        result = enter(self, *args)
+        result = pruning(self, *args)
         spans.append((start, clock.now()))
         return result
 
-    Prefill.enter = timed
+    Prefill.let_rows_leave = timed
     try:
         yield
     finally:
-        Prefill.enter = enter
+        Prefill.let_rows_leave = pruning
 
 
 @torch.inference_mode()

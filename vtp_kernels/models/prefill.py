@@ -116,6 +116,7 @@ class Prefill:
         self.observation: Observation | None = None
         self.packing: Packing | None = None  # where much padding came with the rows that left
         self.packed: Packing | None = None  # of the layer that runs
+        self.few = False  # whether that runs on the rows asked for alone
         self.entered = -1  # the layer that runs
         self.attended = -1  # the last layer whose attention asked what to do
         self.embeddings: tuple[Tensor, Tensor] | None = None  # the model's own, until rows leave
@@ -172,6 +173,11 @@ class Prefill:
 
     def enter(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The rows that `layer` runs on; `arguments`, its other inputs, are changed to match."""
+        hidden = self.let_rows_leave(layer, hidden, arguments)
+        return self._rows_asked_for(layer, hidden, arguments) if self.few else hidden
+
+    def let_rows_leave(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """All of that but what belongs to the layer itself."""
         if layer == 0:
             self._open_cache(arguments.get("past_key_values"))
         self._check_attended()
@@ -184,9 +190,8 @@ class Prefill:
             if keys is not None:
                 arguments.update(self.inputs[id(keys)])
         self.packed = None
-        if layer == self.last and self._may_shorten(layer, hidden):
-            return self._rows_asked_for(layer, hidden, arguments)
-        if self.packing is not None and layer not in self.plan.passive:
+        self.few = layer == self.last and self._may_shorten(layer, hidden)
+        if self.packing is not None and not self.few and layer not in self.plan.passive:
             if self.may_pack(layer):
                 self.packed = self.packing
                 return self.packing.pack(hidden)
