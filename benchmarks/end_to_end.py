@@ -9,7 +9,8 @@ configuration, with random weights: time depends on shapes, so methods whose cou
 picture follow the schedule their paper's savings come from. Nothing is downloaded.
 
 Dense (SDPA) and pruned prefills take turns, vision tower included; speed-ups are medians over the
-turns. Beside each stands the ideal: by how much fewer FLOPs there are, tower included. "Pruning"
+turns. Beside each stands the ideal: by how much fewer FLOPs there are, tower included, with all
+rows that are left in the last layer (which runs on the one whose logits are asked for). "Pruning"
 is the time between layers, in which rows are scored, chosen and moved. One method stands there
 as published code does it, too: see published.py.
 """
