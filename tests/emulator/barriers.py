@@ -14,12 +14,13 @@ import numpy as np
 from emulator import build, cases
 
 SEED = 1
+PRIMITIVES = "primitives"
 Run = Callable[[], object]
 
 
 def runs_of(kernels, op: str) -> Iterator[Run]:
-    """Everything there is to run for an op; "" stands for the building blocks."""
-    if op == "":
+    """Everything there is to run for an op, or for the building blocks."""
+    if op == PRIMITIVES:
         yield lambda: kernels.primitives.block_operations(np.ones(256, np.int32))
         return
     for case in cases.cases(op, SEED):
@@ -39,7 +40,7 @@ def main(*ops: str) -> None:
     kernels = build.load("races")
     kernels.set_shared_limit(cases.SHARED_BYTES)
     purposes: dict[str, str | None] = {}
-    for op in ops or ("", *cases.OPS):
+    for op in ops or (PRIMITIVES, *cases.OPS):
         kernels.forget_barriers()  # those that this op does not meet cannot matter to it
         assert first_race(runs_of(kernels, op)) is None
         for barrier in kernels.barriers():
