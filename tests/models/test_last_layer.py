@@ -1,11 +1,16 @@
 """The last layer runs on the rows asked for alone, and nothing comes out otherwise."""
 
 import contextlib
+import functools
 
+import accelerate
 import pytest
 import torch
-from tiny_llava import DEPTH, three, tiny_llava
+from peft import LoraConfig, get_peft_model
+from tiny_llava import DEPTH, one, three, tiny_llava
 from tiny_models import FAMILIES
+from transformers import AttentionInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import vtp_kernels as vtp
 
@@ -27,7 +32,7 @@ def rows_of(module):
             rows.append(hidden.shape[1])
         return forward(self, hidden, *args, **kwargs)
 
-    kind.forward = noting
+    kind.forward = functools.wraps(forward)(noting)
     try:
         yield rows
     finally:
@@ -146,3 +151,141 @@ def test_a_second_turn(model):
         outputs.append(second.logits)
         assert (rows == again == [1]) == (watched is None)
     torch.testing.assert_close(*outputs, rtol=0, atol=2e-5)
+
+
+# ---- models that are not as transformers makes them ------------------------------------------
+
+
+def hands_over_weights(model):
+    kinds = {"preload_module_classes": ["LlamaAttention"], "execution_device": torch.device("cpu")}
+    accelerate.cpu_offload(model, **kinds)
+
+
+def adapts(model):
+    kept = ["layers.5.self_attn"]
+    get_peft_model(model, LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=kept))
+    model.eval()
+
+
+def asks_for_all_later(model):
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs | {"logits_to_keep": 0})
+
+
+def has_a_hook_of_its_own(model):
+    def look(module, args, output):
+        return None
+
+    look.__module__ = "transformers_addons.hooks"
+    last(model).mlp.register_forward_hook(look)
+
+
+def is_another_class(model):
+    kind = type(model)
+    model.__class__ = type("Pooling", (kind,), {"__module__": __name__})
+
+
+def is_another_text_model(model):
+    text = model.model.language_model
+    text.__class__ = type("Pooling", (type(text),), {"__module__": __name__})
+
+
+def mixes_rows(model):
+    last(model).mlp = torch.nn.Sequential(torch.nn.Softmax(dim=1))
+
+
+def rounds_all_alike(model):
+    del last(model).mlp.act_fn
+    last(model).mlp.act_fn = lambda x: x / x.abs().max()
+
+
+def drops_out(model):
+    last(model).mlp.train()
+
+
+def attends_both_ways(model):
+    last(model).self_attn.is_causal = False
+
+
+def attends_in_its_own_way(model):
+    AttentionInterface.register("of_mine", sdpa_attention_forward)
+    model.set_attn_implementation("of_mine")
+
+
+def has_another_norm(model):
+    """As the layers of some families, that norm what attention gives out."""
+    layer = last(model)
+    kind = type(layer)
+    layer.norm_of_mine = layer.input_layernorm
+    del layer.input_layernorm
+
+    @functools.wraps(kind.forward)
+    def forward(self, hidden_states, **kwargs):
+        attended, _ = self.self_attn(self.norm_of_mine(hidden_states), **kwargs)
+        return hidden_states + self.mlp(self.post_attention_layernorm(attended))
+
+    layer.__class__ = type("Renamed", (kind,), {"forward": forward, "__module__": kind.__module__})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        hands_over_weights,
+        adapts,
+        asks_for_all_later,
+        has_a_hook_of_its_own,
+        is_another_class,
+        is_another_text_model,
+        mixes_rows,
+        rounds_all_alike,
+        drops_out,
+        attends_both_ways,
+        attends_in_its_own_way,
+        has_another_norm,
+    ],
+)
+def test_whatever_was_changed_runs_all_rows(change):
+    model, method = tiny_llava("sdpa"), vtp.RandomPruning(2, 0.3)
+    change(model)
+    rows, _ = rows_and_output(model, method=method, **one(), logits_to_keep=1)
+    assert rows[0] > 1
+
+
+def test_a_forward_put_into_the_class(model, monkeypatch):
+    kind = type(last(model).self_attn)
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *a, **more: forward(self, *a, **more))
+    rows, _ = rows_and_output(model, **three(), logits_to_keep=1)
+    assert rows[0] > 1
+
+
+def test_hooks_of_all_modules(model):
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+    try:
+        rows, _ = rows_and_output(model, **three(), logits_to_keep=1)
+    finally:
+        handle.remove()
+    assert rows[0] > 1
+
+
+def test_a_hook_that_asks_for_more(model):
+    """It comes behind the one that reads what is asked for."""
+
+    def more(module, args, kwargs):
+        return args, kwargs | {"logits_to_keep": 0}
+
+    with vtp.prune(model, METHOD), torch.no_grad():
+        expected = model(**three()).logits
+        handle = model.register_forward_pre_hook(more, with_kwargs=True)
+        got = model(**three(), logits_to_keep=1).logits
+        handle.remove()
+    assert torch.equal(got, expected)
+
+
+class OwnCache(DynamicCache):
+    pass
+
+
+def test_a_cache_of_their_own(model):
+    rows, _ = rows_and_output(model, **three(), logits_to_keep=1, past_key_values=OwnCache())
+    assert rows[0] > 1

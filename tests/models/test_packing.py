@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from pruning_methods import NAMES, pruning_method
 from test_generation import DETAILS, GREEDY, METHOD, assert_same
 from tiny_llava import IMAGE, batch, one, prompt, three, tiny_llava
@@ -142,3 +143,15 @@ def test_prompts_that_keep_alike_are_not_touched():
         with vtp.prune(model, METHOD):
             rows = rows_computed(model, inputs)
         assert rows == sorted(rows, reverse=True) and rows[0] == inputs["input_ids"].numel()
+
+
+def test_an_attention_around_the_attention_is_not_taken_apart():
+    """As peft puts one around a module that it trains as a whole."""
+    model, plain = tiny_llava(), tiny_llava()
+    kept = ["layers.5.self_attn"]
+    get_peft_model(model, LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=kept)).eval()
+    outputs = []
+    for one_of_them in (model, plain):
+        with vtp.prune(one_of_them, vtp.RandomPruning(2, 0.3)), torch.no_grad():
+            outputs.append(one_of_them(**three()).logits[:, -1])
+    torch.testing.assert_close(*outputs, rtol=0, atol=2e-5)

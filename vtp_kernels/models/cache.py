@@ -227,11 +227,11 @@ class PrunedCache:
 
     def forget(self) -> None:
         """Be a plain cache again."""
-        self.__class__ = self._plain_class()
+        self.__class__ = self.plain_class()
         del self.vtp
 
     def __reduce__(self) -> tuple:  # the class made by _pruned_class cannot be found by name
-        return _restore, (self._plain_class(), self.__dict__)
+        return _restore, (self.plain_class(), self.__dict__)
 
     def _take_rows(self, index: Tensor) -> None:
         for _, rows in self.vtp.stages():
@@ -243,7 +243,8 @@ class PrunedCache:
     def _batch(self) -> int:
         return self.layers[0].keys.shape[0]
 
-    def _plain_class(self) -> type:
+    def plain_class(self) -> type:
+        """The class that the cache had before rows left it."""
         return type(self).__mro__[2]
 
 

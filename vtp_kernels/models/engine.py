@@ -36,6 +36,7 @@ from .families import ModelParts
 from .onlookers import is_known_forward, others_look_into
 from .plan import Plan
 from .prefill import Prefill
+from .projections import is_known
 from .report import PrefillRecord
 from .shadow import StaysBehind
 from .towers import MODELS, TOWERS, tower_of
@@ -158,6 +159,8 @@ class Engine(StaysBehind):
         with prompts that keep alike, go without.
         """
         layer = self.parts.layers[index]
+        if not is_known(layer.self_attn):
+            return False
         with self._lock:
             if index not in self._packing:
                 if torch.compiler.is_compiling():

@@ -1,7 +1,9 @@
 """The last layer, whose output is read at few rows: those whose logits are asked for.
 
 Of all others only keys and values are needed, for those to attend to and for the cache. So these
-alone are computed, and the layer runs on the rows asked for, as in a step of decoding.
+alone are computed, and the layer runs on the rows asked for, as in a step of decoding. Only in a
+model that is as transformers makes it, which nobody looks into: any other may do with all rows what
+it does not do with few.
 """
 
 from __future__ import annotations
@@ -9,51 +11,74 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .asked import Asked
-from .cache import is_static, put_away
+from .cache import PrunedCache
 from .families import ModelParts
 from .onlookers import is_watched
 from .placement import is_moved
 from .projections import project, rotate
-
-# Where modules come from that look at each row by itself.
-PLAIN = ("torch.nn.modules.", "transformers.models.", "transformers.activations", "peft.")
+from .shadow import Shadow
 
 __all__ = ["asks_few_rows", "may_give_few_rows", "put_keys"]
 
+# What transformers' layers are made of besides its own modules; each looks at rows one by one.
+ROW_BY_ROW = (nn.Linear, nn.SiLU, nn.GELU, nn.Identity)
+# Kinds of attention whose masks are known, see masks.py.
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
-def asks_few_rows(parts: ModelParts, arguments: dict[str, Any], asked: Asked) -> bool:
+
+def asks_few_rows(parts: ModelParts, arguments: dict[str, Any]) -> bool:
     """Whether a call reads the last layer's output at its last rows alone. `arguments` are those of
     the model's forward."""
-    if asked.all or asked.by_index:
+    logits_to_keep = arguments.get("logits_to_keep", 0)
+    if not isinstance(logits_to_keep, int) or logits_to_keep < 1:
         return False
     hidden_states = arguments.get("output_hidden_states")
     if hidden_states is None:
-        configs = (parts.top.config, parts.text.config)
+        configs = (parts.top.config, parts.base.config, parts.text.config)
         hidden_states = any(config.output_hidden_states for config in configs)
     return not hidden_states
 
 
 def may_give_few_rows(parts: ModelParts, cache: Any) -> bool:
-    """Whether its keys can be had before the last layer runs, and nobody else sees its rows."""
-    if cache is None or is_static(cache) or put_away(cache):
+    """Whether its keys can be had before the last layer runs, and nobody would miss its rows."""
+    if not isinstance(cache, PrunedCache) or cache.plain_class() is not DynamicCache:
+        return False
+    if cache.offloading or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return False
+    if parts.text.config._attn_implementation not in ATTENTIONS:
+        return False
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return False
     layer = parts.layers[-1]
-    if layer.training or is_moved(layer):
+    if not hasattr(layer, "input_layernorm") or not layer.self_attn.is_causal:
         return False
-    within = list(layer.modules())
-    behind = (parts.text.norm, parts.text, parts.base)  # these give out what the layer does
-    return all(map(_is_plain, within)) and not any(map(is_watched, (*within, *behind)))
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a module is known to do with each row by itself what it does with many. (Others may
-    round all rows by one scale.)"""
-    weights = module._parameters.values()
-    return type(module).__module__.startswith(PLAIN) and all(
-        x is None or (type(x) is nn.Parameter and x.is_floating_point()) for x in weights
+    around = (parts.top, parts.base, parts.text, parts.text.norm)  # they hand on what it gives out
+    return all(map(_is_as_made, around)) and all(
+        _is_as_made(module) and _is_row_by_row(module) for module in layer.modules()
     )
+
+
+def _is_as_made(module: nn.Module) -> bool:
+    """Whether a module is transformers' or torch's own, and nobody changed it or looks into it."""
+    kind = type(module)
+    own = kind.__module__.startswith("transformers.models.") or kind in ROW_BY_ROW
+    own = own or kind.__module__ == "transformers.activations"
+    unchanged = kind.forward.__module__.startswith(("transformers.", "torch.nn.modules."))
+    return own and unchanged and not is_watched(module)
+
+
+def _is_row_by_row(module: nn.Module) -> bool:
+    """The same of what a module within the layer has: plain weights, where they are used, and no
+    function that somebody put there."""
+    if module.training or is_moved(module):
+        return False
+    for weight in module._parameters.values():
+        if weight is not None and not (type(weight) is nn.Parameter and weight.is_floating_point()):
+            return False
+    return not any(callable(x) and not isinstance(x, Shadow) for x in vars(module).values())
 
 
 def put_keys(layer: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Any) -> None:

@@ -58,4 +58,4 @@ def _is_of_known(hook: Any) -> bool:
         hook = hook.func
     owner = getattr(hook, "__self__", None)
     name = getattr(hook, "__module__", None) if owner is None else type(owner).__module__
-    return (name or "").startswith(KNOWN)
+    return f"{name}.".startswith(tuple(f"{known}." for known in KNOWN))

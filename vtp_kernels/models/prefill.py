@@ -111,7 +111,7 @@ class Prefill:
         )
         self.memory: dict[str, Any] = {}  # the method's own
         # The layer that may run on the rows asked for alone.
-        self.last = len(parts.layers) - 1 if asks_few_rows(parts, arguments, self.asked) else -1
+        self.last = len(parts.layers) - 1 if asks_few_rows(parts, arguments) else -1
 
         self.observation: Observation | None = None
         self.packing: Packing | None = None  # where much padding came with the rows that left
