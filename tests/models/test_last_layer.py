@@ -167,6 +167,21 @@ def adapts(model):
     model.eval()
 
 
+class Around(torch.nn.Module):
+    """An attention around the attention, as some of peft's adapters."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, **kwargs):
+        return self.attention(**kwargs)
+
+
+def wraps_attention(model):
+    last(model).self_attn = Around(last(model).self_attn)
+
+
 def asks_for_all_later(model):
     forward = model.forward
     model.forward = lambda *args, **kwargs: forward(*args, **kwargs | {"logits_to_keep": 0})
@@ -232,6 +247,7 @@ def has_another_norm(model):
     [
         hands_over_weights,
         adapts,
+        wraps_attention,
         asks_for_all_later,
         has_a_hook_of_its_own,
         is_another_class,

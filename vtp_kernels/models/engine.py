@@ -36,7 +36,7 @@ from .families import ModelParts
 from .onlookers import is_known_forward, others_look_into
 from .plan import Plan
 from .prefill import Prefill
-from .projections import is_known
+from .projections import has_these_steps
 from .report import PrefillRecord
 from .shadow import StaysBehind
 from .towers import MODELS, TOWERS, tower_of
@@ -159,7 +159,7 @@ class Engine(StaysBehind):
         with prompts that keep alike, go without.
         """
         layer = self.parts.layers[index]
-        if not is_known(layer.self_attn):
+        if not has_these_steps(layer.self_attn):
             return False
         with self._lock:
             if index not in self._packing:

@@ -53,11 +53,12 @@ def may_give_few_rows(parts: ModelParts, cache: Any) -> bool:
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return False
     layer = parts.layers[-1]
-    if not hasattr(layer, "input_layernorm") or not layer.self_attn.is_causal:
-        return False
     around = (parts.top, parts.base, parts.text, parts.text.norm)  # they hand on what it gives out
-    return all(map(_is_as_made, around)) and all(
-        _is_as_made(module) and _is_row_by_row(module) for module in layer.modules()
+    return (
+        all(map(_is_as_made, around))
+        and all(_is_as_made(module) and _is_row_by_row(module) for module in layer.modules())
+        and hasattr(layer, "input_layernorm")
+        and getattr(layer.self_attn, "is_causal", False)
     )
 
 

@@ -20,7 +20,7 @@ KNOWN = ("vtp_kernels", "transformers", "accelerate", "torch.distributed")
 
 def others_look_into(layer: nn.Module) -> bool:
     """Whether anybody sees the rows within a decoder layer. (Behind it is not within.)"""
-    if not all(map(_is_of_known, layer._forward_pre_hooks.values())) or not _has_known(layer):
+    if not all(map(_is_of_known, layer._forward_pre_hooks.values())) or not is_known_forward(layer):
         return True
     return any(is_watched(module) for module in layer.modules() if module is not layer)
 
@@ -30,25 +30,15 @@ def is_watched(module: nn.Module) -> bool:
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         if hooks and not all(map(_is_of_known, hooks.values())):
             return True
-    return not _has_known(module)
-
-
-def _has_known(module: nn.Module) -> bool:
-    """Whether a module runs its own forward, with nothing in front of it but a shadow."""
-    forward = vars(module).get("forward")
-    if isinstance(forward, Shadow):
-        forward = forward.before
-    return forward is None or _is_known(module, forward)
+    return not is_known_forward(module)
 
 
 def is_known_forward(module: nn.Module) -> bool:
-    """Whether nobody has given a module a forward of their own."""
-    return _is_known(module, vars(module).get("forward"))
-
-
-def _is_known(module: nn.Module, forward: Any) -> bool:
-    """Whether a module's own attribute `forward` is none, the method of its class, or accelerate's,
-    which moves weights and inputs between devices."""
+    """Whether a module runs the forward of its class, with nothing in front of it but a shadow or
+    accelerate's, which moves weights and inputs between devices."""
+    forward = vars(module).get("forward")
+    if isinstance(forward, Shadow):
+        forward = forward.before
     own = getattr(forward, "__func__", None) is type(module).forward
     return forward is None or own or hasattr(module, "_hf_hook")
 

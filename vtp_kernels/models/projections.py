@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["attend", "is_known", "project", "rotate"]
+__all__ = ["attend", "has_these_steps", "project", "rotate"]
 
 # Some (Qwen3) normalise each head's queries and keys.
 NORMS = {"q_proj": "q_norm", "k_proj": "k_norm"}
 
 
-def is_known(attention: nn.Module) -> bool:
+def has_these_steps(attention: nn.Module) -> bool:
     """Whether these are the steps of a module: one around it, of an adapter, has others."""
     return hasattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb")
 
