@@ -9,7 +9,6 @@ check fails is written down as failed, and the others are measured all the same;
 import argparse
 import dataclasses
 import importlib
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from benchmarks import chart, goals, harness, installed
 from benchmarks.files import write_json
 from benchmarks.harness import Case, Timing
-from benchmarks.identity import identity
+from benchmarks.identity import found_before, identity
 from vtp_kernels import reference
 from vtp_kernels.machine import describe
 
@@ -36,13 +35,11 @@ class Results:
         self.rows: list[Timing] = []
         self.failed: list[dict] = []
         self.header = {"identity": identity(), "device": device, **describe()}
-        if resume and path is not None and path.exists():
-            self._read(json.loads(path.read_text()))
+        before = found_before(path, self.header) if resume else None
+        if before is not None:
+            self._read(before)
 
     def _read(self, before: dict) -> None:
-        if any(before.get(name) != self.header[name] for name in ("identity", "device", "machine")):
-            print(f"benchmarks: {self.path} is of other sources or another machine: starting anew")
-            return
         self.rows = [Timing(**row) for row in before["rows"]]
         self.failed = before["failed"]
         if before["running"] is not None:

@@ -17,7 +17,6 @@ as published code does it, too: see published.py.
 
 import argparse
 import contextlib
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -30,9 +29,10 @@ from tqdm import tqdm
 
 import vtp_kernels as vtp
 from benchmarks import harness
-from benchmarks.identity import identity
+from benchmarks.identity import found_before, identity
 from benchmarks.memory import peak_bytes
 from benchmarks.published import published_fastv
+from vtp_kernels.accounting import MODELS
 from vtp_kernels.demo import load, pocket_methods, pruned
 from vtp_kernels.machine import describe
 from vtp_kernels.methods import (
@@ -110,13 +110,6 @@ TINY_TOWER = {
     "image_size": 56,
     "patch_size": 14,
 }
-THIRTEEN = {
-    "hidden_size": 5120,
-    "intermediate_size": 13824,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 40,
-}
 
 
 def random_model(name: str, device: str, dtype: torch.dtype, tiny: bool = False):
@@ -130,7 +123,7 @@ def random_model(name: str, device: str, dtype: torch.dtype, tiny: bool = False)
 
     kinds = {
         "llava-1.5-7b": (LlavaForConditionalGeneration, LlavaConfig, {}),
-        "llava-1.5-13b": (LlavaForConditionalGeneration, LlavaConfig, THIRTEEN),
+        "llava-1.5-13b": (LlavaForConditionalGeneration, LlavaConfig, MODELS["llava-1.5-13b"]),
         "llava-next-7b": (LlavaNextForConditionalGeneration, LlavaNextConfig, {}),
     }
     model_class, config_class, settings = kinds[name]
@@ -383,12 +376,9 @@ def main() -> None:
     if args.resume and args.json is None:
         parser.error("--resume: needs --json, the file to go on with")
     whose = {"identity": identity(), "device": args.device, "machine": describe()["machine"]}
-    rows, batches = [], args.batch
-    if args.resume and args.json.exists():
-        before = json.loads(args.json.read_text())
-        if all(before.get(name) == value for name, value in whose.items()):
-            rows = [Row(**x) for x in before["rows"]]
-            batches = [x for x in batches if x not in {row.batch for row in rows}]
+    before = found_before(args.json, whose) if args.resume else None
+    rows = [Row(**x) for x in before["rows"]] if before else []
+    batches = [x for x in args.batch if x not in {row.batch for row in rows}]
     if not batches:
         print(table(rows))
         return

@@ -1,13 +1,22 @@
 """Result files that are whole at any time."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Whoever is killed in here leaves the file as it was, or as it is to be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which then takes the place of `path`. Whoever is killed in here leaves that
+    as it was, or as it is to be."""
     beside = path.with_name(f"{path.name}.new")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
+    yield beside
     os.replace(beside, path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(content, indent=2) + "\n")

@@ -20,10 +20,9 @@ from benchmarks import (
     token_contribution,
 )
 from benchmarks.harness import Case, Goal
-from benchmarks.shapes import Shape
+from benchmarks.shapes import Shape, of_model
 
-LLAVA = Shape("LLaVA-1.5-7B", 1, 576, 64, 32, 32, 128, torch.bfloat16)
-NEXT = replace(LLAVA, name="LLaVA-NeXT-7B", visual=2880)
+LLAVA, NEXT = of_model("LLaVA-1.5-7B"), of_model("LLaVA-NeXT-7B")
 LONG = Shape("10,000 tokens, 28 heads on 4", 1, 9900, 100, 28, 4, 128, torch.bfloat16)
 LONG_MHA = replace(LONG, name="10,000 tokens, 32 heads", heads=32, kv_heads=32)
 

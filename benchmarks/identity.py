@@ -1,6 +1,7 @@
 """Whose results a file holds: it is gone on with where all of this is the same, and not else."""
 
 import hashlib
+import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +18,17 @@ def identity() -> dict[str, str | None]:
     Of the sources and not of the commit: a copy of them need not have one, and may have changes.
     """
     return {"sources": sources(), "library": library(), "torch": _torch()}
+
+
+def found_before(path: Path, header: dict) -> dict | None:
+    """What a result file holds, if its identity, device and machine are those of `header`."""
+    if not path.exists():
+        return None
+    before = json.loads(path.read_text())
+    if any(before.get(name) != header[name] for name in ("identity", "device", "machine")):
+        print(f"benchmarks: {path} is of other sources or another machine: starting anew")
+        return None
+    return before
 
 
 def sources() -> str:

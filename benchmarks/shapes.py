@@ -38,13 +38,16 @@ DTYPES = (torch.float32, torch.bfloat16)
 CPU_BYTES = 400e6  # of one tensor [B, heads, S, dim] in float32, of which rivals make several
 
 
+def of_model(name: str, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> Shape:
+    """A prompt of one of MODELS, with 64 tokens of text."""
+    visual, heads, kv_heads = next(numbers for model, *numbers in MODELS if model == name)
+    return Shape(name, batch, visual, 64, heads, kv_heads, 128, dtype)
+
+
 def shapes(device: str) -> list[Shape]:
     """Every model at every batch size; on a CPU those that fit into a small machine's memory."""
     every = [
-        Shape(name, batch, visual, 64, heads, kv_heads, 128, dtype)
-        for dtype in DTYPES
-        for name, visual, heads, kv_heads in MODELS
-        for batch in BATCHES
+        of_model(name, batch, dtype) for dtype in DTYPES for name, *_ in MODELS for batch in BATCHES
     ]
     if torch.device(device).type != "cpu":
         return every

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.files import write_json
+from benchmarks.files import replacing, write_json
 from benchmarks.gpu_check.journal import Journal, write_junit
 from benchmarks.identity import ROOT, identity
 
@@ -165,12 +165,13 @@ class Check:
 
     def pack(self) -> None:
         """All logs so far, in one file."""
-        beside = self.out / "logs.tar.gz.new"
-        with tarfile.open(beside, "w:gz", compresslevel=4) as archive:
+        with (
+            replacing(self.out / "logs.tar.gz") as beside,
+            tarfile.open(beside, "w:gz", compresslevel=4) as archive,
+        ):
             for path in sorted(self.logs.rglob("*")):
                 if path.is_file() and "claims" not in path.parts:
                     archive.add(path, path.relative_to(self.logs))
-        os.replace(beside, self.out / "logs.tar.gz")
         self._packed = time.monotonic()
 
     def close(self) -> None:

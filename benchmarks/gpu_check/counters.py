@@ -12,7 +12,8 @@ import re
 import subprocess
 from collections.abc import Iterable, Iterator
 
-OUR_KERNELS = "_ZN3vtp4cuda"  # vtp::cuda::, mangled
+from benchmarks.gpu_check.sanitizers import OUR_KERNELS
+
 METRICS = (
     "gpu__time_duration.sum",
     "dram__bytes_read.sum",

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from xml.etree import ElementTree
 
+from benchmarks.files import replacing
+
 ENDED = ("passed", "failed", "skipped", "crashed", "hung", "stopped")
 DONE = ("passed", "skipped")  # is not run again by a later call
 LONGEST = 4000  # characters of a message
@@ -111,9 +113,8 @@ def write_junit(path: Path, step: str, entries: list[dict]) -> None:
     whole = ElementTree.Element("testsuites")
     whole.append(suite)
     _only_xml(whole)
-    beside = path.with_name(f"{path.name}.new")
-    ElementTree.ElementTree(whole).write(beside, encoding="utf-8", xml_declaration=True)
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        ElementTree.ElementTree(whole).write(beside, encoding="utf-8", xml_declaration=True)
 
 
 def _only_xml(element: ElementTree.Element) -> None:

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-OUR_KERNELS = "_ZN3vtp4cuda"  # vtp::cuda::
+OUR_KERNELS = "_ZN3vtp4cuda"  # vtp::cuda::, mangled
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 MOST_REPORTS = 1000
 ZERO_FILLING = "passive_attention"  # the op with cp.async that fills with zeros

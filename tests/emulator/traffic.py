@@ -32,7 +32,7 @@ import torch
 
 import vtp_kernels as vtp
 from benchmarks.harness import Case
-from benchmarks.shapes import MODELS, Shape
+from benchmarks.shapes import Shape, of_model
 from emulator import build, serving
 
 TABLE = build.ROOT / "csrc" / "traffic.md"
@@ -51,12 +51,14 @@ KEEP = 9  # one row in so many
 
 def shape(name: str, heads: int | None = None, visual: int | None = None) -> Shape:
     """One request in bfloat16 with 64 tokens of text; of fewer query heads, or visual tokens."""
-    model, all_visual, all_heads, kv_heads = next(x for x in MODELS if x[0] == SHAPES[name])
-    visual, heads = visual or all_visual, heads or all_heads
-    kv_heads = kv_heads * heads // all_heads
-    less = f" with {heads} of {all_heads} heads" if heads < all_heads else ""
-    less += f" and {visual} of {all_visual} visual tokens" if visual < all_visual else ""
-    return Shape(model + less, 1, visual, 64, heads, kv_heads, 128, torch.bfloat16)
+    whole = of_model(SHAPES[name])
+    visual, heads = visual or whole.visual, heads or whole.heads
+    kv_heads = whole.kv_heads * heads // whole.heads
+    less = f" with {heads} of {whole.heads} heads" if heads < whole.heads else ""
+    less += f" and {visual} of {whole.visual} visual tokens" if visual < whole.visual else ""
+    return dataclasses.replace(
+        whole, name=whole.name + less, visual=visual, heads=heads, kv_heads=kv_heads
+    )
 
 
 def benchmark(op: str, *arguments) -> Case:
