@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
+from benchmarks.files import write_json
 from vtp_kernels.methods import Method
 
 __all__ = ["Results", "label"]
@@ -33,8 +34,7 @@ class Results:
         return self.known[key]
 
     def write(self, result: dict) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(self.path, result)
 
 
 def label(method: Method) -> str:
