@@ -84,6 +84,7 @@ struct KernelState {
   bool known = false;
   int architecture = 0;
   size_t static_shared = 0, granted_dynamic = 0;
+  int clusters_at_once = -1;  // of the one size that it is launched with; -1: not asked for yet
 };
 
 struct KernelStates {

@@ -1,4 +1,6 @@
-// What csrc/vtp/launch.cuh asks of CUDA's runtime, here a stub. Says what is wrong, or nothing.
+// What launch.cuh and cluster_launch.cuh ask of CUDA's runtime, here a stub. Says what is wrong, or
+// nothing.
+#include "vtp/cluster_launch.cuh"
 #include "vtp/launch.cuh"
 
 #include <cstdint>
@@ -93,6 +95,20 @@ void check_clusters() {
           "code without clusters is launched with them");
 }
 
+void check_clusters_at_once() {
+  const auto at_once = [](void (*kernel)(int64_t, const float*)) {
+    return clusters_at_once("kernel", kernel, 8, 512);
+  };
+  require(at_once(first) == 16 && at_once(first) == 16, "clusters of a device");
+  require(runtime.clusters_read == 1, "asked more than once");
+  runtime.device = 1;
+  require(at_once(first) == 0 && at_once(first) == 0, "clusters for which there is no room");
+  require(runtime.clusters_read == 2, "each device is to be asked, and once");
+  runtime.device = 0;
+  require(clusters_at_once("old", third, 8, 512) == 0 && runtime.clusters_read == 2,
+          "clusters of code that has none");
+}
+
 void check_dependent_launches(bool wanted) {
   const auto is_dependent = [] {
     const auto& attributes = runtime.launches.back().attributes;
@@ -124,5 +140,6 @@ int main(int, char** arguments) {
   check_arguments();
   check_shared_memory();
   check_clusters();
+  check_clusters_at_once();
   check_dependent_launches(arguments[1][0] == '1');
 }

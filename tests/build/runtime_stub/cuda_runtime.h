@@ -1,5 +1,5 @@
-// The little of CUDA's runtime that csrc/vtp/launch.cuh calls, for tests without a GPU: it refuses
-// what a GPU refuses and writes down what it was asked.
+// The little of CUDA's runtime that launch.cuh and cluster_launch.cuh in csrc/vtp call, for tests
+// without a GPU: it refuses what a GPU refuses and writes down what it was asked.
 #pragma once
 
 #include <cstddef>
@@ -56,7 +56,8 @@ struct StubRuntime {
   std::map<const void*, cudaFuncAttributes> kernels;
   std::map<std::pair<int, const void*>, size_t> dynamic_granted;  // by device and kernel
   cudaError_t last_error = cudaSuccess;
-  int attributes_read = 0, attributes_set = 0;
+  std::map<int, int> multiprocessors = {{0, 132}, {1, 4}};  // by device; a block each
+  int attributes_read = 0, attributes_set = 0, clusters_read = 0;
   std::vector<Launch> launches;
   std::function<void(void**)> run;  // is given a launch's arguments
 
@@ -91,6 +92,16 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, i
     return runtime.say(cudaErrorInvalidValue);
   }
   runtime.dynamic_granted[{runtime.device, kernel}] = bytes;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void*,
+                                                  const cudaLaunchConfig_t* config) {
+  ++runtime.clusters_read;
+  const bool is_cluster = config->numAttrs == 1 &&
+                          config->attrs[0].id == cudaLaunchAttributeClusterDimension;
+  if (!is_cluster) return runtime.say(cudaErrorInvalidValue);
+  *count = runtime.multiprocessors.at(runtime.device) / config->attrs[0].val.clusterDim.x;
   return cudaSuccess;
 }
 
