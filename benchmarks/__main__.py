@@ -20,11 +20,11 @@ from benchmarks import chart, goals, harness, installed
 from benchmarks.files import write_json
 from benchmarks.harness import Case, Timing
 from benchmarks.identity import found_before, identity
+from benchmarks.lost_device import DEVICE_LOST, why_lost
 from vtp_kernels import reference
 from vtp_kernels.machine import describe
 
 OPS = tuple(reference.__all__)
-DEVICE_LOST = 70  # exit status: no cell can be measured in this process any more
 
 
 class Results:
@@ -76,24 +76,13 @@ def measure(cases: list[Case], results: Results, args: argparse.Namespace) -> in
             said = f"{type(error).__name__}: {error}"
             print(f"failed: {case.op}, {case.shape}: {said}", file=sys.stderr)
             results.failed.append({"op": case.op, "shape": case.shape, "error": said[:2000]})
-            if _is_lost(args.device):
+            if why_lost() is not None:
                 results.write()
                 return DEVICE_LOST
         else:
             results.rows.append(timing)
     results.write()
     return int(bool(results.failed))
-
-
-def _is_lost(device: str) -> bool:
-    """Whether a kernel has left the device in a state that only a new process ends."""
-    if torch.device(device).type != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
 
 
 def all_cases(args: argparse.Namespace) -> Iterator[Case]:

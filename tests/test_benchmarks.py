@@ -273,7 +273,7 @@ def test_results_of_other_sources_are_not_gone_on_with(command, monkeypatch, cap
 
 def test_a_lost_device_ends_the_run(command, monkeypatch):
     command.cells[1] = replace(command.cells[1], ours=lambda x: x.no_such)
-    monkeypatch.setattr(benchmarks, "_is_lost", lambda device: True)
+    monkeypatch.setattr(benchmarks, "why_lost", lambda: "lost")
     status, result = command.run()
     assert status == benchmarks.DEVICE_LOST and shapes_of(result) == ["a"]
     status, result = command.run("--resume")

@@ -11,7 +11,8 @@ import time
 
 from benchmarks.gpu_check.check import Check
 from benchmarks.gpu_check.running import Process, described
-from benchmarks.gpu_check.worker import DEVICE_LOST, Settings, claim_of
+from benchmarks.gpu_check.worker import Settings, claim_of
+from benchmarks.lost_device import DEVICE_LOST
 
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 PLUGIN = ("-p", "benchmarks.gpu_check.worker")

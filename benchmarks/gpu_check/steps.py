@@ -16,8 +16,8 @@ from benchmarks.files import write_json
 from benchmarks.gpu_check import counters, journal, running, sanitizers
 from benchmarks.gpu_check.check import Check
 from benchmarks.gpu_check.sharing import Sharing
-from benchmarks.gpu_check.worker import DEVICE_LOST
 from benchmarks.identity import ROOT, library, note_built
+from benchmarks.lost_device import DEVICE_LOST
 
 MODELS = ("llava-1.5-7b", "llava-next-7b")
 TRITON_CACHE = ROOT / "build" / "triton-cache.tar.gz"

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from benchmarks.files import replacing
 from benchmarks.gpu_check.steps import TRITON_CACHE
 from benchmarks.identity import ROOT
 
@@ -40,12 +41,10 @@ def unpack(archive: Path, folder: Path) -> int:
 
 def pack(folder: Path, archive: Path) -> None:
     archive.parent.mkdir(parents=True, exist_ok=True)
-    beside = archive.with_name(f"{archive.name}.new")
-    with tarfile.open(beside, "w:gz") as packed:
+    with replacing(archive) as beside, tarfile.open(beside, "w:gz") as packed:
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 packed.add(path, path.relative_to(folder))
-    os.replace(beside, archive)
 
 
 def calls_of(op: str) -> Iterator[Callable[[], object]]:

@@ -11,16 +11,15 @@ import dataclasses
 import hashlib
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks.gpu_check.journal import LONGEST, Journal
+from benchmarks.lost_device import DEVICE_LOST, why_lost
 
 VARIABLE = "VTP_CHECK_WORKER"
-DEVICE_LOST = 70  # exit status: a kernel left the device in a state that only a new process ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +110,7 @@ class Worker:
         outcome, message = _outcome(self.reports)
         seconds = round(time.monotonic() - began, 3)
         self.note(test=item.nodeid, outcome=outcome, seconds=seconds, message=message)
-        if outcome == "failed" and (why := _why_lost()):
+        if outcome == "failed" and (why := why_lost()):
             print(f"the device is lost after {item.nodeid}: {why}", flush=True)
             pytest.exit("the device is lost", returncode=DEVICE_LOST)
 
@@ -137,15 +136,3 @@ def _lives(process: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def _why_lost() -> str | None:
-    """Why no kernel can run in this process any more, or None if one can."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return None
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        return str(error).split("\n")[0]
-    return None
