@@ -497,14 +497,13 @@ __global__ void __launch_bounds__(kMergeThreads) merge_statistics(const Attentio
   await_earlier_kernels();
   const int64_t blocks = divide_up(parts.rows, kMergeRows);
   const int64_t batch = blockIdx.x / blocks, row = blockIdx.x % blocks * kMergeRows + lane_id();
-  RowStatistic part = no_logits();
-  if (row < parts.rows) part = merged_part(parts, batch, row, warp_id());
-  shared[warp_id()][lane_id()] = part;
+  RowStatistic own = no_logits();
+  if (row < parts.rows) own = merged_part(parts, batch, row, warp_id());
+  shared[warp_id()][lane_id()] = own;
   __syncthreads();
   if (warp_id() > 0 || row >= parts.rows) return;
-#pragma unroll
-  for (int i = 1; i < kStatisticParts; ++i) part = merge(part, shared[i][lane_id()]);
-  parts.softmax[batch * parts.rows + row] = softmax_of(part);
+  const auto part = [&](int i) { return i == 0 ? own : shared[i][lane_id()]; };
+  parts.softmax[batch * parts.rows + row] = softmax_of_parts(part);
 }
 
 struct FinishShared {

@@ -101,10 +101,19 @@ void compute_attention_parts(const AttentionScores& a, const AttentionParts& par
 
 constexpr int kStatisticParts = 8;
 
+// part(i) are a row's statistics, merged in this order whoever does it, so that all get the same
+// softmax. To merge with no_logits() changes no bit.
+template <class Part>
+VTP_DEVICE RowSoftmax softmax_of_parts(const Part& part) {
+  RowStatistic merged = part(0);
+#pragma unroll
+  for (int i = 1; i < kStatisticParts; ++i) merged = merge(merged, part(i));
+  return softmax_of(merged);
+}
+
 constexpr int kStatisticLoads = 8;  // of one thread, under way at once
 
-// The statistics of a row in tiles part, part + 8, ...: its parts are merged in order, whoever does
-// it, so that all get the same softmax.
+// The statistics of a row in tiles part, part + 8, ...
 VTP_DEVICE RowStatistic merged_part(const AttentionParts& parts, int64_t batch, int64_t row,
                                     int part) {
   const RowStatistic* statistic = parts.statistics + batch * parts.tiles * parts.rows + row;
@@ -124,7 +133,7 @@ VTP_DEVICE RowStatistic merged_part(const AttentionParts& parts, int64_t batch, 
 }
 
 // A row's softmax as it lies in memory: ready, or the statistics of no more than 8 tiles, each a
-// part of its own. To merge with no_logits() changes no bit.
+// part of its own.
 struct RawSoftmax {
   RowSoftmax softmax;
   RowStatistic part[kStatisticParts];
@@ -145,10 +154,7 @@ struct RawSoftmax {
 
   VTP_DEVICE RowSoftmax value(const AttentionParts& parts) const {
     if (parts.softmax) return softmax;
-    RowStatistic merged = part[0];
-#pragma unroll
-    for (int i = 1; i < kStatisticParts; ++i) merged = merge(merged, part[i]);
-    return softmax_of(merged);
+    return softmax_of_parts([&](int i) { return part[i]; });
   }
 };
 
@@ -197,12 +203,8 @@ VTP_DEVICE void merge_row_weights(const AttentionScores& a, const AttentionParts
     }
     __syncthreads();
     if (part == 0 && row < rows) {
-      RowStatistic merged = scratch.part[0][row - first];
-#pragma unroll
-      for (int i = 1; i < kStatisticParts; ++i) {
-        merged = merge(merged, scratch.part[i][row - first]);
-      }
-      const RowSoftmax softmax = softmax_of(merged);
+      const RowSoftmax softmax =
+          softmax_of_parts([&](int i) { return scratch.part[i][row - first]; });
       weights[row] = {softmax.base, softmax.share, sight.last_key(a)};
     }
     __syncthreads();
