@@ -12,14 +12,14 @@
 // for them.
 #include "races.h"
 
+#include "pages.h"
+
 #ifdef VTP_EMULATOR_RACES
 
 #include <algorithm>
 #include <cstdint>
 #include <map>
-#include <memory>
 #include <string_view>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -43,36 +43,7 @@ struct Cell {
   Latest latest[3];  // by Access
 };
 
-// The cells of all bytes the launch has touched.
-class Shadow {
- public:
-  void clear() {
-    pages_.clear();
-    recent_ = nullptr;
-  }
-
-  Cell& at(uintptr_t address) {
-    const uintptr_t number = address / kPageBytes;
-    if (!recent_ || number != recent_number_) {
-      std::unique_ptr<Page>& page = pages_[number];
-      if (!page) page = std::make_unique<Page>();
-      recent_ = page.get();
-      recent_number_ = number;
-    }
-    return recent_->cells[address % kPageBytes];
-  }
-
- private:
-  static constexpr size_t kPageBytes = 256;
-
-  struct Page {
-    Cell cells[kPageBytes];
-  };
-
-  std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
-  Page* recent_ = nullptr;
-  uintptr_t recent_number_ = 0;
-};
+using Shadow = Pages<Cell, 256>;  // of all bytes the launch has touched
 
 struct State {
   Shadow shadow;

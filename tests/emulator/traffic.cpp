@@ -33,6 +33,8 @@
 // requests. Parameters, __constant__ tables and local variables are no traffic.
 #include "traffic.h"
 
+#include "pages.h"
+
 #ifdef VTP_EMULATOR_TRAFFIC
 
 #include <link.h>
@@ -40,7 +42,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <unordered_map>
 #include <utility>
 
@@ -103,35 +104,7 @@ struct Sector {
   uint32_t read_by_block = 0;            // of all launches
 };
 
-class Sectors {
- public:
-  void clear() {
-    pages_.clear();
-    recent_ = nullptr;
-  }
-
-  Sector& at(uintptr_t sector) {
-    const uintptr_t number = sector / kPageSectors;
-    if (!recent_ || number != recent_number_) {
-      std::unique_ptr<Page>& page = pages_[number];
-      if (!page) page = std::make_unique<Page>();
-      recent_ = page.get();
-      recent_number_ = number;
-    }
-    return recent_->sectors[sector % kPageSectors];
-  }
-
- private:
-  static constexpr size_t kPageSectors = 1024;
-
-  struct Page {
-    Sector sectors[kPageSectors];
-  };
-
-  std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
-  Page* recent_ = nullptr;
-  uintptr_t recent_number_ = 0;
-};
+using Sectors = Pages<Sector, 1024>;
 
 // ---- Requests -----------------------------------------------------------------------------------
 
