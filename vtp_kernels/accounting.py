@@ -121,7 +121,6 @@ def check_model(config: Any, method: Method | None) -> None:
         family=config.model_type,
         layers=range(text.num_hidden_layers),
         text=SimpleNamespace(config=text),
-        first_layer=family.first_layer(config),
         positions=family.positions,
     )
     check_method(parts, method, "original")

@@ -12,7 +12,7 @@ class MaskedReference:
     """`stages` {layer: keep} as in Schedule, or `given` {layer: bool [B, S]}: sets to take over."""
 
     def __init__(self, model, stages, *, score="last_token", given=None, contiguous=False):
-        assert model.model.language_model.config._attn_implementation == "eager"
+        assert model.get_decoder().config._attn_implementation == "eager"
         self.model, self.stages, self.score = model, stages, score
         self.given, self.contiguous = given, contiguous
         self.keep = {}  # layer -> bool [B, every row seen so far]: columns open from there on
@@ -21,7 +21,7 @@ class MaskedReference:
         self.hooks = []
 
     def __enter__(self):
-        language_model = self.model.model.language_model
+        language_model = self.model.get_decoder()
         self.rotary = language_model.rotary_emb
         add = self.hooks.append
         add(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
@@ -43,7 +43,10 @@ class MaskedReference:
         self.visual = torch.zeros_like(ids, dtype=torch.bool)
         for pixels, kind in (("pixel_values", "image"), ("pixel_values_videos", "video")):
             if kwargs.get(pixels) is not None or features.get(kind) is not None:
-                self.visual |= ids == getattr(self.model.config, f"{kind}_token_id")
+                config = self.model.config
+                token = getattr(config, f"{kind}_token_id", None)
+                token = getattr(config, f"{kind}_token_index") if token is None else token
+                self.visual |= ids == token
         self.with_images = bool(self.visual.any())
         self.rows = ids.shape[1]
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")

@@ -8,7 +8,6 @@ from vtp_kernels.methods.lvpruning.files import Fit, save_deciders
 from vtp_kernels.models.families import parts_of
 from vtp_kernels.models.towers import tower_of
 
-# Rows leave from layer 2 on: earlier ones are Qwen3-VL's deepstack layers.
 NAMES = (
     "fastv",
     "pyramiddrop",
@@ -38,7 +37,7 @@ def pruning_method(name, model, folder):
         "fastv": vtp.FastV(2, 0.5),
         "pyramiddrop": vtp.PyramidDrop((2, 3, 5), (0.5, 0.25, 0.0)),
         "schedule": vtp.Schedule({3: 0.6, 4: 3}, score="contribution"),
-        "random": vtp.RandomPruning(2, 0.3),
+        "random": vtp.RandomPruning(0, 0.3),
         "visipruner": vtp.VisiPruner(shallow_layers=2, **thresholds),
         "visipruner that skips": vtp.VisiPruner(
             shallow_layers=2, shallow_attention="skip", **thresholds

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 import vtp_kernels as vtp
 from vtp_kernels import demo, plot
-from vtp_kernels.models import grids
+from vtp_kernels.models.families import FAMILIES as PAGES
 
 SCHEDULE = {"half": vtp.Schedule({3: 0.5, 5: 0})}
 LINES = {"llava": 1, "qwen2_5_vl": 1}  # rows of panels for a picture; else the crops have one, too
@@ -92,7 +92,7 @@ def test_a_layout_that_is_not_known_leaves_the_answers(tmp_path, monkeypatch):
     def unknown(given):
         raise NotImplementedError("what it shows is not known")
 
-    monkeypatch.setitem(grids.GRIDS, "llava", unknown)
+    monkeypatch.setattr(PAGES["llava"], "looks", unknown)
     given = (tiny_llava(), PROCESSORS["llava"](), picture(80, 80), ["w5"], SCHEDULE)
     out = tmp_path / "kept.png"
     comparison = demo.compare(*given, max_new_tokens=2, repeats=1, picture=out)

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from tiny_llava import one, tiny_llava
-from tiny_models import llava_next
+from tiny_models import FAMILIES
 
 import vtp_kernels as vtp
 from benchmarks import end_to_end
@@ -29,7 +29,7 @@ def test_published_code_keeps_what_fastv_keeps(keep):
 METHODS = {"FastV": vtp.FastV(2, 0.5), "random": vtp.RandomPruning(0, 0.25)}
 
 
-@pytest.mark.parametrize("make", [tiny_llava, llava_next])
+@pytest.mark.parametrize("make", [tiny_llava, FAMILIES["llava_next"].make])
 def test_rows_of_a_model_with_random_weights(make):
     model = make().eval()
     inputs = end_to_end.random_prompts(model, 2, before=3, after=4)

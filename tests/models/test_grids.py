@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_llava import IMAGE, tiny_llava
-from tiny_models import FAMILIES, grid
+from tiny_models import FAMILIES
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -21,6 +21,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import vtp_kernels as vtp
+from vtp_kernels.models.families.qwen2_5_vl import grid
 from vtp_kernels.models.grids import picture_grids
 
 NEWLINE = -9.0

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import FAMILIES, TEXT, VISION, anyres, crops, square
+from tiny_models import FAMILIES
 from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
@@ -11,6 +11,7 @@ from transformers import (
 )
 
 import vtp_kernels as vtp
+from vtp_kernels.models.families.tiny import TEXT, VISION, anyres, crops, square
 from vtp_kernels.models.towers import tower_of
 from vtp_kernels.models.vision import SEEN, VisionWatch
 
@@ -114,7 +115,7 @@ def internvl(**settings):
 def test_tokens_of_internvl_are_four_patches(settings, layer):
     model = internvl(**settings)
     seen, found, rows, weights = encode(
-        model, "internvl", several(square), "attention", vision_feature_layer=layer
+        model, "internvl", several(square(112)), "attention", vision_feature_layer=layer
     )
     # The projector gets the four patches of each token side by side.
     given = found["given"]

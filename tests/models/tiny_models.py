@@ -1,168 +1,30 @@
-"""A small model with random weights of every supported family, and prompts for it."""
+"""The small model with random weights of every supported family, and prompts for it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from tiny_llava import IMAGE
-from transformers import (
-    CLIPVisionConfig,
-    InternVLConfig,
-    InternVLForConditionalGeneration,
-    InternVLVisionConfig,
-    LlamaConfig,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    SiglipVisionConfig,
-)
 
-VIDEO = 98
-TEXT = {
-    "vocab_size": 100,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-}
+from vtp_kernels.models.families import FAMILIES as PAGES
+from vtp_kernels.models.families.tiny import IMAGE, VIDEO, Tiny
 
-
-def clip():
-    return CLIPVisionConfig(**VISION, image_size=56, patch_size=14, projection_dim=32)
-
-
-def siglip():
-    return SiglipVisionConfig(**VISION, image_size=56, patch_size=14, vision_use_head=False)
-
-
-def llava_next():
-    return LlavaNextForConditionalGeneration(
-        LlavaNextConfig(
-            vision_config=clip(),
-            text_config=LlamaConfig(**TEXT),
-            image_token_index=IMAGE,
-            image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]],
-            image_seq_length=16,
-        )
-    )
-
-
-def llava_onevision():
-    return LlavaOnevisionForConditionalGeneration(
-        LlavaOnevisionConfig(
-            vision_config=siglip(),
-            text_config=Qwen2Config(**TEXT),
-            image_token_index=IMAGE,
-            video_token_index=VIDEO,
-            image_grid_pinpoints=[[56, 56], [56, 112], [112, 56], [112, 112]],
-        )
-    )
-
-
-def internvl(text):
-    return InternVLForConditionalGeneration(
-        InternVLConfig(
-            vision_config=InternVLVisionConfig(**VISION, image_size=112, patch_size=14),
-            text_config=text,
-            image_token_id=IMAGE,
-            image_seq_length=16,
-        )
-    )
-
-
-ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-QWEN_VISION = {
-    "depth": 3,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_heads": 4,
-    "patch_size": 4,
-    "out_hidden_size": 64,
-}
-QWEN_TOKENS = {
-    "image_token_id": IMAGE,
-    "video_token_id": VIDEO,
-    "vision_start_token_id": 96,
-    "vision_end_token_id": 97,
-}
-
-
-def qwen2_5_vl():
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            vision_config=QWEN_VISION | {"window_size": 16, "fullatt_block_indexes": [1]},
-            text_config=TEXT | {"rope_parameters": ROPE},
-            **QWEN_TOKENS,
-        )
-    )
-
-
-def qwen3_vl():
-    return Qwen3VLForConditionalGeneration(
-        Qwen3VLConfig(
-            vision_config=QWEN_VISION
-            | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
-            text_config=TEXT | {"head_dim": 16, "rope_parameters": ROPE},
-            **QWEN_TOKENS,
-        )
-    )
-
-
-# --- pictures, as each family's processor hands them over ------------------------------------
-
-
-def crops(generator, size, count):
-    """A picture of that size [height, width]: the whole of it, and `count` crops."""
-    return {
-        "pixel_values": torch.randn(1 + count, 3, 56, 56, generator=generator),
-        "image_sizes": torch.tensor([size]),
-    }
-
-
-def anyres(generator, index):
-    """Crops side by side; crops upon each other with some of them padding; four crops."""
-    return crops(generator, *(([56, 112], 2), ([112, 40], 2), ([112, 112], 4))[index])
-
-
-def square(generator, index):
-    return {"pixel_values": torch.randn(1, 3, 112, 112, generator=generator)}
-
-
-def grid(generator, index, prefix=""):
-    """Patches of a Qwen picture: 16, 12 or 6 tokens of 2 x 2 patches each."""
-    time, height, width = ((1, 8, 8), (1, 4, 12), (1, 6, 4))[index]
-    name = "video" if prefix else "image"
-    return {
-        "pixel_values" + prefix: torch.randn(time * height * width, 96, generator=generator),
-        f"{name}_grid_thw": torch.tensor([[time, height, width]]),
-    }
+__all__ = ["FAMILIES", "VIDEO", "TinyFamily", "words"]
 
 
 @dataclass(frozen=True)
 class TinyFamily:
-    make: Callable
-    picture: Callable
-    """(generator, 0 | 1 | 2) -> what the model is given of one picture, by name."""
-    types: bool = False
-    """Whether the model wants to be told what kind of token each one is."""
+    tiny: Tiny
+
+    @property
+    def make(self):
+        return self.tiny.make
+
+    @property
+    def picture(self):
+        return self.tiny.picture
+
+    @property
+    def types(self):
+        return self.tiny.types
 
     def model(self, attention, dtype=torch.float32, seed=0):
         torch.manual_seed(seed)
@@ -198,7 +60,7 @@ class TinyFamily:
             "attention_mask": torch.stack([(torch.arange(width) >= n).long() for n in pads]),
         }
         if self.types:
-            inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
+            inputs[self.types] = (inputs["input_ids"] == IMAGE).int()
         for name in pictures[0] if pictures else ():
             inputs[name] = torch.cat([picture[name] for picture in pictures]).to(
                 model.dtype if name == "pixel_values" else torch.long
@@ -219,11 +81,4 @@ def words(count, generator):
     return torch.randint(3, 96, (count,), generator=generator)
 
 
-FAMILIES = {
-    "llava_next": TinyFamily(llava_next, anyres),
-    "llava_onevision": TinyFamily(llava_onevision, anyres),
-    "internvl": TinyFamily(lambda: internvl(Qwen2Config(**TEXT)), square),
-    "internvl_qwen3": TinyFamily(lambda: internvl(Qwen3Config(**TEXT, head_dim=16)), square),
-    "qwen2_5_vl": TinyFamily(qwen2_5_vl, grid, types=True),
-    "qwen3_vl": TinyFamily(qwen3_vl, grid, types=True),
-}
+FAMILIES = {name: TinyFamily(tiny) for page in PAGES.values() for name, tiny in page.tiny().items()}

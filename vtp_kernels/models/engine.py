@@ -76,8 +76,9 @@ class Engine(StaysBehind):
         self.output_rows = output_rows
         depth = len(parts.layers)
         self.plan = Plan.of(method, depth)
-        first = min(self.plan.decisions, default=depth)
-        self.packed_layers = frozenset(range(first, depth)) - self.plan.passive.keys()
+        self.first_decision = min(self.plan.decisions, default=depth)
+        unpacked = frozenset(range(self.first_decision))
+        self.packed_layers = frozenset(range(depth)) - unpacked - self.plan.passive.keys()
         self._check_forwards()
         self.watch: VisionWatch | None = None
         if self.plan.sees_pictures:
@@ -237,10 +238,13 @@ class Engine(StaysBehind):
         if self.idle:
             return None
         arguments = dict(zip(parameters, args, strict=False)) | kwargs if args else kwargs
+        call = kwargs.get(CALL)
+        if isinstance(call, Prefill):
+            call.planes = self.parts.page.take_planes(kwargs, self.first_decision)
         cache = arguments.get("past_key_values")
         if not isinstance(cache, PrunedCache):
             return None
-        if CALL not in kwargs:
+        if call is None:
             kwargs[CALL] = Continuation(self.parts, cache, arguments)
         cache.vtp.served = self.at_work
         return args, kwargs

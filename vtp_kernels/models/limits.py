@@ -27,13 +27,6 @@ def check_method(parts: ModelParts, method: Method, positions: str) -> None:
     method.check_model(depth)
     check_layers(method, depth)
     method.check_config(family, parts.text.config)
-    early = [layer for layer in method.decision_layers(depth) if layer < parts.first_layer]
-    if early:
-        raise NotImplementedError(
-            f"{family} cannot run {method}: it adds features of its vision tower to the visual "
-            f"tokens after layers 0 to {parts.first_layer - 1}, which needs all of them. {name} "
-            f"may let tokens leave from layer {parts.first_layer} on, not before layer {early[0]}"
-        )
     if positions not in parts.positions:
         raise NotImplementedError(
             f"{family} cannot run {name} with positions={positions!r}: its visual tokens have rows "

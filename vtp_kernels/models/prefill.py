@@ -30,6 +30,7 @@ from .cache import (
 )
 from .counts import Counts, added, on_host
 from .decision import decision
+from .deepstack import Planes
 from .forgetting import Text, forget_visual
 from .last_layer import asks_few_rows, may_give_few_rows, put_keys
 from .limits import check_padding, check_placement, check_prefill
@@ -113,6 +114,7 @@ class Prefill:
         # The layer that may run on the rows asked for alone.
         self.last = len(parts.layers) - 1 if asks_few_rows(parts, arguments) else -1
 
+        self.planes: Planes | None = None  # where the model leaves it to this call to add them
         self.observation: Observation | None = None
         self.packing: Packing | None = None  # where much padding came with the rows that left
         self.packed: Packing | None = None  # of the layer that runs
@@ -182,6 +184,8 @@ class Prefill:
             self._open_cache(arguments.get("past_key_values"))
         self._check_attended()
         self.entered = layer
+        if self.planes is not None and 0 < layer <= len(self.planes):
+            hidden = self.planes.add(layer - 1, hidden, self.origin, self.valid)
         if self.past or layer in self.plan.changing:
             hidden = self._change(layer, hidden, arguments)
         else:  # as the layer before

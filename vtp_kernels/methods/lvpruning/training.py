@@ -97,11 +97,6 @@ def _check(parts: ModelParts, dataset: Dataset, recipe: Recipe) -> None:
             f"Recipe.layers: there is no layer {recipe.layers[-1]}, the model has {depth} decoder "
             f"layers (0 to {depth - 1})"
         )
-    if recipe.layers[0] < parts.first_layer:
-        raise ValueError(
-            f"Recipe.layers: in {parts.family} tokens may leave from layer {parts.first_layer} on, "
-            f"not before layer {recipe.layers[0]}"
-        )
     if len(dataset) < recipe.batch:
         raise ValueError(
             f"dataset: {len(dataset)} conversations do not fill one batch of {recipe.batch}"

@@ -1,0 +1,75 @@
+"""Model families: where a model keeps its layers, and which of its input rows are visual tokens.
+
+A family is a page: one file here, and one line in FAMILIES. Everything else in this package sees
+only `ModelParts`.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..ranks import all_heads
+from ..unwrapping import inside
+from .family import MODALITIES, Family, ModelParts
+from .internvl import InternVL
+from .llava import Llava
+from .llava_next import LlavaNext
+from .llava_onevision import LlavaOnevision
+from .qwen2_5_vl import Qwen25VL
+from .qwen3_vl import Qwen3VL
+
+__all__ = ["FAMILIES", "MODALITIES", "Family", "ModelParts", "parts_of"]
+
+FAMILIES: dict[str, Family] = {
+    page.name: page
+    for page in (
+        Llava(),
+        LlavaNext(),
+        LlavaOnevision(),
+        InternVL(),
+        Qwen25VL(),
+        Qwen3VL(),
+    )
+}
+
+
+def parts_of(model: nn.Module) -> ModelParts:
+    """The parts of a supported model, or of the one in a wrapper (peft, DistributedDataParallel,
+    torch.compile ...). Raises NotImplementedError with what is supported."""
+    around = []
+    for found in inside(model):
+        names = {cls.__name__ for cls in type(found).__mro__}
+        for page in FAMILIES.values():
+            if names.intersection(page.architectures):
+                parts = ModelParts.of(page, found)
+                _check_text_model(parts)
+                return parts
+        around.append(type(found).__name__)
+    raise NotImplementedError(
+        f"{' around '.join(around)} is not supported. Supported are: {_supported()}"
+    )
+
+
+def _check_text_model(parts: ModelParts) -> None:
+    config = parts.text.config
+    if config.model_type not in parts.page.text_models:
+        raise NotImplementedError(
+            f"{type(parts.top).__name__} with a {config.model_type!r} text model is not "
+            f"supported. Supported are: {_supported()}"
+        )
+    sliding = [kind for kind in getattr(config, "layer_types", None) or () if "sliding" in kind]
+    if sliding or (getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")):
+        raise NotImplementedError(
+            "a text model with sliding-window attention is not supported: its window counts rows, "
+            "and rows that leave would move it; where all prompts and answers fit into the window, "
+            "load the model with sliding_window=None in its text config"
+        )
+    all_heads(parts.layers[0].self_attn)
+
+
+def _supported() -> str:
+    return "; ".join(
+        f"{page.name}: {', '.join(page.architectures)} with text models "
+        f"{', '.join(page.text_models)}"
+        for page in FAMILIES.values()
+    )

@@ -1,0 +1,150 @@
+"""What a page says of its family, and the parts of a model that everything else sees.
+
+A page is one file of this folder: a subclass of `Family` with what is its own. What a page leaves
+out is as in LLaVA-1.5: a `language_model` of Llama-like layers, visual tokens where the prompt has
+the picture's placeholder, and positions that count rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..deepstack import Planes
+from ..looks import Given, Looks
+from ..positions import POSITIONS
+from .tiny import Tiny
+
+__all__ = ["Family", "Modality", "ModelParts"]
+
+
+class Modality:
+    """Pictures or videos: what a call brings them in, and the token that stands for them.
+
+    Both are visual tokens. Frames of InternVL come as pictures.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.pixels = "pixel_values" if name == "image" else "pixel_values_videos"
+
+    def comes_with(self, arguments: dict[str, Any]) -> bool:
+        # generate() encodes the pictures before it calls the model, a plain call does so inside it.
+        encoded = arguments.get("mm_encoder_outputs") or {}
+        return arguments.get(self.pixels) is not None or encoded.get(self.name) is not None
+
+    def rows(self, base: nn.Module, arguments: dict[str, Any]) -> Tensor:
+        """bool [B, S]: which rows of the input are placeholders of its token."""
+        token = self._token(base.config)
+        if arguments.get("input_ids") is not None:
+            return arguments["input_ids"] == token
+        # Given embeddings instead of ids, the placeholders are those that equal its embedding.
+        embeddings = arguments["inputs_embeds"]
+        placeholder = torch.full((), token, device=embeddings.device)
+        # Through the module: its weight may be in pieces.
+        return (embeddings == base.get_input_embeddings()(placeholder)).all(-1)
+
+    def _token(self, config: Any) -> int:
+        token = getattr(config, f"{self.name}_token_id", None)
+        return getattr(config, f"{self.name}_token_index") if token is None else token
+
+
+MODALITIES = (Modality("image"), Modality("video"))
+
+
+class Family:
+    """A line of families: models that keep their parts in the same places."""
+
+    name: ClassVar[str]
+    """`model_type` of their configs."""
+    architectures: ClassVar[tuple[str, ...]]
+    """Class names of the models, or of one of their base classes."""
+    text_models: ClassVar[tuple[str, ...]]
+    """`model_type` of the text configs whose attention the engine knows how to read."""
+    grid_positions: ClassVar[bool] = False
+    """Whether a visual token's position is a time, a row and a column, so that an image takes fewer
+    positions than it has tokens, and there is no telling where rows would close up to."""
+    limits: ClassVar[tuple[str, ...]] = ()
+    """What does not go, for `supported_models`."""
+
+    @property
+    def positions(self) -> tuple[str, ...]:
+        """What the `positions` of `apply` may be."""
+        return ("original",) if self.grid_positions else POSITIONS
+
+    # ---- where its parts are ------------------------------------------------------------------
+
+    def base(self, model: nn.Module) -> nn.Module:
+        """The model that puts image features between the text embeddings."""
+        return model.model
+
+    def text(self, base: nn.Module) -> nn.Module:
+        """The decoder stack; its `rotary_emb` makes the position embeddings of all layers."""
+        return base.language_model
+
+    # ---- its visual tokens --------------------------------------------------------------------
+
+    def has_images(self, arguments: dict[str, Any]) -> bool:
+        """Whether the arguments of a call bring image features. Looks at no tensor's values."""
+        return any(modality.comes_with(arguments) for modality in MODALITIES)
+
+    def visual_tokens(self, base: nn.Module, arguments: dict[str, Any]) -> Tensor:
+        """bool [B, S]: which rows of a call's input are visual tokens."""
+        here = [modality for modality in MODALITIES if modality.comes_with(arguments)]
+        first, *others = (modality.rows(base, arguments) for modality in here)
+        for rows in others:
+            first = first | rows
+        return first
+
+    def take_planes(self, arguments: dict[str, Any], first: int) -> Planes | None:
+        """What the decoder stack would add to visual rows after its first layers, taken out of the
+        arguments of its forward, if some of it comes after rows left: before layer `first`."""
+        return None
+
+    def looks(self, given: Given) -> list[Looks]:
+        """What the visual tokens of each picture show, in the order of the pictures."""
+        raise NotImplementedError(f"what the visual tokens of {self.name} show is not known")
+
+    # ---- for tests ----------------------------------------------------------------------------
+
+    def tiny(self) -> dict[str, Tiny]:
+        """Small models with random weights, by name, and pictures for them: the kinds of model that
+        differ in more than their size."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """The places of a model that the engine attaches to."""
+
+    page: Family
+    top: nn.Module
+    """The model that users call; its forward knows `logits_to_keep` and `labels`."""
+    base: nn.Module
+    text: nn.Module
+
+    @classmethod
+    def of(cls, page: Family, model: nn.Module) -> ModelParts:
+        base = page.base(model)
+        return cls(page, model, base, page.text(base))
+
+    @property
+    def family(self) -> str:
+        return self.page.name
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.text.layers
+
+    @property
+    def positions(self) -> tuple[str, ...]:
+        return self.page.positions
+
+    def has_images(self, arguments: dict[str, Any]) -> bool:
+        return self.page.has_images(arguments)
+
+    def visual_tokens(self, arguments: dict[str, Any]) -> Tensor:
+        return self.page.visual_tokens(self.base, arguments)

@@ -1,0 +1,47 @@
+"""LLaVA-OneVision: as LLaVA-NeXT, but pictures are cut only where a prompt has just one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..looks import Given, Looks
+from .family import Family
+from .llava_next import crops_together
+from .tiny import IMAGE, TEXT, VIDEO, Tiny, anyres, siglip
+
+__all__ = ["LlavaOnevision"]
+
+
+class LlavaOnevision(Family):
+    name = "llava_onevision"
+    architectures = ("LlavaOnevisionForConditionalGeneration",)
+    text_models = ("qwen2",)
+
+    def looks(self, given: Given) -> list[Looks]:
+        counts = given.arguments.get("batch_num_images")
+        if counts is None:
+            return crops_together(given)
+        numbers = torch.as_tensor(counts).tolist()
+        return crops_together(given, [n == 1 for n in numbers for _ in range(n)])
+
+    def tiny(self) -> dict[str, Tiny]:
+        from transformers import (
+            LlavaOnevisionConfig,
+            LlavaOnevisionForConditionalGeneration,
+            Qwen2Config,
+        )
+
+        def make() -> Any:
+            return LlavaOnevisionForConditionalGeneration(
+                LlavaOnevisionConfig(
+                    vision_config=siglip(),
+                    text_config=Qwen2Config(**TEXT),
+                    image_token_index=IMAGE,
+                    video_token_index=VIDEO,
+                    image_grid_pinpoints=[[56, 56], [56, 112], [112, 56], [112, 112]],
+                )
+            )
+
+        return {"llava_onevision": Tiny(make, anyres)}

@@ -1,0 +1,93 @@
+"""Small models with random weights, and pictures for them, of which every family has its own.
+
+They are for tests: on these, pruning is compared with a model in which nothing leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = [
+    "IMAGE",
+    "TEXT",
+    "VIDEO",
+    "VISION",
+    "Tiny",
+    "anyres",
+    "clip",
+    "crops",
+    "siglip",
+    "square",
+]
+
+IMAGE, VIDEO = 99, 98  # tokens that stand for a picture, and for a video
+TEXT = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+
+Picture = Callable[[torch.Generator, int], dict[str, Any]]
+"""(generator, 0 | 1 | 2) -> what the model is given of one picture, by name. Pictures that come in
+several sizes come in three."""
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """make: the model, 6 decoder layers of 4 query and 2 key heads. types: the name of the argument
+    that tells what kind of token each one is, if the model wants to be told."""
+
+    make: Callable[[], Any]
+    picture: Picture
+    types: str | None = None
+
+
+def clip() -> Any:
+    from transformers import CLIPVisionConfig
+
+    return CLIPVisionConfig(**VISION, image_size=56, patch_size=14, projection_dim=32)
+
+
+def siglip() -> Any:
+    from transformers import SiglipVisionConfig
+
+    return SiglipVisionConfig(**VISION, image_size=56, patch_size=14, vision_use_head=False)
+
+
+def square(side: int) -> Picture:
+    """Pictures of one size."""
+
+    def picture(generator: torch.Generator, index: int) -> dict[str, Any]:
+        return {"pixel_values": torch.randn(1, 3, side, side, generator=generator)}
+
+    return picture
+
+
+def crops(generator: torch.Generator, size: list[int], count: int) -> dict[str, Any]:
+    """A picture of that size [height, width]: the whole of it, and `count` crops."""
+    return {
+        "pixel_values": torch.randn(1 + count, 3, 56, 56, generator=generator),
+        "image_sizes": torch.tensor([size]),
+    }
+
+
+def anyres(generator: torch.Generator, index: int) -> dict[str, Any]:
+    """Crops side by side; crops upon each other with some of them padding; four crops."""
+    return crops(generator, *(([56, 112], 2), ([112, 40], 2), ([112, 112], 4))[index])
