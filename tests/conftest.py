@@ -33,6 +33,14 @@ if INTERPRETED:
 SEED = int(os.environ.get("VTP_TEST_SEED") or secrets.randbits(32))
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every-family",
+        action="store_true",
+        help="the long tests of model families for each of them, not only those that differ most",
+    )
+
+
 def pytest_report_header():
     return f"VTP_TEST_SEED={SEED}"
 

@@ -1,4 +1,8 @@
-"""Every family: pruned equals a reference in which nothing leaves and pruned keys are masked."""
+"""Families at length: pruned equals a reference in which nothing leaves and pruned keys are masked.
+
+The families that differ most from each other; given --every-family, all of them. What is shorter is
+in test_every_family.py.
+"""
 
 import pytest
 import torch
@@ -10,6 +14,8 @@ from tiny_llava import ENCODES_FIRST, IMAGE, prompt
 from tiny_models import FAMILIES, VIDEO
 
 import vtp_kernels as vtp
+from vtp_kernels.models.families import parts_of
+from vtp_kernels.models.towers import tower_of
 
 DEPTH = 6
 METHODS = {
@@ -32,7 +38,18 @@ BATCHES = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# Crops and newlines; norms of queries and keys; positions of three numbers, and deepstack.
+THOSE_THAT_DIFFER_MOST = ("llava_next", "internvl_qwen3", "qwen3_vl")
+
+
+def pytest_generate_tests(metafunc):
+    if "family" in metafunc.fixturenames:
+        every = metafunc.config.getoption("every_family")
+        names = FAMILIES if every else THOSE_THAT_DIFFER_MOST
+        metafunc.parametrize("family", names, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def family(request):
     return FAMILIES[request.param]
 
@@ -352,7 +369,8 @@ def test_supported_models_can_run_what_they_say(tmp_path):
     for name, family in FAMILIES.items():
         model = family.model("sdpa")
         methods = {pruning_method(method, model, tmp_path / name).name for method in NAMES}
-        found = supported[name.removesuffix("_qwen3")]
+        parts = parts_of(model)
+        found = supported[parts.family]
         assert set(found["methods"]) == methods
-        assert found["vision_tower"] == (name != "qwen3_vl")
+        assert found["vision_tower"] == (tower_of(parts.family, parts.base) is not None)
     assert supported["qwen3_vl"]["positions"] == ["original"] != supported["llava"]["positions"]

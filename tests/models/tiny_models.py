@@ -43,37 +43,52 @@ class TinyFamily:
 
         Each prompt has <bos> and some text, then per picture its placeholders and a word.
         """
+        return self.inputs(model, *self.draw(model, *prompts, seed=seed))
+
+    def draw(self, model, *prompts, seed=0):
+        """Of each such prompt its ids, and what the model is given of its pictures."""
         generator = torch.Generator().manual_seed(seed)
-        rows, pictures = [], []
+        drawn = []
         for indices, text in prompts:
-            parts = [torch.tensor([1]), words(3, generator)]
+            parts, pictures = [torch.tensor([1]), words(3, generator)], []
             for index in indices:
                 pictures.append(self.picture(generator, index))
-                placeholders = torch.full((self.tokens(model, pictures[-1]),), IMAGE)
-                parts += [placeholders, words(2, generator)]
-            rows.append(torch.cat([*parts, words(text, generator)]))
-        width = max(map(len, rows))
-        pads = [width - len(row) for row in rows]
+                parts += [self.placeholders(model, pictures[-1]), words(2, generator)]
+            drawn.append((torch.cat([*parts, words(text, generator)]), pictures))
+        return drawn
+
+    def inputs(self, model, *drawn):
+        """Left-padded inputs of prompts that were drawn."""
         pad = torch.nn.functional.pad
+        width = max(len(ids) for ids, _ in drawn)
+        pads = [width - len(ids) for ids, _ in drawn]
         inputs = {
-            "input_ids": torch.stack([pad(r, (n, 0)) for r, n in zip(rows, pads, strict=True)]),
+            "input_ids": torch.stack(
+                [pad(ids, (n, 0)) for (ids, _), n in zip(drawn, pads, strict=True)]
+            ),
             "attention_mask": torch.stack([(torch.arange(width) >= n).long() for n in pads]),
         }
         if self.types:
             inputs[self.types] = (inputs["input_ids"] == IMAGE).int()
+        pictures = [picture for _, shown in drawn for picture in shown]
         for name in pictures[0] if pictures else ():
             inputs[name] = torch.cat([picture[name] for picture in pictures]).to(
                 model.dtype if name == "pixel_values" else torch.long
             )
         return inputs
 
+    def placeholders(self, model, picture):
+        return torch.full((self.tokens(model, picture),), IMAGE)
+
     @staticmethod
     @torch.no_grad()
     def tokens(model, picture):
         """How many visual tokens the model makes of a picture."""
         pixels = {"pixel_values": picture["pixel_values"].to(model.dtype)}
-        features = model.get_image_features(**picture | pixels, return_dict=True).pooler_output
-        return sum(len(part) for part in features)
+        encode = getattr(model, "get_image_features", None) or model.model.get_image_features
+        features = encode(**picture | pixels, return_dict=True).pooler_output
+        parts = [features] if isinstance(features, torch.Tensor) else features
+        return sum(part.shape[:-1].numel() for part in parts)
 
 
 def words(count, generator):

@@ -253,6 +253,7 @@ class PackedTower(Tower):
 TOWERS: dict[str, type[Tower]] = {
     "llava": Tower,
     "llava_next": CroppedTower,
+    "llava_next_video": CroppedTower,
     "llava_onevision": ResizedTower,
     "internvl": ShuffledTower,
     "qwen2_5_vl": PackedTower,

@@ -10,13 +10,21 @@ from torch import nn
 
 from ..ranks import all_heads
 from ..unwrapping import inside
+from .deepseek_vl import DeepseekVL, Janus
 from .family import MODALITIES, Family, ModelParts
+from .glm4v import Glm4v, Glm4vMoe, Glm46v
+from .got_ocr2 import GotOcr2
+from .idefics3 import Idefics3, SmolVLM
 from .internvl import InternVL
 from .llava import Llava
 from .llava_next import LlavaNext
+from .llava_next_video import LlavaNextVideo
 from .llava_onevision import LlavaOnevision
-from .qwen2_5_vl import Qwen25VL
-from .qwen3_vl import Qwen3VL
+from .mistral3 import LightOnOcr, Mistral3
+from .paddleocr_vl import PaddleOcrVL
+from .qwen2_vl import Qwen2VL, Qwen25Omni, Qwen25VL
+from .qwen3_vl import Qwen3VL, Qwen3VLMoe
+from .vipllava import VipLlava
 
 __all__ = ["FAMILIES", "MODALITIES", "Family", "ModelParts", "parts_of"]
 
@@ -26,9 +34,25 @@ FAMILIES: dict[str, Family] = {
         Llava(),
         LlavaNext(),
         LlavaOnevision(),
+        LlavaNextVideo(),
+        VipLlava(),
         InternVL(),
+        Qwen2VL(),
         Qwen25VL(),
+        Qwen25Omni(),
         Qwen3VL(),
+        Qwen3VLMoe(),
+        Glm4v(),
+        Glm4vMoe(),
+        Glm46v(),
+        Mistral3(),
+        LightOnOcr(),
+        Idefics3(),
+        SmolVLM(),
+        DeepseekVL(),
+        Janus(),
+        GotOcr2(),
+        PaddleOcrVL(),
     )
 }
 

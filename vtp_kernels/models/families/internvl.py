@@ -8,7 +8,7 @@ import torch
 
 from ..looks import Given, Looks, View, one_size
 from .family import Family
-from .tiny import IMAGE, TEXT, VISION, Tiny, square
+from .tiny import EXPERTS, IMAGE, TEXT, VISION, Tiny, square
 
 __all__ = ["InternVL"]
 
@@ -16,7 +16,7 @@ __all__ = ["InternVL"]
 class InternVL(Family):
     name = "internvl"
     architectures = ("InternVLForConditionalGeneration",)
-    text_models = ("llama", "qwen2", "qwen3")
+    text_models = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
     def looks(self, given: Given) -> list[Looks]:
         """Tiles that fill the picture, then the whole picture; or this alone."""
@@ -52,6 +52,7 @@ class InternVL(Family):
             InternVLVisionConfig,
             Qwen2Config,
             Qwen3Config,
+            Qwen3MoeConfig,
         )
 
         def make(text: Any) -> Any:
@@ -67,6 +68,9 @@ class InternVL(Family):
         return {
             "internvl": Tiny(lambda: make(Qwen2Config(**TEXT)), square(112)),
             "internvl_qwen3": Tiny(lambda: make(Qwen3Config(**TEXT, head_dim=16)), square(112)),
+            "internvl_qwen3_moe": Tiny(
+                lambda: make(Qwen3MoeConfig(**TEXT, **EXPERTS, head_dim=16)), square(112)
+            ),
         }
 
 

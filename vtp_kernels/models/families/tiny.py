@@ -12,11 +12,14 @@ from typing import Any
 import torch
 
 __all__ = [
+    "EXPERTS",
     "IMAGE",
+    "PIXTRAL",
     "TEXT",
     "VIDEO",
     "VISION",
     "Tiny",
+    "any_size",
     "anyres",
     "clip",
     "crops",
@@ -36,6 +39,12 @@ TEXT = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "decoder_sparse_step": 1,
 }
 VISION = {
     "hidden_size": 32,
@@ -57,6 +66,17 @@ class Tiny:
     make: Callable[[], Any]
     picture: Picture
     types: str | None = None
+
+
+PIXTRAL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "head_dim": 16,
+    "image_size": 56,
+    "patch_size": 14,
+}
 
 
 def clip() -> Any:
@@ -91,3 +111,11 @@ def crops(generator: torch.Generator, size: list[int], count: int) -> dict[str, 
 def anyres(generator: torch.Generator, index: int) -> dict[str, Any]:
     """Crops side by side; crops upon each other with some of them padding; four crops."""
     return crops(generator, *(([56, 112], 2), ([112, 40], 2), ([112, 112], 4))[index])
+
+
+def any_size(generator: torch.Generator, index: int) -> dict[str, Any]:
+    """Pictures that keep their shape, 4 x 4, 2 x 4 and 4 x 2 patches, padded to the largest."""
+    return {
+        "pixel_values": torch.randn(1, 3, 56, 56, generator=generator),
+        "image_sizes": torch.tensor([[[56, 56], [28, 56], [56, 28]][index]]),
+    }

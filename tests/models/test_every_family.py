@@ -1,0 +1,140 @@
+"""Every family, in short: what test_families.py shows at length of a few (and of all, given
+--every-family) holds for each page of vtp_kernels.models.families."""
+
+import pytest
+import torch
+from masked_reference import MaskedReference
+from pruning_methods import ONLY_ROWS_LEAVE, pruning_method
+from test_generation import DETAILS, assert_same, next_turn
+from tiny_llava import prompt
+from tiny_models import FAMILIES, IMAGE, VIDEO
+
+import vtp_kernels as vtp
+
+GREEDY = {"max_new_tokens": 3, "do_sample": False}
+PROMPTS = (((0,), 9), ((1, 2), 3), ((), 5))
+PYRAMID = vtp.PyramidDrop((1, 3, 5), (0.5, 0.25, 0.0))
+STAGES = {1: 0.5, 3: 0.25, 5: 0.0}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def models(family):
+    return {kind: family.model(kind) for kind in ("sdpa", "eager")}
+
+
+@pytest.fixture(scope="module")
+def drawn(family, models):
+    return family.draw(models["sdpa"], *PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def inputs(family, models, drawn):
+    return family.inputs(models["sdpa"], *drawn)
+
+
+def test_keep_all_is_bit_identical(models, inputs):
+    model = models["sdpa"]
+    untouched = model.generate(**inputs, **GREEDY, **DETAILS)
+    with vtp.prune(model, vtp.Schedule({2: 1.0, 4: 1.0})):
+        kept_all = model.generate(**inputs, **GREEDY, **DETAILS)
+    removed = model.generate(**inputs, **GREEDY, **DETAILS)
+    for output in (kept_all, removed):
+        assert_same(output, untouched, tolerance=0)
+
+
+def test_rows_leave_before_layer_0(models, inputs):
+    with vtp.prune(models["sdpa"], vtp.RandomPruning(0, 0.25)) as run:
+        pruned = models["sdpa"].generate(**inputs, **GREEDY, **DETAILS)
+    kept = run.report().kept
+    assert len(kept[0]) == len(PROMPTS) and not kept[0].all()
+    with MaskedReference(models["eager"], {0: None}, given=kept):
+        assert_same(pruned, models["eager"].generate(**inputs, **GREEDY, **DETAILS))
+
+
+@pytest.mark.parametrize("score", ["last_token", "contribution"])
+def test_rows_leave_early_and_to_nothing(models, inputs, score):
+    method = PYRAMID if score == "last_token" else vtp.Schedule(STAGES, score=score)
+    with vtp.prune(models["sdpa"], method) as run:
+        pruned = models["sdpa"].generate(**inputs, **GREEDY, **DETAILS)
+    with MaskedReference(models["eager"], STAGES, score=score) as masked:
+        reference = models["eager"].generate(**inputs, **GREEDY, **DETAILS)
+    kept = run.report().kept
+    for layer in STAGES:
+        assert torch.equal(kept[layer], masked.kept[layer]), f"layer {layer}"
+    assert_same(pruned, reference)
+
+
+def test_a_batch_is_its_prompts_one_by_one(family, models, drawn, inputs):
+    model = models["sdpa"]
+    with vtp.prune(model, PYRAMID):
+        together = model.generate(**inputs, **GREEDY, **DETAILS)
+        for b, one in enumerate(drawn):
+            alone = model.generate(**family.inputs(model, one), **GREEDY, **DETAILS)
+            for now, all_of_them in zip(alone.logits, together.logits, strict=True):
+                torch.testing.assert_close(now[0], all_of_them[b], rtol=0, atol=5e-5)
+
+
+def test_pictures_at_both_ends(family, models):
+    """The last token is a picture's: it stays."""
+    (_, (first,)), (_, (last,)) = family.draw(models["sdpa"], ((0,), 0), ((1,), 0))
+    places = [family.placeholders(models["sdpa"], picture) for picture in (first, last)]
+    ids = torch.cat((places[0], torch.tensor([5, 6, 7]), places[1]))
+    inputs = family.inputs(models["sdpa"], (ids, [first, last]))
+    with vtp.prune(models["sdpa"], PYRAMID) as run:
+        pruned = models["sdpa"].generate(**inputs, **GREEDY, **DETAILS)
+    kept = run.report().kept
+    assert kept[5][0].sum() == 4 and kept[5][0, -1]
+    with MaskedReference(models["eager"], STAGES, given=kept):
+        assert_same(pruned, models["eager"].generate(**inputs, **GREEDY, **DETAILS))
+
+
+def test_beams(family, models):
+    """Transformers hands GLM's beams the wrong pictures where a prompt has more than one."""
+    inputs = family.batch(models["sdpa"], ((0,), 9), ((1,), 3), ((), 5))
+    settings = GREEDY | DETAILS | {"suppress_tokens": [IMAGE, VIDEO], "num_beams": 2}
+    with vtp.prune(models["sdpa"], PYRAMID):
+        pruned = models["sdpa"].generate(**inputs, **settings)
+    with MaskedReference(models["eager"], STAGES):
+        assert_same(pruned, models["eager"].generate(**inputs, **settings))
+
+
+def test_static_cache(models, inputs):
+    with vtp.prune(models["sdpa"], PYRAMID):
+        expected = models["sdpa"].generate(**inputs, **GREEDY, **DETAILS)
+        static = {"cache_implementation": "static"}
+        assert_same(models["sdpa"].generate(**inputs, **GREEDY, **DETAILS, **static), expected)
+
+
+def test_a_second_turn(family, models, inputs):
+    turns = [prompt(0, n, seed=n) for n in (2, 5, 0)]
+    settings = GREEDY | DETAILS | {"suppress_tokens": [IMAGE, VIDEO]}
+
+    def talk(model):
+        first = model.generate(**inputs, **settings)
+        more = next_turn(first.sequences, inputs["attention_mask"], turns)
+        if family.types:
+            added = more["input_ids"].shape[1] - inputs["input_ids"].shape[1]
+            more[family.types] = torch.nn.functional.pad(inputs[family.types], (0, added))
+        return model.generate(**more, past_key_values=first.past_key_values, **settings)
+
+    with vtp.prune(models["sdpa"], PYRAMID):
+        pruned = talk(models["sdpa"])
+    with MaskedReference(models["eager"], STAGES):
+        assert_same(pruned, talk(models["eager"]))
+
+
+def test_every_method(models, inputs, tmp_path):
+    """Who stays is taken over from the method's own report."""
+    short = DETAILS | {"max_new_tokens": 2, "do_sample": False}
+    for name in ONLY_ROWS_LEAVE:
+        method = pruning_method(name, models["sdpa"], tmp_path / name)
+        with vtp.prune(models["sdpa"], method) as run:
+            pruned = models["sdpa"].generate(**inputs, **short)
+        kept = run.report().kept
+        with MaskedReference(models["eager"], dict.fromkeys(kept), given=kept):
+            assert_same(pruned, models["eager"].generate(**inputs, **short))

@@ -1,0 +1,92 @@
+"""GLM-4.1V, GLM-4.5V (with experts) and GLM-4.6V: as Qwen2-VL, with another vision tower."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..looks import Given, Looks
+from .family import Family
+from .qwen2_vl import ROPE, grid, merged
+from .tiny import EXPERTS, IMAGE, TEXT, VIDEO, Tiny
+
+__all__ = ["Glm4v", "Glm4vMoe", "Glm46v"]
+
+VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "patch_size": 4,
+    "image_size": 32,
+    "intermediate_size": 64,
+    "out_hidden_size": 64,
+}
+GLM_TEXT = TEXT | {"head_dim": 16, "rope_parameters": ROPE | {"partial_rotary_factor": 1.0}}
+TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "image_start_token_id": 96,
+    "image_end_token_id": 97,
+    "video_start_token_id": 94,
+    "video_end_token_id": 95,
+}
+
+
+class Glm4v(Family):
+    name = "glm4v"
+    architectures = ("Glm4vForConditionalGeneration",)
+    text_models = ("glm4v_text",)
+    grid_positions = True
+
+    def looks(self, given: Given) -> list[Looks]:
+        return merged(given)
+
+    def tiny(self) -> dict[str, Tiny]:
+        from transformers import Glm4vConfig, Glm4vForConditionalGeneration
+
+        def make() -> Any:
+            return Glm4vForConditionalGeneration(
+                Glm4vConfig(vision_config=VISION, text_config=GLM_TEXT, **TOKENS)
+            )
+
+        return {"glm4v": Tiny(make, grid, types="mm_token_type_ids")}
+
+
+class Glm4vMoe(Glm4v):
+    name = "glm4v_moe"
+    architectures = ("Glm4vMoeForConditionalGeneration",)
+    text_models = ("glm4v_moe_text",)
+
+    def tiny(self) -> dict[str, Tiny]:
+        from transformers import Glm4vMoeConfig, Glm4vMoeForConditionalGeneration
+
+        experts = EXPERTS | {
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        }
+
+        def make() -> Any:
+            return Glm4vMoeForConditionalGeneration(
+                Glm4vMoeConfig(vision_config=VISION, text_config=GLM_TEXT | experts, **TOKENS)
+            )
+
+        return {"glm4v_moe": Tiny(make, grid, types="mm_token_type_ids")}
+
+
+class Glm46v(Glm4v):
+    name = "glm46v"
+    architectures = ("Glm46VForConditionalGeneration",)
+
+    def tiny(self) -> dict[str, Tiny]:
+        from transformers import Glm4vConfig, Glm46VConfig, Glm46VForConditionalGeneration
+
+        def make() -> Any:
+            parts = Glm4vConfig(vision_config=VISION, text_config=GLM_TEXT)
+            return Glm46VForConditionalGeneration(
+                Glm46VConfig(
+                    vision_config=parts.vision_config, text_config=parts.text_config, **TOKENS
+                )
+            )
+
+        return {"glm46v": Tiny(make, grid, types="mm_token_type_ids")}

@@ -1,0 +1,68 @@
+"""Mistral Small 3.1 and later, and LightOnOCR: pictures keep their shape, and a token shows a
+square of patches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..looks import Given, Looks
+from .family import Family
+from .rectangles import rectangles
+from .tiny import IMAGE, PIXTRAL, TEXT, Tiny, any_size
+
+__all__ = ["LightOnOcr", "Mistral3"]
+
+
+class Mistral3(Family):
+    name = "mistral3"
+    architectures = ("Mistral3ForConditionalGeneration",)
+    text_models = ("mistral",)
+
+    def looks(self, given: Given) -> list[Looks]:
+        return rectangles(given, given.base.config.spatial_merge_size)
+
+    def tiny(self) -> dict[str, Tiny]:
+        from transformers import (
+            Mistral3Config,
+            Mistral3ForConditionalGeneration,
+            MistralConfig,
+            PixtralVisionConfig,
+        )
+
+        def make() -> Any:
+            return Mistral3ForConditionalGeneration(
+                Mistral3Config(
+                    vision_config=PixtralVisionConfig(**PIXTRAL),
+                    text_config=MistralConfig(**TEXT, sliding_window=None),
+                    image_token_index=IMAGE,
+                    spatial_merge_size=2,
+                )
+            )
+
+        return {"mistral3": Tiny(make, any_size)}
+
+
+class LightOnOcr(Mistral3):
+    name = "lighton_ocr"
+    architectures = ("LightOnOcrForConditionalGeneration",)
+    text_models = ("qwen3",)
+
+    def tiny(self) -> dict[str, Tiny]:
+        from transformers import (
+            LightOnOcrConfig,
+            LightOnOcrForConditionalGeneration,
+            PixtralVisionConfig,
+            Qwen3Config,
+        )
+
+        def make() -> Any:
+            return LightOnOcrForConditionalGeneration(
+                LightOnOcrConfig(
+                    vision_config=PixtralVisionConfig(**PIXTRAL),
+                    text_config=Qwen3Config(**TEXT, head_dim=16),
+                    image_token_id=IMAGE,
+                    spatial_merge_size=2,
+                )
+            )
+
+        return {"lighton_ocr": Tiny(make, any_size)}

@@ -1,0 +1,160 @@
+"""Qwen2-VL, Qwen2.5-VL, and the thinker of Qwen2.5-Omni: pictures and videos keep their shape, and
+a token shows a square of patches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..looks import Given, Looks, View, cells
+from .family import Family
+from .tiny import IMAGE, TEXT, VIDEO, Tiny
+
+__all__ = [
+    "QWEN_TOKENS",
+    "QWEN_VISION",
+    "ROPE",
+    "Qwen2VL",
+    "Qwen25Omni",
+    "Qwen25VL",
+    "grid",
+    "merged",
+]
+
+
+class Qwen2VL(Family):
+    name = "qwen2_vl"
+    architectures = ("Qwen2VLForConditionalGeneration",)
+    text_models = ("qwen2_vl_text",)
+    grid_positions = True
+
+    def looks(self, given: Given) -> list[Looks]:
+        return merged(given)
+
+    def tiny(self) -> dict[str, Tiny]:
+        from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+        def make() -> Any:
+            return Qwen2VLForConditionalGeneration(
+                Qwen2VLConfig(
+                    vision_config={
+                        "depth": 2,
+                        "embed_dim": 32,
+                        "hidden_size": 64,
+                        "num_heads": 4,
+                        "patch_size": 4,
+                        "mlp_ratio": 2,
+                    },
+                    text_config=TEXT | {"rope_parameters": ROPE},
+                    **QWEN_TOKENS,
+                )
+            )
+
+        return {"qwen2_vl": Tiny(make, grid, types="mm_token_type_ids")}
+
+
+class Qwen25VL(Family):
+    name = "qwen2_5_vl"
+    architectures = ("Qwen2_5_VLForConditionalGeneration",)
+    text_models = ("qwen2_5_vl_text",)
+    grid_positions = True
+    limits = ("InflectionPruning: source='attention' is not known of its vision tower",)
+
+    def looks(self, given: Given) -> list[Looks]:
+        return merged(given)
+
+    def tiny(self) -> dict[str, Tiny]:
+        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+        def make() -> Any:
+            return Qwen2_5_VLForConditionalGeneration(
+                Qwen2_5_VLConfig(
+                    vision_config=QWEN_VISION | {"window_size": 16, "fullatt_block_indexes": [1]},
+                    text_config=TEXT | {"rope_parameters": ROPE},
+                    **QWEN_TOKENS,
+                )
+            )
+
+        return {"qwen2_5_vl": Tiny(make, grid, types="mm_token_type_ids")}
+
+
+class Qwen25Omni(Family):
+    """The part that reads and answers; it is a model of its own in transformers."""
+
+    name = "qwen2_5_omni_thinker"
+    architectures = ("Qwen2_5OmniThinkerForConditionalGeneration",)
+    text_models = ("qwen2_5_omni_text",)
+    grid_positions = True
+
+    def looks(self, given: Given) -> list[Looks]:
+        return merged(given)
+
+    def tiny(self) -> dict[str, Tiny]:
+        from transformers import (
+            Qwen2_5OmniThinkerConfig,
+            Qwen2_5OmniThinkerForConditionalGeneration,
+        )
+
+        def make() -> Any:
+            return Qwen2_5OmniThinkerForConditionalGeneration(
+                Qwen2_5OmniThinkerConfig(
+                    vision_config=QWEN_VISION | {"window_size": 16, "fullatt_block_indexes": [1]},
+                    audio_config={
+                        "d_model": 32,
+                        "encoder_layers": 1,
+                        "encoder_attention_heads": 2,
+                        "encoder_ffn_dim": 32,
+                        "output_dim": 64,
+                    },
+                    text_config=TEXT | {"rope_parameters": ROPE},
+                    image_token_index=IMAGE,
+                    video_token_index=VIDEO,
+                    audio_token_index=95,
+                    vision_start_token_id=96,
+                    vision_end_token_id=97,
+                    audio_start_token_id=93,
+                    audio_end_token_id=94,
+                )
+            )
+
+        return {"qwen2_5_omni_thinker": Tiny(make, grid)}
+
+
+def merged(given: Given) -> list[Looks]:
+    """Pictures that keep their shape, with a square of patches to each token."""
+    merge = given.base.config.vision_config.spatial_merge_size
+    looks = []
+    for time, height, width in torch.as_tensor(given.arguments["image_grid_thw"]).tolist():
+        if time != 1:
+            raise NotImplementedError(f"image_grid_thw: {time} frames in one picture are not drawn")
+        rows, columns = height // merge, width // merge
+        looks.append(Looks(rows * columns, (View("whole", cells(rows, columns)),)))
+    return looks
+
+
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+QWEN_VISION = {
+    "depth": 3,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 4,
+    "patch_size": 4,
+    "out_hidden_size": 64,
+}
+QWEN_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": 96,
+    "vision_end_token_id": 97,
+}
+
+
+def grid(generator: torch.Generator, index: int, suffix: str = "") -> dict[str, Any]:
+    """Patches of a Qwen picture: 16, 12 or 6 tokens of 2 x 2 patches each."""
+    time, height, width = ((1, 8, 8), (1, 4, 12), (1, 6, 4))[index]
+    name = "video" if suffix else "image"
+    return {
+        "pixel_values" + suffix: torch.randn(time * height * width, 96, generator=generator),
+        f"{name}_grid_thw": torch.tensor([[time, height, width]]),
+    }
