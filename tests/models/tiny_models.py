@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from vtp_kernels.models.families import FAMILIES as PAGES
+from vtp_kernels.models.families import Family
 from vtp_kernels.models.families.tiny import IMAGE, VIDEO, Tiny
 
 __all__ = ["FAMILIES", "VIDEO", "TinyFamily", "words"]
@@ -12,6 +13,7 @@ __all__ = ["FAMILIES", "VIDEO", "TinyFamily", "words"]
 
 @dataclass(frozen=True)
 class TinyFamily:
+    page: Family
     tiny: Tiny
 
     @property
@@ -72,9 +74,8 @@ class TinyFamily:
             inputs[self.types] = (inputs["input_ids"] == IMAGE).int()
         pictures = [picture for _, shown in drawn for picture in shown]
         for name in pictures[0] if pictures else ():
-            inputs[name] = torch.cat([picture[name] for picture in pictures]).to(
-                model.dtype if name == "pixel_values" else torch.long
-            )
+            given = torch.cat([picture[name] for picture in pictures])
+            inputs[name] = given.to(model.dtype) if given.is_floating_point() else given
         return inputs
 
     def placeholders(self, model, picture):
@@ -84,9 +85,9 @@ class TinyFamily:
     @torch.no_grad()
     def tokens(model, picture):
         """How many visual tokens the model makes of a picture."""
-        pixels = {"pixel_values": picture["pixel_values"].to(model.dtype)}
+        given = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in picture.items()}
         encode = getattr(model, "get_image_features", None) or model.model.get_image_features
-        features = encode(**picture | pixels, return_dict=True).pooler_output
+        features = encode(**given, return_dict=True).pooler_output
         parts = [features] if isinstance(features, torch.Tensor) else features
         return sum(part.shape[:-1].numel() for part in parts)
 
@@ -96,4 +97,6 @@ def words(count, generator):
     return torch.randint(3, 96, (count,), generator=generator)
 
 
-FAMILIES = {name: TinyFamily(tiny) for page in PAGES.values() for name, tiny in page.tiny().items()}
+FAMILIES = {
+    name: TinyFamily(page, tiny) for page in PAGES.values() for name, tiny in page.tiny().items()
+}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .families import MODALITIES, ModelParts, parts_of
+from .families import ModelParts, parts_of
 from .looks import Given, Looks, View
 from .towers import tower_of
 
@@ -72,7 +72,7 @@ def grids_of(
 ) -> list[PictureGrid]:
     """As `picture_grids`, from the arguments of `get_image_features` and bool [B, S]: which input
     columns get image features."""
-    if any(m.name == "video" and m.comes_with(dict(arguments)) for m in MODALITIES):
+    if any(m.name == "video" and m.comes_with(dict(arguments)) for m in parts.page.modalities):
         raise NotImplementedError("pixel_values_videos: frames of videos are not drawn")
     placeholders = placeholders.cpu()
     tower = tower_of(parts.family, parts.base)

@@ -184,8 +184,8 @@ class Prefill:
             self._open_cache(arguments.get("past_key_values"))
         self._check_attended()
         self.entered = layer
-        if self.planes is not None and 0 < layer <= len(self.planes):
-            hidden = self.planes.add(layer - 1, hidden, self.origin, self.valid)
+        if self.planes is not None:
+            hidden = self.planes.add(layer, hidden, self.origin, self.valid)
         if self.past or layer in self.plan.changing:
             hidden = self._change(layer, hidden, arguments)
         else:  # as the layer before

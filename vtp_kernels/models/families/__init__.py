@@ -10,23 +10,30 @@ from torch import nn
 
 from ..ranks import all_heads
 from ..unwrapping import inside
-from .deepseek_vl import DeepseekVL, Janus
-from .family import MODALITIES, Family, ModelParts
-from .glm4v import Glm4v, Glm4vMoe, Glm46v
+from .aria import Aria
+from .cosmos3 import Cosmos3Edge
+from .deepseek_vl import DeepseekVL, DeepseekVLHybrid, Janus
+from .family import Family, ModelParts
+from .glm4v import Glm4v, Glm4vMoe, Glm46v, GlmOcr
 from .got_ocr2 import GotOcr2
-from .idefics3 import Idefics3, SmolVLM
-from .internvl import InternVL
+from .granite_docling import GraniteDocling
+from .hyperclovax import HyperClovaX
+from .idefics3 import Idefics2, Idefics3, SmolVLM
+from .internvl import InternVL, QianfanOcr
 from .llava import Llava
 from .llava_next import LlavaNext
 from .llava_next_video import LlavaNextVideo
 from .llava_onevision import LlavaOnevision
 from .mistral3 import LightOnOcr, Mistral3
+from .ovis2 import Ovis2
 from .paddleocr_vl import PaddleOcrVL
 from .qwen2_vl import Qwen2VL, Qwen25Omni, Qwen25VL
-from .qwen3_vl import Qwen3VL, Qwen3VLMoe
+from .qwen3_vl import Qwen3OmniMoe, Qwen3VL, Qwen3VLMoe
+from .video_llama_3 import VideoLlama3
+from .video_llava import VideoLlava
 from .vipllava import VipLlava
 
-__all__ = ["FAMILIES", "MODALITIES", "Family", "ModelParts", "parts_of"]
+__all__ = ["FAMILIES", "Family", "ModelParts", "parts_of"]
 
 FAMILIES: dict[str, Family] = {
     page.name: page
@@ -37,22 +44,34 @@ FAMILIES: dict[str, Family] = {
         LlavaNextVideo(),
         VipLlava(),
         InternVL(),
+        QianfanOcr(),
         Qwen2VL(),
         Qwen25VL(),
         Qwen25Omni(),
         Qwen3VL(),
         Qwen3VLMoe(),
+        Qwen3OmniMoe(),
+        Cosmos3Edge(),
         Glm4v(),
         Glm4vMoe(),
         Glm46v(),
+        GlmOcr(),
         Mistral3(),
         LightOnOcr(),
         Idefics3(),
         SmolVLM(),
+        Idefics2(),
+        GraniteDocling(),
         DeepseekVL(),
+        DeepseekVLHybrid(),
         Janus(),
         GotOcr2(),
         PaddleOcrVL(),
+        Aria(),
+        Ovis2(),
+        VideoLlama3(),
+        VideoLlava(),
+        HyperClovaX(),
     )
 }
 

@@ -1,15 +1,17 @@
-"""DeepSeek-VL and Janus: every picture as one square."""
+"""DeepSeek-VL, with one vision tower or two, and Janus: every picture as one square."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
 
 from ..looks import Given, Looks
 from .family import Family
 from .squares import squares
 from .tiny import IMAGE, TEXT, Tiny, siglip, square
 
-__all__ = ["DeepseekVL", "Janus"]
+__all__ = ["DeepseekVL", "DeepseekVLHybrid", "Janus"]
 
 
 class DeepseekVL(Family):
@@ -37,6 +39,45 @@ class DeepseekVL(Family):
             )
 
         return {"deepseek_vl": Tiny(make, square(56))}
+
+
+class DeepseekVLHybrid(DeepseekVL):
+    name = "deepseek_vl_hybrid"
+    architectures = ("DeepseekVLHybridForConditionalGeneration",)
+
+    def tiny(self) -> dict[str, Tiny]:
+        from transformers import (
+            DeepseekVLHybridConfig,
+            DeepseekVLHybridForConditionalGeneration,
+            LlamaConfig,
+            SamVisionConfig,
+        )
+
+        def make() -> Any:
+            return DeepseekVLHybridForConditionalGeneration(
+                DeepseekVLHybridConfig(
+                    vision_config=siglip(),
+                    high_res_vision_config=SamVisionConfig(
+                        hidden_size=32,
+                        output_channels=32,
+                        num_hidden_layers=2,
+                        num_attention_heads=4,
+                        image_size=128,
+                        patch_size=8,
+                        window_size=4,
+                        global_attn_indexes=[1],
+                        mlp_dim=64,
+                    ),
+                    text_config=LlamaConfig(**TEXT),
+                    image_token_id=IMAGE,
+                )
+            )
+
+        def twice(generator: torch.Generator, index: int) -> dict[str, Any]:
+            large = torch.randn(1, 3, 128, 128, generator=generator)
+            return square(56)(generator, index) | {"high_res_pixel_values": large}
+
+        return {"deepseek_vl_hybrid": Tiny(make, twice)}
 
 
 class Janus(DeepseekVL):

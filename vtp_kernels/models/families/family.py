@@ -27,14 +27,14 @@ class Modality:
     Both are visual tokens. Frames of InternVL come as pictures.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.pixels = "pixel_values" if name == "image" else "pixel_values_videos"
+    def __init__(self, name: str, *pixels: str) -> None:
+        self.name, self.pixels = name, pixels
 
     def comes_with(self, arguments: dict[str, Any]) -> bool:
         # generate() encodes the pictures before it calls the model, a plain call does so inside it.
         encoded = arguments.get("mm_encoder_outputs") or {}
-        return arguments.get(self.pixels) is not None or encoded.get(self.name) is not None
+        given = [arguments.get(name) for name in self.pixels]
+        return any(x is not None for x in (*given, encoded.get(self.name)))
 
     def rows(self, base: nn.Module, arguments: dict[str, Any]) -> Tensor:
         """bool [B, S]: which rows of the input are placeholders of its token."""
@@ -52,9 +52,6 @@ class Modality:
         return getattr(config, f"{self.name}_token_index") if token is None else token
 
 
-MODALITIES = (Modality("image"), Modality("video"))
-
-
 class Family:
     """A line of families: models that keep their parts in the same places."""
 
@@ -67,6 +64,10 @@ class Family:
     grid_positions: ClassVar[bool] = False
     """Whether a visual token's position is a time, a row and a column, so that an image takes fewer
     positions than it has tokens, and there is no telling where rows would close up to."""
+    modalities: ClassVar[tuple[Modality, ...]] = (
+        Modality("image", "pixel_values"),
+        Modality("video", "pixel_values_videos"),
+    )
     limits: ClassVar[tuple[str, ...]] = ()
     """What does not go, for `supported_models`."""
 
@@ -89,19 +90,20 @@ class Family:
 
     def has_images(self, arguments: dict[str, Any]) -> bool:
         """Whether the arguments of a call bring image features. Looks at no tensor's values."""
-        return any(modality.comes_with(arguments) for modality in MODALITIES)
+        return any(modality.comes_with(arguments) for modality in self.modalities)
 
     def visual_tokens(self, base: nn.Module, arguments: dict[str, Any]) -> Tensor:
         """bool [B, S]: which rows of a call's input are visual tokens."""
-        here = [modality for modality in MODALITIES if modality.comes_with(arguments)]
+        here = [modality for modality in self.modalities if modality.comes_with(arguments)]
         first, *others = (modality.rows(base, arguments) for modality in here)
         for rows in others:
             first = first | rows
         return first
 
     def take_planes(self, arguments: dict[str, Any], first: int) -> Planes | None:
-        """What the decoder stack would add to visual rows after its first layers, taken out of the
-        arguments of its forward, if some of it comes after rows left: before layer `first`."""
+        """What the decoder stack would add to visual rows between its layers, taken out of the
+        arguments of its forward, if some of it comes behind layer `first`, before which rows may
+        leave."""
         return None
 
     def looks(self, given: Given) -> list[Looks]:

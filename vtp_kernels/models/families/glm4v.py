@@ -1,4 +1,4 @@
-"""GLM-4.1V, GLM-4.5V (with experts) and GLM-4.6V: as Qwen2-VL, with another vision tower."""
+"""GLM-4.1V, GLM-4.5V (with experts), GLM-4.6V and GLM-OCR: as Qwen2-VL, with another vision tower."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .family import Family
 from .qwen2_vl import ROPE, grid, merged
 from .tiny import EXPERTS, IMAGE, TEXT, VIDEO, Tiny
 
-__all__ = ["Glm4v", "Glm4vMoe", "Glm46v"]
+__all__ = ["Glm4v", "Glm4vMoe", "Glm46v", "GlmOcr"]
 
 VISION = {
     "depth": 2,
@@ -72,6 +72,22 @@ class Glm4vMoe(Glm4v):
             )
 
         return {"glm4v_moe": Tiny(make, grid, types="mm_token_type_ids")}
+
+
+class GlmOcr(Glm4v):
+    name = "glm_ocr"
+    architectures = ("GlmOcrForConditionalGeneration",)
+    text_models = ("glm_ocr_text",)
+
+    def tiny(self) -> dict[str, Tiny]:
+        from transformers import GlmOcrConfig, GlmOcrForConditionalGeneration
+
+        def make() -> Any:
+            return GlmOcrForConditionalGeneration(
+                GlmOcrConfig(vision_config=VISION, text_config=GLM_TEXT, **TOKENS)
+            )
+
+        return {"glm_ocr": Tiny(make, grid, types="mm_token_type_ids")}
 
 
 class Glm46v(Glm4v):

@@ -1,4 +1,5 @@
-"""Idefics 3 and SmolVLM: a picture in tiles and as a whole, with words between them."""
+"""Idefics 2, Idefics 3 and SmolVLM: a picture as a whole, and from Idefics 3 on in tiles, with
+words between them."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from torch import nn
 from .family import Family
 from .tiny import IMAGE, TEXT, Tiny
 
-__all__ = ["Idefics3", "SmolVLM"]
+__all__ = ["Idefics2", "Idefics3", "SmolVLM", "tile"]
 
 
 class Idefics3(Family):
@@ -39,6 +40,40 @@ class Idefics3(Family):
             )
 
         return {"idefics3": Tiny(make, tile)}
+
+
+class Idefics2(Idefics3):
+    """Its tokens are of the whole picture, each by what it asked for: they have no place in it."""
+
+    name = "idefics2"
+    architectures = ("Idefics2ForConditionalGeneration",)
+    text_models = ("mistral",)
+
+    def tiny(self) -> dict[str, Tiny]:
+        from transformers import (
+            Idefics2Config,
+            Idefics2ForConditionalGeneration,
+            MistralConfig,
+        )
+
+        def make() -> Any:
+            return Idefics2ForConditionalGeneration(
+                Idefics2Config(
+                    vision_config=VISION,
+                    perceiver_config={
+                        "hidden_size": 64,
+                        "resampler_n_latents": 8,
+                        "resampler_depth": 1,
+                        "resampler_n_heads": 4,
+                        "resampler_head_dim": 16,
+                        "num_key_value_heads": 2,
+                    },
+                    text_config=MistralConfig(**TEXT, sliding_window=None),
+                    image_token_id=IMAGE,
+                )
+            )
+
+        return {"idefics2": Tiny(make, tile)}
 
 
 class SmolVLM(Idefics3):

@@ -1,4 +1,7 @@
-"""InternVL 2 to 3.5: tiles, and a token that shows a square of patches. Frames come as pictures."""
+"""InternVL 2 to 3.5, and Qianfan-OCR: tiles, and a token that shows a square of patches.
+
+Frames come as pictures.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from ..looks import Given, Looks, View, one_size
 from .family import Family
 from .tiny import EXPERTS, IMAGE, TEXT, VISION, Tiny, square
 
-__all__ = ["InternVL"]
+__all__ = ["InternVL", "QianfanOcr"]
 
 
 class InternVL(Family):
@@ -72,6 +75,31 @@ class InternVL(Family):
                 lambda: make(Qwen3MoeConfig(**TEXT, **EXPERTS, head_dim=16)), square(112)
             ),
         }
+
+
+class QianfanOcr(Family):
+    name = "qianfan_ocr"
+    architectures = ("QianfanOCRForConditionalGeneration",)
+    text_models = ("qwen3",)
+
+    def tiny(self) -> dict[str, Tiny]:
+        from transformers import (
+            QianfanOCRConfig,
+            QianfanOCRForConditionalGeneration,
+            Qwen3Config,
+        )
+
+        def make() -> Any:
+            return QianfanOCRForConditionalGeneration(
+                QianfanOCRConfig(
+                    vision_config=VISION | {"image_size": [112, 112], "patch_size": [14, 14]},
+                    text_config=Qwen3Config(**TEXT, head_dim=16),
+                    image_token_id=IMAGE,
+                    image_seq_length=16,
+                )
+            )
+
+        return {"qianfan_ocr": Tiny(make, square(112))}
 
 
 def _arrangement(given: Given, index: int, tiles: int) -> tuple[int, int]:

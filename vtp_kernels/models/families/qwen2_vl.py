@@ -12,6 +12,7 @@ from .family import Family
 from .tiny import IMAGE, TEXT, VIDEO, Tiny
 
 __all__ = [
+    "AUDIO_TOKENS",
     "QWEN_TOKENS",
     "QWEN_VISION",
     "ROPE",
@@ -110,7 +111,7 @@ class Qwen25Omni(Family):
                     text_config=TEXT | {"rope_parameters": ROPE},
                     image_token_index=IMAGE,
                     video_token_index=VIDEO,
-                    audio_token_index=95,
+                    audio_token_index=AUDIO_TOKENS["audio_token_id"],
                     vision_start_token_id=96,
                     vision_end_token_id=97,
                     audio_start_token_id=93,
@@ -142,6 +143,7 @@ QWEN_VISION = {
     "patch_size": 4,
     "out_hidden_size": 64,
 }
+AUDIO_TOKENS = {"audio_token_id": 95, "audio_start_token_id": 93, "audio_end_token_id": 94}
 QWEN_TOKENS = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,

@@ -8,10 +8,10 @@ from typing import Any
 from ..deepstack import Planes
 from ..looks import Given, Looks
 from .family import Family
-from .qwen2_vl import QWEN_TOKENS, QWEN_VISION, ROPE, grid, merged
+from .qwen2_vl import AUDIO_TOKENS, QWEN_TOKENS, QWEN_VISION, ROPE, grid, merged
 from .tiny import EXPERTS, TEXT, Tiny
 
-__all__ = ["Qwen3VL", "Qwen3VLMoe"]
+__all__ = ["Qwen3OmniMoe", "Qwen3VL", "Qwen3VLMoe", "take_deepstack"]
 
 
 class Qwen3VL(Family):
@@ -21,11 +21,7 @@ class Qwen3VL(Family):
     grid_positions = True
 
     def take_planes(self, arguments: dict[str, Any], first: int) -> Planes | None:
-        features = arguments.get("deepstack_visual_embeds")
-        if features is None or first >= len(features):
-            return None
-        arguments["deepstack_visual_embeds"] = None
-        return Planes(arguments["visual_pos_masks"], features)
+        return take_deepstack(arguments, first)
 
     def looks(self, given: Given) -> list[Looks]:
         return merged(given)
@@ -63,6 +59,51 @@ class Qwen3VLMoe(Qwen3VL):
             )
 
         return {"qwen3_vl_moe": Tiny(make, grid, types="mm_token_type_ids")}
+
+
+class Qwen3OmniMoe(Qwen3VL):
+    """The part of Qwen3-Omni that reads and answers."""
+
+    name = "qwen3_omni_moe_thinker"
+    architectures = ("Qwen3OmniMoeThinkerForConditionalGeneration",)
+    text_models = ("qwen3_omni_moe_text",)
+
+    def tiny(self) -> dict[str, Tiny]:
+        from transformers import (
+            Qwen3OmniMoeThinkerConfig,
+            Qwen3OmniMoeThinkerForConditionalGeneration,
+        )
+
+        audio = {
+            "d_model": 32,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 32,
+            "output_dim": 64,
+            "downsample_hidden_size": 8,
+        }
+
+        def make() -> Any:
+            return Qwen3OmniMoeThinkerForConditionalGeneration(
+                Qwen3OmniMoeThinkerConfig(
+                    vision_config=DEEPSTACK_VISION,
+                    audio_config=audio,
+                    text_config=TEXT | EXPERTS | {"head_dim": 16, "rope_parameters": ROPE},
+                    **QWEN_TOKENS,
+                    **AUDIO_TOKENS,
+                )
+            )
+
+        return {"qwen3_omni_moe_thinker": Tiny(make, grid)}
+
+
+def take_deepstack(arguments: dict[str, Any], first: int) -> Planes | None:
+    """What is added after the first layers, one by one."""
+    features = arguments.get("deepstack_visual_embeds")
+    if features is None or first >= len(features):
+        return None
+    arguments["deepstack_visual_embeds"] = None
+    return Planes(arguments["visual_pos_masks"], dict(enumerate(features, start=1)))
 
 
 DEEPSTACK_VISION = QWEN_VISION | {

@@ -1,0 +1,52 @@
+"""Cosmos 3 Edge: as Qwen2-VL, with another vision tower."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..looks import Given, Looks
+from .family import Family
+from .qwen2_vl import QWEN_TOKENS, ROPE, merged
+from .tiny import TEXT, VISION, Tiny
+
+__all__ = ["Cosmos3Edge"]
+
+
+class Cosmos3Edge(Family):
+    name = "cosmos3_edge"
+    architectures = ("Cosmos3EdgeForConditionalGeneration",)
+    text_models = ("cosmos3_edge_text",)
+    grid_positions = True
+
+    def looks(self, given: Given) -> list[Looks]:
+        return merged(given)
+
+    def tiny(self) -> dict[str, Tiny]:
+        from transformers import (
+            Cosmos3EdgeConfig,
+            Cosmos3EdgeForConditionalGeneration,
+            Cosmos3EdgeTextConfig,
+        )
+
+        def make() -> Any:
+            return Cosmos3EdgeForConditionalGeneration(
+                Cosmos3EdgeConfig(
+                    vision_config=VISION | {"patch_size": 4, "num_patches": 64},
+                    text_config=Cosmos3EdgeTextConfig(**TEXT, head_dim=16, rope_parameters=ROPE),
+                    projector_hidden_size=64,
+                    **QWEN_TOKENS,
+                )
+            )
+
+        return {"cosmos3_edge": Tiny(make, patches, types="mm_token_type_ids")}
+
+
+def patches(generator: torch.Generator, index: int) -> dict[str, Any]:
+    """Pictures of 16, 12 or 6 tokens of 2 x 2 patches each."""
+    height, width = ((8, 8), (4, 12), (6, 4))[index]
+    return {
+        "pixel_values": torch.randn(height * width, 48, generator=generator),
+        "image_grid_thw": torch.tensor([[1, height, width]]),
+    }

@@ -1,0 +1,50 @@
+"""Granite Docling: as Idefics 3, with more features of the vision tower after its first layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..deepstack import Planes
+from .idefics3 import Idefics3, tile
+from .qwen3_vl import take_deepstack
+from .tiny import IMAGE, TEXT, VISION, Tiny
+
+__all__ = ["GraniteDocling"]
+
+
+class GraniteDocling(Idefics3):
+    name = "granite_docling"
+    architectures = ("GraniteDoclingForConditionalGeneration",)
+    text_models = ("granite_docling_text",)
+
+    def take_planes(self, arguments: dict[str, Any], first: int) -> Planes | None:
+        return take_deepstack(arguments, first)
+
+    def tiny(self) -> dict[str, Tiny]:
+        from transformers import GraniteDoclingConfig, GraniteDoclingForConditionalGeneration
+
+        def make() -> Any:
+            return GraniteDoclingForConditionalGeneration(
+                GraniteDoclingConfig(
+                    vision_config=VISION
+                    | {
+                        "image_size": 56,
+                        "patch_size": 14,
+                        "out_hidden_size": 64,
+                        "scale_factor": 2,
+                        "deepstack_visual_indexes": [0, 1],
+                    },
+                    text_config=TEXT,
+                    image_token_id=IMAGE,
+                )
+            )
+
+        return {"granite_docling": Tiny(make, real_tile)}
+
+
+def real_tile(generator: torch.Generator, index: int) -> dict[str, Any]:
+    """Tiles that fill up a batch are said to be none."""
+    tiles = tile(generator, index)
+    return tiles | {"pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool)}

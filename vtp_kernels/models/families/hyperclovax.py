@@ -1,0 +1,41 @@
+"""HyperCLOVA X Vision: the vision tower of Qwen2.5-VL with a text model that counts positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..looks import Given, Looks
+from .family import Family
+from .qwen2_vl import QWEN_VISION, grid, merged
+from .tiny import IMAGE, TEXT, VIDEO, Tiny
+
+__all__ = ["HyperClovaX"]
+
+
+class HyperClovaX(Family):
+    name = "hyperclovax_vision_v2"
+    architectures = ("HyperCLOVAXVisionV2ForConditionalGeneration",)
+    text_models = ("hyperclovax",)
+
+    def looks(self, given: Given) -> list[Looks]:
+        return merged(given)
+
+    def tiny(self) -> dict[str, Tiny]:
+        from transformers import (
+            HyperCLOVAXVisionV2Config,
+            HyperCLOVAXVisionV2ForConditionalGeneration,
+        )
+
+        vision = {"model_type": "qwen2_5_vl_vision", "window_size": 16}
+
+        def make() -> Any:
+            return HyperCLOVAXVisionV2ForConditionalGeneration(
+                HyperCLOVAXVisionV2Config(
+                    vision_config=QWEN_VISION | vision | {"fullatt_block_indexes": [1]},
+                    text_config=TEXT | {"model_type": "hyperclovax"},
+                    image_token_id=IMAGE,
+                    video_token_id=VIDEO,
+                )
+            )
+
+        return {"hyperclovax_vision_v2": Tiny(make, grid)}

@@ -1,0 +1,59 @@
+"""VideoLLaMA 3: pictures and frames keep their shape; what is alike in frames that follow each
+other comes once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..looks import Given, Looks, View, cells
+from .family import Family
+from .tiny import IMAGE, TEXT, VIDEO, VISION, Tiny
+
+__all__ = ["VideoLlama3"]
+
+
+class VideoLlama3(Family):
+    name = "video_llama_3"
+    architectures = ("VideoLlama3ForConditionalGeneration",)
+    text_models = ("qwen2",)
+
+    def looks(self, given: Given) -> list[Looks]:
+        """Every picture says how many patches, side by side and below each other, are a token."""
+        looks = []
+        grids = torch.as_tensor(given.arguments["image_grid_thw"]).tolist()
+        merges = torch.as_tensor(given.arguments["image_merge_sizes"]).tolist()
+        for (_, height, width), merge in zip(grids, merges, strict=True):
+            rows, columns = height // merge, width // merge
+            looks.append(Looks(rows * columns, (View("whole", cells(rows, columns)),)))
+        return looks
+
+    def tiny(self) -> dict[str, Tiny]:
+        from transformers import (
+            Qwen2Config,
+            VideoLlama3Config,
+            VideoLlama3ForConditionalGeneration,
+        )
+
+        def make() -> Any:
+            return VideoLlama3ForConditionalGeneration(
+                VideoLlama3Config(
+                    vision_config=VISION | {"patch_size": 4},
+                    text_config=Qwen2Config(**TEXT),
+                    image_token_id=IMAGE,
+                    video_token_id=VIDEO,
+                )
+            )
+
+        return {"video_llama_3": Tiny(make, patches)}
+
+
+def patches(generator: torch.Generator, index: int) -> dict[str, Any]:
+    """Pictures of 16, 12 or 6 tokens of 2 x 2 patches each."""
+    height, width = ((8, 8), (4, 12), (6, 4))[index]
+    return {
+        "pixel_values": torch.randn(height * width, 48, generator=generator),
+        "image_grid_thw": torch.tensor([[1, height, width]]),
+        "image_merge_sizes": torch.tensor([2]),
+    }
