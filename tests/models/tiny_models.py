@@ -87,7 +87,10 @@ class TinyFamily:
         """How many visual tokens the model makes of a picture."""
         given = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in picture.items()}
         encode = getattr(model, "get_image_features", None) or model.model.get_image_features
-        features = encode(**given, return_dict=True).pooler_output
+        output = encode(**given, return_dict=True)
+        features = output.pooler_output
+        if features is None:  # they come between the layers, each time as many
+            features = output.deepstack_features[0][1]
         parts = [features] if isinstance(features, torch.Tensor) else features
         return sum(part.shape[:-1].numel() for part in parts)
 

@@ -16,6 +16,7 @@ from .deepseek_vl import DeepseekVL, DeepseekVLHybrid, Janus
 from .family import Family, ModelParts
 from .glm4v import Glm4v, Glm4vMoe, Glm46v, GlmOcr
 from .got_ocr2 import GotOcr2
+from .granite4_vision import Granite4Vision
 from .granite_docling import GraniteDocling
 from .hyperclovax import HyperClovaX
 from .idefics3 import Idefics2, Idefics3, SmolVLM
@@ -62,6 +63,7 @@ FAMILIES: dict[str, Family] = {
         SmolVLM(),
         Idefics2(),
         GraniteDocling(),
+        Granite4Vision(),
         DeepseekVL(),
         DeepseekVLHybrid(),
         Janus(),

@@ -1,4 +1,4 @@
-"""GLM-4.1V, GLM-4.5V (with experts), GLM-4.6V and GLM-OCR: as Qwen2-VL, with another vision tower."""
+"""GLM-4.1V, GLM-4.5V (with experts), GLM-4.6V and GLM-OCR: as Qwen2-VL, with another tower."""
 
 from __future__ import annotations
 
