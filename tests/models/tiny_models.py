@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import transformers
 
 from vtp_kernels.models.families import FAMILIES as PAGES
 from vtp_kernels.models.families import Family
@@ -101,5 +102,8 @@ def words(count, generator):
 
 
 FAMILIES = {
-    name: TinyFamily(page, tiny) for page in PAGES.values() for name, tiny in page.tiny().items()
+    name: TinyFamily(page, tiny)
+    for page in PAGES.values()
+    if hasattr(transformers, page.architectures[0])  # which an older one may lack
+    for name, tiny in page.tiny().items()
 }
