@@ -244,63 +244,6 @@ def test_bfloat16(family, inputs):
     torch.testing.assert_close(pruned.logits[0], reference.logits[0], rtol=0.02, atol=0.25)
 
 
-# --- passive visual tokens, in each family's attention --------------------------------------------
-
-
-@pytest.mark.parametrize("way", ["exact", "skip"])
-@torch.no_grad()
-def test_passive_attention(models, inputs, way):
-    """Of the weights that the eager attention computed, the published code leaves these."""
-    model, seen = models["eager"], {}
-    attention = model.model.language_model.layers[0].self_attn
-
-    def look(module, args, kwargs, output):
-        seen.update(hidden=kwargs["hidden_states"], weights=output[1])
-
-    hook = attention.register_forward_hook(look, with_kwargs=True)
-    model(**inputs)
-    hook.remove()
-    passive = {}
-
-    def look_again(module, args, kwargs, output):
-        passive["output"] = output[0]
-
-    method = vtp.VisiPruner(("shallow",), shallow_layers=1, shallow_attention=way)
-    with vtp.prune(models["sdpa"], method):
-        stand_in = models["sdpa"].model.language_model.layers[0].self_attn
-        hook = stand_in.register_forward_hook(look_again, with_kwargs=True)
-        models["sdpa"](**inputs)
-        hook.remove()
-    hidden, real = seen["hidden"], inputs["attention_mask"].bool()
-    value = attention.v_proj(hidden).view(*hidden.shape[:2], -1, attention.head_dim).transpose(1, 2)
-    value = value.repeat_interleave(seen["weights"].shape[1] // value.shape[1], dim=1)
-    weights = torch.stack(
-        [
-            passive_weights(w, ids == IMAGE, way)
-            for w, ids in zip(seen["weights"], inputs["input_ids"], strict=True)
-        ]
-    )
-    expected = attention.o_proj((weights @ value).transpose(1, 2).reshape(*hidden.shape[:2], -1))
-    torch.testing.assert_close(passive["output"][real], expected[real], rtol=0, atol=2e-5)
-
-
-def passive_weights(weights, visual, way):
-    """[H, S, S] of one prompt: what is left in layer 0 of weights whose rows add up to 1."""
-    if not visual.any():
-        return weights
-    weights, first = weights.clone(), int(visual.nonzero()[0])
-    text = ~visual
-    mass = weights[:, :, visual].sum(-1)
-    sink = weights[:, :, first].clone()
-    weights[:, :, visual] = 0
-    if way == "exact":
-        weights[:, text, first] = mass[:, text]
-        return weights
-    weights[:, :, first] = sink
-    weights[:, visual] = 0
-    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
-
-
 # --- videos -------------------------------------------------------------------------------------
 
 
