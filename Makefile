@@ -46,6 +46,9 @@ $(VLLM_READY): tests/vllm_check/requirements.txt tests/vllm_check/make_importabl
 
 # What a machine with a GPU may be expected to have, and no more. The library is that of the tree.
 $(GPU_READY): tests/gpu/requirements.txt
+	@test -x $(GPU_VENV)/bin/python || $(GPU_PYTHON) --version >/dev/null 2>&1 || \
+		{ echo "GPU_PYTHON: expected a Python 3.12, got $(GPU_PYTHON), which does not run;" \
+		"name one: make $(MAKECMDGOALS) GPU_PYTHON=/path/to/python3.12" >&2; exit 1; }
 	test -x $(GPU_VENV)/bin/python || $(GPU_PYTHON) -m venv $(GPU_VENV)
 	$(GPU_VENV)/bin/python -m pip install --quiet --requirement tests/gpu/requirements.txt
 	touch $@
