@@ -6,9 +6,10 @@ from typing import Any
 
 from ..looks import WHOLE, Box, Given, Looks, View, centered
 from .family import Family
-from .tiny import IMAGE, TEXT, Tiny, clip, square
+from .rectangles import rectangles
+from .tiny import IMAGE, PIXTRAL, TEXT, Tiny, any_size, clip, square
 
-__all__ = ["Llava", "squares"]
+__all__ = ["Llava"]
 
 
 class Llava(Family):
@@ -17,10 +18,17 @@ class Llava(Family):
     text_models = ("llama", "mistral", "qwen2", "qwen3")
 
     def looks(self, given: Given) -> list[Looks]:
-        return squares(given)
+        # Pixtral: pictures that keep their shape.
+        return rectangles(given) if "image_sizes" in given.arguments else _squares(given)
 
     def tiny(self) -> dict[str, Tiny]:
-        from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+        from transformers import (
+            LlamaConfig,
+            LlavaConfig,
+            LlavaForConditionalGeneration,
+            MistralConfig,
+            PixtralVisionConfig,
+        )
 
         def make() -> Any:
             return LlavaForConditionalGeneration(
@@ -32,10 +40,21 @@ class Llava(Family):
                 )
             )
 
-        return {"llava": Tiny(make, square(56))}
+        def pixtral() -> Any:
+            return LlavaForConditionalGeneration(
+                LlavaConfig(
+                    vision_config=PixtralVisionConfig(**PIXTRAL),
+                    text_config=MistralConfig(**TEXT, sliding_window=None),
+                    image_token_index=IMAGE,
+                    vision_feature_layer=-1,
+                    vision_feature_select_strategy="full",
+                )
+            )
+
+        return {"llava": Tiny(make, square(56)), "llava_pixtral": Tiny(pixtral, any_size)}
 
 
-def squares(given: Given) -> list[Looks]:
+def _squares(given: Given) -> list[Looks]:
     """Every picture as one square, perhaps with CLS before it."""
     side, pixels = given.side, given.arguments.get("pixel_values")
     shows = given.tower._shows(given.arguments, 1, side * side)
