@@ -117,9 +117,9 @@ def test_a_second_turn(family, models, inputs):
     def talk(model):
         first = model.generate(**inputs, **settings)
         more = next_turn(first.sequences, inputs["attention_mask"], turns)
-        if family.types:
+        for name in family.types:
             added = more["input_ids"].shape[1] - inputs["input_ids"].shape[1]
-            more[family.types] = torch.nn.functional.pad(inputs[family.types], (0, added))
+            more[name] = torch.nn.functional.pad(inputs[name], (0, added))
         return model.generate(**more, past_key_values=first.past_key_values, **settings)
 
     with vtp.prune(models["sdpa"], PYRAMID):

@@ -71,8 +71,8 @@ class TinyFamily:
             ),
             "attention_mask": torch.stack([(torch.arange(width) >= n).long() for n in pads]),
         }
-        if self.types:
-            inputs[self.types] = (inputs["input_ids"] == IMAGE).int()
+        for name in self.types:
+            inputs[name] = (inputs["input_ids"] == IMAGE).int()
         pictures = [picture for _, shown in drawn for picture in shown]
         for name in pictures[0] if pictures else ():
             given = torch.cat([picture[name] for picture in pictures])

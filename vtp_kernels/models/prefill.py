@@ -176,7 +176,12 @@ class Prefill:
     def enter(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The rows that `layer` runs on; `arguments`, its other inputs, are changed to match."""
         hidden = self.let_rows_leave(layer, hidden, arguments)
-        return self._rows_asked_for(layer, hidden, arguments) if self.few else hidden
+        if self.few:
+            hidden = self._rows_asked_for(layer, hidden, arguments)
+        for name in self.parts.page.row_arguments:
+            if self.stages and arguments.get(name) is not None:
+                arguments[name] = self._of_rows_left(arguments[name])
+        return hidden
 
     def let_rows_leave(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """All of that but what belongs to the layer itself."""
@@ -228,6 +233,16 @@ class Prefill:
             )
             arguments.update(self._inputs_of(keys, layer, past, attending, arguments))
         return hidden
+
+    def _of_rows_left(self, told: Tensor) -> Tensor:
+        """What a layer is told of each row of the prompt, int [B, S], of the rows that it runs on;
+        0 for padding."""
+        told = told.gather(1, self.origin)
+        if self.valid is not None:
+            told = told.masked_fill(~self.valid, 0)
+        if self.packed is not None:
+            return self.packed.pack(told)
+        return told[:, -1 - self.asked.drafts :] if self.few else told
 
     def _may_shorten(self, layer: int, hidden: Tensor) -> bool:
         plan, rows = self.plan, hidden.shape[1]

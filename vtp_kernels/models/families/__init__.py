@@ -13,6 +13,7 @@ from ..unwrapping import inside
 from .aria import Aria
 from .cosmos3 import Cosmos3Edge
 from .deepseek_vl import DeepseekVL, DeepseekVLHybrid, Janus
+from .ernie4_5_vl import Ernie45VL
 from .family import Family, ModelParts
 from .glm4v import Glm4v, Glm4vMoe, Glm46v, GlmOcr
 from .got_ocr2 import GotOcr2
@@ -74,6 +75,7 @@ FAMILIES: dict[str, Family] = {
         VideoLlama3(),
         VideoLlava(),
         HyperClovaX(),
+        Ernie45VL(),
     )
 }
 

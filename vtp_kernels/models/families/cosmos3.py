@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from ..looks import Given, Looks
 from .family import Family
-from .qwen2_vl import QWEN_TOKENS, ROPE, merged
+from .qwen2_vl import QWEN_TOKENS, ROPE, flat_grid, merged
 from .tiny import TEXT, VISION, Tiny
 
 __all__ = ["Cosmos3Edge"]
@@ -40,13 +38,4 @@ class Cosmos3Edge(Family):
                 )
             )
 
-        return {"cosmos3_edge": Tiny(make, patches, types="mm_token_type_ids")}
-
-
-def patches(generator: torch.Generator, index: int) -> dict[str, Any]:
-    """Pictures of 16, 12 or 6 tokens of 2 x 2 patches each."""
-    height, width = ((8, 8), (4, 12), (6, 4))[index]
-    return {
-        "pixel_values": torch.randn(height * width, 48, generator=generator),
-        "image_grid_thw": torch.tensor([[1, height, width]]),
-    }
+        return {"cosmos3_edge": Tiny(make, flat_grid, types=("mm_token_type_ids",))}

@@ -64,6 +64,8 @@ class Family:
     grid_positions: ClassVar[bool] = False
     """Whether a visual token's position is a time, a row and a column, so that an image takes fewer
     positions than it has tokens, and there is no telling where rows would close up to."""
+    row_arguments: ClassVar[tuple[str, ...]] = ()
+    """Arguments of the layers that tell something of each row: int [B, S]."""
     modalities: ClassVar[tuple[Modality, ...]] = (
         Modality("image", "pixel_values"),
         Modality("video", "pixel_values_videos"),

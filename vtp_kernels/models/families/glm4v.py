@@ -48,7 +48,7 @@ class Glm4v(Family):
                 Glm4vConfig(vision_config=VISION, text_config=GLM_TEXT, **TOKENS)
             )
 
-        return {"glm4v": Tiny(make, grid, types="mm_token_type_ids")}
+        return {"glm4v": Tiny(make, grid, types=("mm_token_type_ids",))}
 
 
 class Glm4vMoe(Glm4v):
@@ -71,7 +71,7 @@ class Glm4vMoe(Glm4v):
                 Glm4vMoeConfig(vision_config=VISION, text_config=GLM_TEXT | experts, **TOKENS)
             )
 
-        return {"glm4v_moe": Tiny(make, grid, types="mm_token_type_ids")}
+        return {"glm4v_moe": Tiny(make, grid, types=("mm_token_type_ids",))}
 
 
 class GlmOcr(Glm4v):
@@ -87,7 +87,7 @@ class GlmOcr(Glm4v):
                 GlmOcrConfig(vision_config=VISION, text_config=GLM_TEXT, **TOKENS)
             )
 
-        return {"glm_ocr": Tiny(make, grid, types="mm_token_type_ids")}
+        return {"glm_ocr": Tiny(make, grid, types=("mm_token_type_ids",))}
 
 
 class Glm46v(Glm4v):
@@ -105,4 +105,4 @@ class Glm46v(Glm4v):
                 )
             )
 
-        return {"glm46v": Tiny(make, grid, types="mm_token_type_ids")}
+        return {"glm46v": Tiny(make, grid, types=("mm_token_type_ids",))}

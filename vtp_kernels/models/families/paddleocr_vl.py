@@ -45,7 +45,7 @@ class PaddleOcrVL(Family):
                 )
             )
 
-        return {"paddleocr_vl": Tiny(make, patches, types="mm_token_type_ids")}
+        return {"paddleocr_vl": Tiny(make, patches, types=("mm_token_type_ids",))}
 
 
 def patches(generator: torch.Generator, index: int) -> dict[str, Any]:

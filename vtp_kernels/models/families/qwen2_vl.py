@@ -19,6 +19,7 @@ __all__ = [
     "Qwen2VL",
     "Qwen25Omni",
     "Qwen25VL",
+    "flat_grid",
     "grid",
     "merged",
 ]
@@ -52,7 +53,7 @@ class Qwen2VL(Family):
                 )
             )
 
-        return {"qwen2_vl": Tiny(make, grid, types="mm_token_type_ids")}
+        return {"qwen2_vl": Tiny(make, grid, types=("mm_token_type_ids",))}
 
 
 class Qwen25VL(Family):
@@ -77,7 +78,7 @@ class Qwen25VL(Family):
                 )
             )
 
-        return {"qwen2_5_vl": Tiny(make, grid, types="mm_token_type_ids")}
+        return {"qwen2_5_vl": Tiny(make, grid, types=("mm_token_type_ids",))}
 
 
 class Qwen25Omni(Family):
@@ -152,11 +153,18 @@ QWEN_TOKENS = {
 }
 
 
-def grid(generator: torch.Generator, index: int, suffix: str = "") -> dict[str, Any]:
-    """Patches of a Qwen picture: 16, 12 or 6 tokens of 2 x 2 patches each."""
+def grid(
+    generator: torch.Generator, index: int, suffix: str = "", numbers: int = 96
+) -> dict[str, Any]:
+    """Patches of a Qwen picture, of so many numbers: 16, 12 or 6 tokens of 2 x 2 patches each."""
     time, height, width = ((1, 8, 8), (1, 4, 12), (1, 6, 4))[index]
     name = "video" if suffix else "image"
     return {
-        "pixel_values" + suffix: torch.randn(time * height * width, 96, generator=generator),
+        "pixel_values" + suffix: torch.randn(time * height * width, numbers, generator=generator),
         f"{name}_grid_thw": torch.tensor([[time, height, width]]),
     }
+
+
+def flat_grid(generator: torch.Generator, index: int) -> dict[str, Any]:
+    """The same where a patch is of one frame."""
+    return grid(generator, index, numbers=48)

@@ -38,7 +38,7 @@ class Qwen3VL(Family):
                 )
             )
 
-        return {"qwen3_vl": Tiny(make, grid, types="mm_token_type_ids")}
+        return {"qwen3_vl": Tiny(make, grid, types=("mm_token_type_ids",))}
 
 
 class Qwen3VLMoe(Qwen3VL):
@@ -58,7 +58,7 @@ class Qwen3VLMoe(Qwen3VL):
                 )
             )
 
-        return {"qwen3_vl_moe": Tiny(make, grid, types="mm_token_type_ids")}
+        return {"qwen3_vl_moe": Tiny(make, grid, types=("mm_token_type_ids",))}
 
 
 class Qwen3OmniMoe(Qwen3VL):

@@ -60,12 +60,12 @@ several sizes come in three."""
 
 @dataclass(frozen=True)
 class Tiny:
-    """make: the model, 6 decoder layers of 4 query and 2 key heads. types: the name of the argument
-    that tells what kind of token each one is, if the model wants to be told."""
+    """make: the model, 6 decoder layers of 4 query and 2 key heads. types: names of the arguments
+    that tell what kind of token each one is, if the model wants to be told."""
 
     make: Callable[[], Any]
     picture: Picture
-    types: str | None = None
+    types: tuple[str, ...] = ()
 
 
 PIXTRAL = {

@@ -9,6 +9,7 @@ import torch
 
 from ..looks import Given, Looks, View, cells
 from .family import Family
+from .qwen2_vl import flat_grid
 from .tiny import IMAGE, TEXT, VIDEO, VISION, Tiny
 
 __all__ = ["VideoLlama3"]
@@ -50,10 +51,4 @@ class VideoLlama3(Family):
 
 
 def patches(generator: torch.Generator, index: int) -> dict[str, Any]:
-    """Pictures of 16, 12 or 6 tokens of 2 x 2 patches each."""
-    height, width = ((8, 8), (4, 12), (6, 4))[index]
-    return {
-        "pixel_values": torch.randn(height * width, 48, generator=generator),
-        "image_grid_thw": torch.tensor([[1, height, width]]),
-        "image_merge_sizes": torch.tensor([2]),
-    }
+    return flat_grid(generator, index) | {"image_merge_sizes": torch.tensor([2])}
