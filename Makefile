@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 BUILT  := $(VENV)/.built
+KERNELS := $(VENV)/.kernels
 VLLM_VENV  ?= .venv-vllm
 VLLM_BIN   := $(VLLM_VENV)/bin
 VLLM_READY := $(VLLM_VENV)/.ready
@@ -31,9 +32,16 @@ $(READY): constraints.txt
 	$(BIN)/python -m pip install --quiet --requirement constraints.txt
 	touch $@
 
+# For this machine alone: no CUDA kernels where there is no GPU to run them.
 $(BUILT): $(READY) $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	VTP_BUILD=$${VTP_BUILD:-here} \
+		$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+
+# For all GPUs: what the tests look into.
+$(KERNELS): $(READY) $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $(BUILT) $@
 
 # Without its native part, which is in the tree: that of $(BUILT) is for any torch.
 $(VLLM_READY): tests/vllm_check/requirements.txt tests/vllm_check/make_importable.py pyproject.toml
@@ -56,7 +64,7 @@ $(GPU_READY): tests/gpu/requirements.txt
 demo: $(BUILT) ## a trained small LLaVA answers about a picture, dense and pruned
 	$(BIN)/python -m vtp_kernels demo
 
-test: lint $(BUILT) ## lint, then every test this machine can run
+test: lint $(KERNELS) ## lint, then every test this machine can run
 	$(BIN)/python -m pytest $(TEST_ARGS)
 	$(if $(TEST_ARGS),,$(INTERPRETED_TESTS))
 
@@ -76,7 +84,7 @@ bench-model: $(BUILT) ## the small LLaVA end to end, dense and pruned
 gpu-check: ## what a GPU is needed for, with PYTHON as it is: nothing is installed
 	$(PYTHON) -m benchmarks.gpu_check $(GPU_CHECK_ARGS)
 
-gpu-rehearsal: $(BUILT) $(GPU_READY) ## the same plan without a GPU, in the versions of such a machine
+gpu-rehearsal: $(KERNELS) $(GPU_READY) ## the same plan without a GPU, in the versions of such a machine
 	$(GPU_VENV)/bin/python -m benchmarks.gpu_check --rehearse --budget 240 --out out/gpu-rehearsal
 
 triton-cache: $(BUILT) $(GPU_READY) ## Triton's kernels compiled for sm_90, to be carried there

@@ -1,7 +1,8 @@
 """Builds the native library by driving CMake; CMakeLists.txt alone says how things compile.
 
 Environment:
-    VTP_BUILD: auto (CUDA kernels if there is an nvcc), cuda, cpu, or none (a pure-Python package).
+    VTP_BUILD: auto (CUDA kernels if there is an nvcc), cuda, here (for the GPUs of this machine, if
+        there are any), cpu, or none (a pure-Python package).
     VTP_CUDA_ARCHS, or TORCH_CUDA_ARCH_LIST: GPU architectures, as "8.0;9.0;12.0+PTX".
     CUDA_HOME: the CUDA toolkit.
     MAX_JOBS: how many compilers run at once.
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parent.resolve()
 OLDEST_TORCH = (2, 10)  # the stable ABI version the library targets, see CMakeLists.txt
 OLDEST_NVCC = (12, 1)  # the first with more than 4 KB of kernel parameters
 DEFAULT_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # those of them that nvcc has
-MODES = ("auto", "cuda", "cpu", "none")
+MODES = ("auto", "cuda", "here", "cpu", "none")
 
 
 def stop(reason: str):
@@ -83,6 +84,16 @@ def nvcc_release(nvcc: str) -> tuple[int, int]:
     return version
 
 
+def gpus_here() -> list[str]:
+    """The compute capabilities of the GPUs that torch sees."""
+    require_torch()
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = (torch.cuda.get_device_capability(index) for index in range(count))
+    return sorted({f"{major}.{minor}" for major, minor in found})
+
+
 def cuda_archs(nvcc: str) -> list[str]:
     """The architectures to build, each as 9.0, 9.0a or 12.0+PTX."""
     listed = subprocess.check_output([nvcc, "--list-gpu-code"], text=True)
@@ -91,6 +102,9 @@ def cuda_archs(nvcc: str) -> list[str]:
         if os.environ.get(variable):
             break
     else:
+        here = gpus_here() if build_mode() == "here" else []
+        if here and set(here) <= set(known):  # what nvcc does not know may run through PTX
+            return here
         return [arch for arch in DEFAULT_ARCHS.split(";") if arch.removesuffix("+PTX") in known]
     suffixes = {}  # an architecture named twice is built once, with PTX if either says so
     for wanted in re.split(r"[;,\s]+", os.environ[variable].strip(";, ")):
@@ -120,7 +134,8 @@ class Cuda:
 def cuda() -> Cuda | None:
     """None for a build without CUDA kernels."""
     mode = build_mode()
-    nvcc = None if mode in ("cpu", "none") else find_nvcc()
+    wanted = mode not in ("cpu", "none") and not (mode == "here" and not gpus_here())
+    nvcc = find_nvcc() if wanted else None
     if nvcc is not None:
         return Cuda(nvcc, nvcc_release(nvcc), cuda_archs(nvcc))
     if mode == "cuda":

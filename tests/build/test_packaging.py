@@ -103,7 +103,7 @@ def error_of(run: subprocess.CompletedProcess) -> str:
 
 def test_unknown_mode():
     message = error_of(build("gpu", "setup.py", "--version"))
-    assert message == "vtp_kernels: VTP_BUILD='gpu', expected one of auto, cuda, cpu, none"
+    assert message == "vtp_kernels: VTP_BUILD='gpu', expected one of auto, cuda, here, cpu, none"
 
 
 def build_kernels(mode: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -145,6 +145,36 @@ def test_a_version_says_what_is_inside(mode, archs, version, tmp_path):
     assert [path.name for path in tmp_path.glob("*.dist-info")] == [
         f"vtp_kernels-{version}.dist-info"
     ]
+
+
+TORCH = """
+__version__ = "2.11.0"
+class cuda:
+    is_available = staticmethod(lambda: {gpus} != [])
+    device_count = staticmethod(lambda: len({gpus}))
+    get_device_capability = staticmethod(lambda index: {gpus}[index])
+"""
+
+
+@pytest.mark.parametrize(
+    "gpus, archs, inside",
+    [
+        ([], "", "cpu"),
+        ([], "9.0", "cpu"),
+        ([(9, 0), (8, 0), (9, 0)], "", "cu130.sm80.sm90"),
+        ([(9, 0)], "8.0", "cu130.sm80"),
+        ([(9, 0), (13, 7)], "", "cu130.sm80.sm90.sm120ptx"),  # one that nvcc does not know
+    ],
+)
+def test_what_this_machine_can_run(gpus, archs, inside, tmp_path):
+    fake = tmp_path / "torch.py"
+    fake.write_text(TORCH.format(gpus=gpus))
+    environment = {"CUDA_HOME": toolkit(tmp_path, "13.0"), "PYTHONPATH": str(tmp_path)}
+    command = ("setup.py", "-q", "dist_info", "--output-dir", str(tmp_path))
+    run = build("here", *command, **environment, VTP_CUDA_ARCHS=archs, TORCH_CUDA_ARCH_LIST="")
+    assert run.returncode == 0, run.stderr[-4000:]
+    (path,) = tmp_path.glob("*.dist-info")
+    assert path.name == f"vtp_kernels-{VERSION}+{inside}.dist-info"
 
 
 @pytest.mark.parametrize("jobs", ["0", "many", "-1"])
