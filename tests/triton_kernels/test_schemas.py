@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vtp_kernels import _native
-from vtp_kernels.ops._dispatch import fakes
+from vtp_kernels.ops._fakes import fakes
 
 importlib.import_module("vtp_kernels.triton")
 

@@ -19,9 +19,6 @@ _NAMESPACES = {"native": torch.ops.vtp_kernels, "triton": torch.ops.vtp_kernels_
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOAT64 = "float64 is served by the reference, and on the CPU by the native library"
 
-#: The shape function of every op.
-fakes: dict[str, Callable] = {}
-
 
 def why_not(
     op: str, backend: str, device: torch.device | str, dtype: torch.dtype | None = None
@@ -96,19 +93,6 @@ def choose(op: str, x: Tensor, backend: str | None) -> str:
 def kernel(op: str, backend: str) -> Callable:
     """The registered op of a backend other than the reference."""
     return getattr(_NAMESPACES[backend], op).default
-
-
-def register_fake(op: str) -> Callable[[Callable], Callable]:
-    """Registers the shape function of an op with the loaded library, if that defines the op, and
-    keeps it for the Triton kernels."""
-
-    def register(function: Callable) -> Callable:
-        fakes[op] = function
-        if _native.defines(op):
-            torch.library.register_fake(f"vtp_kernels::{op}")(function)
-        return function
-
-    return register
 
 
 def score_dtype(x: Tensor) -> torch.dtype:

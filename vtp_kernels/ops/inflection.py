@@ -7,7 +7,8 @@ from torch import Tensor
 
 from vtp_kernels import reference
 from vtp_kernels.ops import _checks
-from vtp_kernels.ops._dispatch import choose, kernel, register_fake, rowwise
+from vtp_kernels.ops._dispatch import choose, kernel, rowwise
+from vtp_kernels.ops._fakes import register_fake
 from vtp_kernels.selection import Selection
 
 RULES = ("chord", "kneedle", "iqr", "mass")

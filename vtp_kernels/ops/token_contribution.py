@@ -4,7 +4,8 @@ from torch import Tensor
 
 from vtp_kernels import reference
 from vtp_kernels.ops import _checks
-from vtp_kernels.ops._dispatch import choose, kernel, register_fake, rowwise, score_dtype
+from vtp_kernels.ops._dispatch import choose, kernel, rowwise, score_dtype
+from vtp_kernels.ops._fakes import register_fake
 
 
 def token_contribution(

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vtp_kernels.ops._dispatch import fakes
+from vtp_kernels.ops._fakes import fakes
 
 _library = torch.library.Library("vtp_kernels_triton", "DEF")
 
