@@ -1,7 +1,7 @@
 """One rank of a tensor-parallel model, for test_tensor_parallel.py: prunes, and saves what it kept.
 
-Arguments: this rank, the number of ranks, a folder, and who spreads the model over the ranks,
-"torch" or "transformers". The folder has the model and, as inputs.pt, its inputs.
+Arguments: this rank, the number of ranks, a folder, and who spreads the model over the ranks, in
+turn: "torch", "transformers". The folder has the model and, as inputs.pt, its inputs.
 """
 
 import os
@@ -66,22 +66,22 @@ def spread(folder, size, by):
 
 
 @torch.no_grad()
-def main(rank, size, folder, by):
+def main(rank, size, folder, ways):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     folder = Path(folder)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting_{by}", rank=rank, world_size=size
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size
     )
-    model = spread(folder, size, by).eval()
-    heads = model.model.language_model.layers[0].self_attn.q_proj.weight.to_local().shape[0]
-    assert heads * size == model.model.language_model.config.hidden_size
-    torch.save(
-        run(model, torch.load(folder / "inputs.pt"), folder / f"{by}_{rank}"),
-        folder / f"answers_{by}_{rank}.pt",
-    )
+    inputs = torch.load(folder / "inputs.pt")
+    for by in ways:
+        model = spread(folder, size, by).eval()
+        heads = model.model.language_model.layers[0].self_attn.q_proj.weight.to_local().shape[0]
+        assert heads * size == model.model.language_model.config.hidden_size
+        answers = run(model, inputs, folder / f"{by}_{rank}")
+        torch.save(answers, folder / f"answers_{by}_{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])

@@ -16,8 +16,9 @@ import vtp_kernels as vtp
 from vtp_kernels.models.ranks import all_heads
 
 RANKS = 2
+HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None
 NEEDS_ACCELERATE = pytest.mark.skipif(
-    importlib.util.find_spec("accelerate") is None, reason="transformers needs accelerate for this"
+    not HAS_ACCELERATE, reason="transformers needs accelerate for this"
 )
 
 
@@ -26,18 +27,25 @@ def model():
     return tiny_llava()
 
 
-@pytest.mark.parametrize("by", ["torch", pytest.param("transformers", marks=NEEDS_ACCELERATE)])
-def test_ranks_keep_what_one_process_keeps(model, tmp_path, by):
-    model.save_pretrained(tmp_path)
-    torch.save(three(), tmp_path / "inputs.pt")
+@pytest.fixture(scope="module")
+def expected(model, tmp_path_factory):
     with torch.no_grad():
-        expected = tensor_parallel_rank.run(model, three(), tmp_path / "alone")
+        return tensor_parallel_rank.run(model, three(), tmp_path_factory.mktemp("alone"))
+
+
+@pytest.fixture(scope="module")
+def answers(model, tmp_path_factory):
+    """A function: what a rank kept and said, by who spread the model over the ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    model.save_pretrained(folder)
+    torch.save(three(), folder / "inputs.pt")
+    ways = ["torch", *(["transformers"] if HAS_ACCELERATE else [])]
     script, paths = tensor_parallel_rank.__file__, [str(Path(vtp.__file__).parents[1])]
     paths += filter(None, [os.environ.get("PYTHONPATH")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     ranks = [
         subprocess.Popen(
-            [sys.executable, script, str(rank), str(RANKS), str(tmp_path), by],
+            [sys.executable, script, str(rank), str(RANKS), str(folder), *ways],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -46,18 +54,24 @@ def test_ranks_keep_what_one_process_keeps(model, tmp_path, by):
         for rank in range(RANKS)
     ]
     for rank in ranks:
-        said, _ = rank.communicate(timeout=120)
+        said, _ = rank.communicate(timeout=240)
         assert rank.returncode == 0, said
-    for rank in range(RANKS):
-        answers = torch.load(tmp_path / f"answers_{by}_{rank}.pt")
-        for name, answer in answers.items():
-            wanted = expected[name]
-            assert answer["kept"].keys() == wanted["kept"].keys()
-            for layer, kept in wanted["kept"].items():
-                assert torch.equal(answer["kept"][layer], kept), (name, layer)
-            assert answer["keys"] == wanted["keys"]
-            assert torch.equal(answer["sequences"], wanted["sequences"])
-            torch.testing.assert_close(answer["logits"], wanted["logits"], rtol=0, atol=5e-5)
+    return lambda by, rank: torch.load(folder / f"answers_{by}_{rank}.pt")
+
+
+@pytest.mark.parametrize("by", ["torch", pytest.param("transformers", marks=NEEDS_ACCELERATE)])
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_ranks_keep_what_one_process_keeps(expected, answers, by, rank):
+    found = answers(by, rank)
+    assert found.keys() == expected.keys()
+    for name, answer in found.items():
+        wanted = expected[name]
+        assert answer["kept"].keys() == wanted["kept"].keys()
+        for layer, kept in wanted["kept"].items():
+            assert torch.equal(answer["kept"][layer], kept), (name, layer)
+        assert answer["keys"] == wanted["keys"]
+        assert torch.equal(answer["sequences"], wanted["sequences"])
+        torch.testing.assert_close(answer["logits"], wanted["logits"], rtol=0, atol=5e-5)
 
 
 def test_heads_in_pieces_that_are_no_dtensors_are_refused(model):
