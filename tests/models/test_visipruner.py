@@ -92,9 +92,10 @@ def test_equals_the_published_arithmetic_on_random_models(draw):
         fires, keeps = ("early", "late", "never")[case % 3], ("none", "some", "some")[case // 3 % 3]
         smallest = {layer: min(cosine) for layer, cosine in list(look().cosine.items())[:-3]}
         settings["fusion_threshold"] = fusion_threshold(draw, fires, smallest)
-        fused = look().fusion
+        found = look()
+        fused = found.fusion
         if fused is not None:
-            settings["token_threshold"] = token_threshold(draw, keeps, look().norm[fused])
+            settings["token_threshold"] = token_threshold(draw, keeps, found.norm[fused])
             settings["min_keep"] = 0 if keeps == "none" else draw.integer(0, 12)
             later = [min(c) for layer, c in look().cosine.items() if layer > fused]
             settings["exit_threshold"] = exit_threshold(draw, draw.integer(0, 3) > 0, later)
