@@ -43,6 +43,9 @@ VARIANTS = {
 # Files with kernels report their accesses; accesses.cpp takes the reports, not the compiler's
 # library.
 KERNEL_FLAGS = {"races": "-fsanitize=thread", "traffic": "-fsanitize=thread"}
+# They take most of the time that such a build runs for.
+DETECTORS = ("accesses.cpp", "races.cpp", "traffic.cpp")
+DETECTOR_FLAGS = "-O2"
 KERNELS_OF_TESTS = ("defects.cpp", "primitives.cpp", "requests.cpp")
 ORDERS = ("forward", "reverse", "random")  # in which threads can run
 TORCH_TARGET = "0x020a000000000000"  # as in CMakeLists.txt
@@ -124,10 +127,13 @@ def ninja_file(variant: str) -> str:
         return " ".join(flag.replace("$", "$$").replace(" ", "\\ ") for flag in flags)
 
     kernels = [*kernel_sources(), *(HERE / name for name in KERNELS_OF_TESTS)]
+    more = dict.fromkeys(kernels, "$kernel_flags")
+    more |= {HERE / name: "$detector_flags" for name in DETECTORS}
     objects = {source: f"{source.name}.o" for source in (*kernels, *sorted(HERE.glob("*.cpp")))}
     lines = [
         f"flags = {joined(compile_flags(variant))}",
         f"kernel_flags = {KERNEL_FLAGS.get(variant, '')}",
+        f"detector_flags = {DETECTOR_FLAGS}",
         f"link_flags = {joined(link_flags(variant))}",
         "rule compile",
         f"  command = {find_tool('g++')} $flags $more -MMD -MF $out.d -x c++ -c $in -o $out",
@@ -138,8 +144,7 @@ def ninja_file(variant: str) -> str:
         f"  command = {find_tool('g++')} $in -o $out $link_flags",
         "  description = $out",
         *(
-            f"build {target}: compile {escaped(source)}\n"
-            f"  more = {'$kernel_flags' if source in kernels else ''}"
+            f"build {target}: compile {escaped(source)}\n  more = {more.get(source, '')}"
             for source, target in objects.items()
         ),
         f"build {MODULE}.so: link {' '.join(objects.values())}",

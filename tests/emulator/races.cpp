@@ -55,6 +55,7 @@ struct State {
   std::vector<uint32_t> warp_barriers;
   unsigned warps = 0;  // of a block
   std::map<std::pair<std::string_view, int>, bool> sites;  // of barriers; whether to be ignored
+  std::string ignored;  // which of them
   // The running thread.
   unsigned block = 0, thread = 0, arrivals = 0, waits = 0;
   bool after_earlier_kernels = true;
@@ -176,7 +177,11 @@ void begin_cluster(unsigned blocks, unsigned warps) {
   state.warp_barriers.assign(blocks * warps, state.clock);
 }
 
-bool orders(const Site& site) { return !state.sites[{site.file, site.line}]; }
+bool orders(const Site& site) {
+  const auto [at, is_new] = state.sites.try_emplace({site.file, site.line}, false);
+  if (is_new) at->second = text_of(at->first) == state.ignored;
+  return !at->second;
+}
 
 void barrier(unsigned block, const Site& site, bool is_vote) {
   if (is_vote || orders(site)) state.barriers[block] = ++state.clock;
@@ -195,6 +200,7 @@ std::vector<std::string> barriers() {
 void forget_barriers() { state.sites.clear(); }
 
 void ignore_barrier(const std::string& wanted) {
+  state.ignored = wanted;
   for (auto& [site, ignored] : state.sites) ignored = text_of(site) == wanted;
 }
 
