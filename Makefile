@@ -17,6 +17,7 @@ GPU_CHECK_ARGS ?=
 WHEEL_CHECK_ARGS ?=
 # Triton's kernels on a CPU: the interpreter has to be chosen before Triton is imported.
 INTERPRETED_TESTS = TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops -k cpu-triton
+INTERPRETED_LOG   = build/interpreted-tests.log
 METHODS ?= none fastv:2:0.5 fastv:2:0.22 pyramiddrop:2=0.5,4=0.25,6=0.125 schedule:4=0.22 \
 	random:0.5 random:0.22
 
@@ -65,8 +66,19 @@ demo: $(BUILT) ## a trained small LLaVA answers about a picture, dense and prune
 	$(BIN)/python -m vtp_kernels demo
 
 test: lint $(KERNELS) ## lint, then every test this machine can run
-	$(BIN)/python -m pytest $(TEST_ARGS)
-	$(if $(TEST_ARGS),,$(INTERPRETED_TESTS))
+	$(if $(TEST_ARGS),$(BIN)/python -m pytest $(TEST_ARGS),$(ALL_TESTS))
+
+# Side by side, each on one core; what the interpreted ones said is shown at the end.
+define ALL_TESTS
+@mkdir -p build; \
+echo "Triton's kernels are interpreted meanwhile: $(INTERPRETED_LOG)"; \
+$(INTERPRETED_TESTS) > $(INTERPRETED_LOG) 2>&1 & interpreted=$$!; \
+trap "kill $$interpreted" INT TERM; \
+$(BIN)/python -m pytest; status=$$?; \
+wait $$interpreted || status=$$?; \
+cat $(INTERPRETED_LOG); \
+exit $$status
+endef
 
 lint: $(READY) ## style and common mistakes
 	$(BIN)/ruff check .
