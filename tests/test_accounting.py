@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlavaConfig, Qwen3MoeConfig
+from transformers import GPT2Config, LlavaConfig, MistralConfig, Qwen3MoeConfig
 
 sys.path.insert(0, str(Path(__file__).parent / "models"))
 
@@ -137,15 +137,35 @@ def test_a_method_that_cannot_be_counted_leaves_the_others(capsys):
 
 
 def test_what_no_model_could_run_is_not_counted(tmp_path, capsys):
-    """A layer that is not there; experts, which are not all used."""
+    """A layer that is not there; a language model whose layers were not looked at."""
     FAMILIES["qwen3_vl"].make().config.save_pretrained(tmp_path / "qwen3_vl")
     command = ["flops", "--model", str(tmp_path / "qwen3_vl"), "--method"]
     assert main([*command, "fastv:6:0.5", "fastv:3:0.5"]) == 0
     page = capsys.readouterr().out
     assert "fastv:6:0.5: FastV.layer: there is no layer 6" in page and "fastv:3:0.5  " in page
-    Qwen3MoeConfig().save_pretrained(tmp_path / "experts")
-    assert main(["flops", "--model", str(tmp_path / "experts"), "--method", "fastv"]) == 2
-    assert "'qwen3_moe' has num_experts" in capsys.readouterr().err
+    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    assert main(["flops", "--model", str(tmp_path / "gpt2"), "--method", "fastv"]) == 2
+    assert "FLOPs of a 'gpt2' language model are not known" in capsys.readouterr().err
+
+
+def test_what_the_published_counts_do_not_have(tmp_path, capsys):
+    """Experts, and windows that are shorter than the prompt: FLOPs are known all the same."""
+    sizes = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "head_dim": 16}
+    Qwen3MoeConfig(**sizes, num_key_value_heads=2).save_pretrained(tmp_path)
+    command = ["flops", "--model", str(tmp_path), "--method", "fastv", "--json"]
+    assert main(command) == 0
+    dense, pruned = json.loads(capsys.readouterr().out).values()
+    assert pruned["flops"] < dense["flops"] and pruned["visual_pairs"] < dense["visual_pairs"]
+    assert dense["visual_macs"] is None
+    MistralConfig(**sizes, num_key_value_heads=2, sliding_window=512).save_pretrained(tmp_path)
+    assert main(command) == 0
+    dense, pruned = json.loads(capsys.readouterr().out).values()
+    assert pruned["flops"] < dense["flops"]
+    assert {dense[x] for x in ("visual_macs", "visual_pairs", "visual_reads")} == {None}
+    assert main(command[:-1]) == 0
+    assert "%  not known" in capsys.readouterr().out
+    assert main([*command, "--text", "10", "--visual", "500"]) == 0
+    assert json.loads(capsys.readouterr().out)["none"]["visual_pairs"] is not None
 
 
 def test_options_of_the_command_line_that_cannot_be(capsys):

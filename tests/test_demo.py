@@ -56,6 +56,11 @@ def test_text_and_json_say_the_same(comparison):
     assert "(truth)" in text and values["expected"] == comparison.expected
 
 
+def test_flops_that_are_not_known():
+    row = demo.Row("dense", ["red"], [4], None, 1)
+    assert "not known" in str(demo.Comparison(["what?"], [row], None))
+
+
 def test_wrong_answers_are_marked():
     row = demo.Row("dense", ["red", "blue"], [4], 0.0, 1)
     text = str(demo.Comparison(["a", "b"], [row], ["red", "green"]))

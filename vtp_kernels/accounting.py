@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from vtp_kernels.flop_counts.text import DecoderLayer, decoder_layers
 from vtp_kernels.flops import Attention, Spans, flops, passive_attention, visual_pairs
 from vtp_kernels.methods import LVPruning, Method, VisiPruner
 from vtp_kernels.methods.budget import visual_budget
+from vtp_kernels.methods.passive import PassiveVisual
 from vtp_kernels.methods.schedule import ScheduledMethod
 
 __all__ = [
@@ -22,9 +24,6 @@ __all__ = [
     "table",
     "text_config",
 ]
-
-#: Settings of models whose MLP is shared out among experts.
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 
 #: Language models of well-known checkpoints: what FLOPs depend on.
 MODELS = {
@@ -70,14 +69,17 @@ class Account:
     flops : int
         All tokens; 2 per multiply-accumulate, as `vtp_kernels.flops`. LVPruning's deciders are
         counted too.
-    visual_macs : float
+    visual_macs : float, or None
         Visual tokens alone, as VisiPruner counts (arXiv 2510.17205): 4 n d^2 + 2 n^2 d + 3 n d m
         multiply-accumulates per layer of n tokens; passive tokens that skip attention have the last
         term alone, those whose attention is exact only lack what text would read of them, which
-        this count does not have.
-    visual_pairs : int
-        Causal pairs of a query and a key that have weight, with a visual token among them.
-    visual_reads : int
+        this count does not have. None where layers are not such: experts, no gate, linear
+        attention, or a window that is shorter than the prompt.
+    visual_pairs : int, or None
+        Causal pairs of a query and a key that have weight, with a visual token among them; linear
+        attention has none. None where a layer's window is shorter than the prompt: which pairs it
+        holds depends on which tokens stay.
+    visual_reads : int, or None
         Those of them in which text reads a visual token, in layers that are not passive. As a share
         of the dense model's `visual_pairs` it is what VisiPruner's paper seems to count: what
         visual tokens pay each other is needed nowhere. Its 98.3 to 99.9 % less come out for 21 to 1
@@ -87,9 +89,9 @@ class Account:
     visual_per_layer: list[int]
     passive_layers: int
     flops: int
-    visual_macs: float
-    visual_pairs: int
-    visual_reads: int
+    visual_macs: float | None
+    visual_pairs: int | None
+    visual_reads: int | None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -160,8 +162,8 @@ def account(
     language models that cannot be counted.
     """
     _check_prompt(text, before, visual)
-    _check_decoder(config)
-    depth = config.num_hidden_layers
+    layers = decoder_layers(config)
+    depth = len(layers)
     if method is not None:
         method.check_model(depth)
     counts = _visual_per_layer(method, depth, visual, course)
@@ -170,26 +172,39 @@ def account(
         layer: passive_attention(text=text, visual=counts[layer], before_visual=before, passive=how)
         for layer, how in passive.items()
     }
-    width, inner = config.hidden_size, config.intermediate_size
-    macs = pairs = reads = 0
+    spent = flops(config, [text + n for n in counts], attention=attention)
+    pairs = reads = 0
     for layer, n in enumerate(counts):
-        macs += 3 * n * width * inner
-        if layer not in passive or not passive[layer].leaves_one:
-            macs += 4 * n * width**2 + 2 * n**2 * width
+        if not layers[layer].pair:
+            continue
         if layer in passive:
             pairs += visual_pairs(n, Spans(before, n * before, text - before), passive[layer])
         else:
             reads += n * (text - before)
             pairs += n * text + n * (n + 1) // 2
+    windows = any(x.window is not None and x.window < text + visual for x in layers)
     return Account(
         visual_per_layer=counts,
         passive_layers=len(passive),
-        flops=flops(config, [text + n for n in counts], attention=attention)
-        + _deciding(config, method, text, [visual, *counts]),
-        visual_macs=macs,
-        visual_pairs=pairs,
-        visual_reads=reads,
+        flops=spent + _deciding(config, method, text, [visual, *counts]),
+        visual_macs=None if windows else _visual_macs(config, layers, counts, passive),
+        visual_pairs=None if windows else pairs,
+        visual_reads=None if windows else reads,
     )
+
+
+def _visual_macs(
+    config: Any, layers: list[DecoderLayer], counts: list[int], passive: dict[int, PassiveVisual]
+) -> int | None:
+    width, inner = config.hidden_size, config.intermediate_size
+    if any(not layer.pair or layer.mlp != 3 * width * inner for layer in layers):
+        return None
+    macs = 0
+    for layer, n in enumerate(counts):
+        macs += 3 * n * width * inner
+        if layer not in passive or not passive[layer].leaves_one:
+            macs += 4 * n * width**2 + 2 * n**2 * width
+    return macs
 
 
 def _deciding(config: Any, method: Method | None, text: int, counts: list[int]) -> int:
@@ -260,19 +275,6 @@ def _check_prompt(text: int, before: int, visual: int) -> None:
         raise ValueError(f"before: expected at most the {text} tokens of text, got {before}")
 
 
-def _check_decoder(config: Any) -> None:
-    """What `flops` counts is a dense decoder with a gated MLP, as Llama's."""
-    needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-    missing = [name for name in needed if getattr(config, name, None) is None]
-    experts = [name for name in _EXPERTS if getattr(config, name, None)]
-    if missing or experts:
-        what = f"has {experts[0]}" if experts else f"has no {', '.join(missing)}"
-        raise NotImplementedError(
-            f"a language model of type {config.model_type!r} {what}: FLOPs are counted for dense "
-            "decoders like Llama's"
-        )
-
-
 def table(accounts: dict[str, Account | str]) -> str:
     """A row per method, the first of which is what the others are compared with; below them, why
     a method could not be counted."""
@@ -286,18 +288,26 @@ def _rows(accounts: dict[str, Account]) -> str:
     head = ("method", "FLOPs", "MACs of visual tokens", "visual attention", "read by text")
     rows = [(*head, "visual tokens x layers")]
     for name, x in accounts.items():
-        cells = [f"{x.flops / 1e12:.2f} T", f"{x.visual_macs / 1e12:.2f} T", "", ""]
-        if x is not first:
-            cells[0] += f"  -{1 - x.flops / first.flops:.1%}"
-            cells[1] += f"  -{1 - x.visual_macs / first.visual_macs:.1%}"
-            cells[2] = f"-{1 - x.visual_pairs / first.visual_pairs:.1%}"
-            cells[3] = f"-{1 - x.visual_reads / first.visual_pairs:.1%}"
+        cells = [_cell(x.flops, first.flops, x is first)]
+        cells.append(_cell(x.visual_macs, first.visual_macs, x is first))
+        for part in (x.visual_pairs, x.visual_reads):
+            cells.append("" if x is first else _less(part, first.visual_pairs) or "not known")
         rows.append((name, *cells, _runs(x)))
     widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
     return "\n".join(
         "".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
+
+
+def _cell(macs: float | None, of: float | None, alone: bool) -> str:
+    if macs is None:
+        return "not known"
+    return f"{macs / 1e12:.2f} T" + ("" if alone else f"  {_less(macs, of)}")
+
+
+def _less(part: float | None, of: float | None) -> str | None:
+    return None if part is None or of is None else f"-{1 - part / of:.1%}"
 
 
 def _runs(x: Account) -> str:

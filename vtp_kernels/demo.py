@@ -33,11 +33,16 @@ class Row:
     method: str
     answers: list[str]
     visual_tokens_per_layer: list[int]
-    flops_reduction: float
+    flops_reduction: float | None
     kv_bytes: int
     prefill_ms: list[float] = field(default_factory=list)
     prefill_speedup: float = 1.0
     correct: int | None = None
+
+    def flops(self) -> str:
+        if self.flops_reduction is None:
+            return "not known"
+        return f"-{100 * self.flops_reduction:.0f} %" if self.flops_reduction else ""
 
     def stages(self) -> str:
         """Visual tokens as they enter the layers: "256 x2, 128 x6"."""
@@ -65,7 +70,7 @@ class Comparison:
                 row.method,
                 *(self._marked(i, answer) for i, answer in enumerate(row.answers)),
                 row.stages(),
-                f"-{100 * row.flops_reduction:.0f} %" if row.flops_reduction else "",
+                row.flops(),
                 f"{row.kv_bytes / 1024:,.0f} KiB",
                 f"{row.prefill_speedup:.2f}x",
             ]

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vtp_kernels.flop_counts.text import CHUNK, DecoderLayer, decoder_layers
+
 if TYPE_CHECKING:
     from vtp_kernels.methods.passive import PassiveVisual
 
@@ -80,15 +82,18 @@ def flops(
     """
     config = getattr(config, "config", config)
     text = getattr(config, "text_config", config)
-    depth = text.num_hidden_layers
-    rows = [tokens] * depth if isinstance(tokens, int) else list(tokens)
+    layers = decoder_layers(text)
+    rows = [tokens] * len(layers) if isinstance(tokens, int) else list(tokens)
     keys = rows if keys is None else list(keys)
     for name, given in (("tokens", rows), ("keys", keys)):
-        if len(given) != depth:
-            raise ValueError(f"{name}: got {len(given)} numbers for {depth} decoder layers")
+        if len(given) != len(layers):
+            raise ValueError(f"{name}: got {len(given)} numbers for {len(layers)} decoder layers")
     macs = 0
-    for layer, (n, m) in enumerate(zip(rows, keys, strict=True)):
-        macs += _decoder_layer(text, n, (attention or {}).get(layer, Attention(n, 2 * n * m)))
+    for index, (layer, n, m) in enumerate(zip(layers, rows, keys, strict=True)):
+        of_layer = (attention or {}).get(index)
+        if of_layer is not None:
+            _check_attention(index, layer, m)
+        macs += _decoder_layer(layer, n, m, of_layer)
     if images:
         macs += images * _vision(config)
     macs += logits * text.hidden_size * text.vocab_size
@@ -165,15 +170,27 @@ def visual_pairs(visual: int, spans: Spans, passive: PassiveVisual) -> int:
     return visual_rows + spans.text_after_first * keys
 
 
-def _decoder_layer(text: Any, rows: int, attention: Attention) -> int:
-    width = text.hidden_size
-    head_dim = getattr(text, "head_dim", None) or width // text.num_attention_heads
-    query_width = text.num_attention_heads * head_dim
-    key_width = text.num_key_value_heads * head_dim
-    projections = attention.rows * width * (2 * query_width + 2 * key_width)
-    products = attention.pairs * query_width
-    mlp = 3 * rows * width * text.intermediate_size
-    return projections + products + mlp
+def _check_attention(index: int, layer: DecoderLayer, keys: int) -> None:
+    """What a layer's attention computes can be said only where it goes over all keys."""
+    if layer.pair and (layer.window is None or keys <= layer.window):
+        return
+    what = f"sees {layer.window} of {keys} keys" if layer.pair else "is linear"
+    raise NotImplementedError(
+        f"attention: of layer {index}, whose attention {what}, FLOPs with passive visual tokens "
+        "are not known"
+    )
+
+
+def _decoder_layer(layer: DecoderLayer, rows: int, keys: int, attention: Attention | None) -> int:
+    if attention is None:
+        attention = Attention(rows, 2 * rows * min(keys, layer.window or keys))
+    chunks = -(-rows // CHUNK)
+    return (
+        attention.rows * layer.projections
+        + attention.pairs * layer.pair
+        + chunks * layer.chunk
+        + rows * layer.mlp
+    )
 
 
 def _vision(config: Any) -> int:

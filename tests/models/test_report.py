@@ -1,12 +1,15 @@
 """The report against counts made by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_llava import IMAGE, batch, one, prompt, three, tiny_llava
+from transformers import LlamaConfig
 
 import vtp_kernels as vtp
+from vtp_kernels.flop_counts.text import TEXT
 from vtp_kernels.models import Report
 
 GREEDY = {"max_new_tokens": 2, "do_sample": False}
@@ -35,6 +38,7 @@ def test_fields_are_those_of_the_contract():
         "prefill_flops",
         "dense_prefill_flops",
         "flops_reduction",
+        "flops_unknown",
         "visual_attention_reduction",
         "kv_bytes",
         "dense_kv_bytes",
@@ -87,6 +91,34 @@ def test_visual_attention(model):
     dense = 6 * visual_pairs(16, 13)
     pruned = 3 * visual_pairs(16, 13) + 3 * visual_pairs(4, 13)
     assert run.report().visual_attention_reduction == pytest.approx(1 - pruned / dense)
+
+
+def test_visual_attention_where_layers_are_linear(model):
+    """They have no weights that could go."""
+    with vtp.prune(model, vtp.FastV(3, 4)) as run, torch.no_grad():
+        model(**one())
+    kinds = {"layer_types": ["linear_attention"] * 3 + ["full_attention"] * 3}
+    config = LlamaConfig(**model.config.text_config.to_dict() | kinds)
+    report = replace(run._last, config=config).report()
+    visual, text = [n[0] for n in report.visual_tokens_per_layer[2:4]], 13
+    dense, pruned = (n * text + n * (n + 1) // 2 for n in visual)
+    assert report.visual_attention_reduction == pytest.approx(1 - pruned / dense)
+    assert "its layer 0 is a 'linear_attention'" in report.flops_unknown  # in a Llama
+
+
+def test_flops_that_are_not_known(model, monkeypatch):
+    """The rest of the report is."""
+    with vtp.prune(model, vtp.FastV(3, 4)) as run, torch.no_grad():
+        model(**one())
+    known = run.report()
+    monkeypatch.delitem(TEXT, "llama")
+    report = run.report()
+    assert "FLOPs of a 'llama' language model are not known" in report.flops_unknown
+    assert report.prefill_flops is report.dense_prefill_flops is report.flops_reduction is None
+    assert report.visual_attention_reduction == known.visual_attention_reduction
+    assert report.kv_bytes == known.kv_bytes and known.flops_unknown is None
+    assert json.loads(json.dumps(report.to_dict()))["prefill_flops"] is None
+    assert "prefill: FLOPs not known (FLOPs of a 'llama'" in str(report)
 
 
 def test_kv_bytes(report):

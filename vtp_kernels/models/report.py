@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vtp_kernels.flop_counts.text import is_linear
 from vtp_kernels.flops import Attention, Spans, flops, passive_attention, visual_pairs
 from vtp_kernels.methods.base import Method
 from vtp_kernels.methods.passive import PassiveVisual
@@ -45,16 +46,19 @@ class Report:
     kept : {layer: bool [B, S]}
         For each layer before which rows could leave: the input columns that stayed, text included;
         `kept.visual` bool [B, S] tells the visual ones. On the CPU.
-    prefill_flops, dense_prefill_flops : int
+    prefill_flops, dense_prefill_flops : int, or None where they are not known
         Language model, all prompts: projections, attention, MLP; 2 per multiply-accumulate. What
         was spent on deciding is counted where a method runs networks of its own (LVPruning). Every
         row counts in the last layer, too, although where few logits are asked for it runs on theirs
         alone.
-    flops_reduction : float
+    flops_reduction : float, or None
         1 - prefill_flops / dense_prefill_flops.
+    flops_unknown : str or None
+        Why FLOPs are not known.
     visual_attention_reduction : float
-        Share of the attention weights (causal pairs of this call's rows) with a visual token as
-        query or key that are gone: not computed, or without weight in passive layers.
+        Share of the attention weights (causal pairs of this call's rows; linear attention has none)
+        with a visual token as query or key that are gone: not computed, or without weight in
+        passive layers.
     kv_bytes, dense_kv_bytes : int
         Keys and values of all layers after the call.
     events : list of dict
@@ -67,9 +71,10 @@ class Report:
     visual_tokens_per_layer: list[list[int]]
     kv_tokens_per_layer: list[list[int]]
     kept: KeptColumns
-    prefill_flops: int
-    dense_prefill_flops: int
-    flops_reduction: float
+    prefill_flops: int | None
+    dense_prefill_flops: int | None
+    flops_reduction: float | None
+    flops_unknown: str | None
     visual_attention_reduction: float
     kv_bytes: int
     dense_kv_bytes: int
@@ -91,8 +96,7 @@ class Report:
         if len(self.dense_tokens) > 4:
             lines.append(f"  ... and {len(self.dense_tokens) - 4} more prompts")
         lines.append(
-            f"  prefill: {_si(self.dense_prefill_flops)}FLOP -> {_si(self.prefill_flops)}FLOP "
-            f"({self.flops_reduction:.1%} less), attention to and from visual tokens "
+            f"  prefill: {self._flops()}, attention to and from visual tokens "
             f"{self.visual_attention_reduction:.1%} less"
         )
         lines.append(
@@ -100,6 +104,14 @@ class Report:
             f"({1 - self.kv_bytes / self.dense_kv_bytes:.1%} less)"
         )
         return "\n".join(lines)
+
+    def _flops(self) -> str:
+        if self.flops_unknown is not None:
+            return f"FLOPs not known ({self.flops_unknown})"
+        return (
+            f"{_si(self.dense_prefill_flops)}FLOP -> {_si(self.prefill_flops)}FLOP "
+            f"({self.flops_reduction:.1%} less)"
+        )
 
     def _prompt(self, b: int) -> str:
         visual = [counts[b] for counts in self.visual_tokens_per_layer]
@@ -148,8 +160,12 @@ class PrefillRecord:
         dense = _add([self.text] * self.depth, [self.visual] * self.depth)
         past = self._past(batch)
         keys, dense_keys = _add(tokens, past), _add(dense, past)
-        spent = self._flops(tokens, keys, self._attention(text, visual, past)) + self._deciding()
-        dense_spent = self._flops(dense, dense_keys, [{}] * batch)
+        try:
+            dense_spent = self._flops(dense, dense_keys, [{}] * batch)
+            spent = self._flops(tokens, keys, self._attention(text, visual, past))
+            spent, unknown = spent + self._deciding(), None
+        except NotImplementedError as error:
+            spent, dense_spent, unknown = None, None, str(error)
         held = self._held(text, visual, past)
         return Report(
             method=self.method.to_dict(),
@@ -162,7 +178,8 @@ class PrefillRecord:
             ),
             prefill_flops=spent,
             dense_prefill_flops=dense_spent,
-            flops_reduction=1 - spent / dense_spent,
+            flops_reduction=None if spent is None else 1 - spent / dense_spent,
+            flops_unknown=unknown,
             visual_attention_reduction=1
             - self._visual_pairs(tokens, text)
             / replace(self, passive={})._visual_pairs(dense, [self.text] * self.depth),
@@ -251,6 +268,8 @@ class PrefillRecord:
         spans = self._spans() if self.passive else []
         pairs = 0
         for layer, counts in enumerate(zip(tokens, text, strict=True)):
+            if is_linear(self.config, layer):
+                continue
             for b, (n, t) in enumerate(zip(*counts, strict=True)):
                 passive = self.passive.get(layer)
                 if passive is None:
