@@ -1,4 +1,4 @@
-"""The command line: `python -m vtp_kernels demo | run | serve | info | selftest | flops | ...`."""
+"""The command line: `python -m vtp_kernels demo | run | serve | info | models | flops | ...`."""
 
 import argparse
 import json
@@ -88,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.add_argument("--json", action="store_true")
     info.set_defaults(command=_info)
+
+    models = commands.add_parser(
+        "models", help="which models are taken and what each can run; which are not, and why"
+    )
+    models.add_argument("--json", action="store_true")
+    models.set_defaults(command=_models)
 
     selftest = commands.add_parser(
         "selftest", help="every op on every backend here against the reference, in seconds"
@@ -195,6 +201,13 @@ def _serve(args: argparse.Namespace) -> None:
 def _info(args: argparse.Namespace) -> None:
     info = vtp.info()
     print(json.dumps(info.to_dict(), indent=2) if args.json else info)
+
+
+def _models(args: argparse.Namespace) -> None:
+    from vtp_kernels.catalogue import catalogue
+
+    found = catalogue()
+    print(json.dumps(found.to_dict(), indent=2) if args.json else found)
 
 
 def _selftest(args: argparse.Namespace) -> int:

@@ -121,11 +121,11 @@ def test_a_backend_that_cannot_serve_says_so(model):
         model.generate(**one(), **GREEDY)
 
 
-def test_other_models_are_refused_with_what_is_supported(model):
+def test_other_models_are_refused(model):
     llama = LlamaForCausalLM(
         LlamaConfig(vocab_size=32, hidden_size=64, intermediate_size=16, num_hidden_layers=1)
     )
-    with pytest.raises(NotImplementedError, match=r"LlamaForCausalLM is not .* llava: .*qwen2"):
+    with pytest.raises(NotImplementedError, match="LlamaForCausalLM is not supported"):
         vtp.apply(llama, METHOD)
     config = copy.deepcopy(model.config)
     config.text_config.model_type = "gemma"

@@ -104,6 +104,6 @@ def words(count, generator):
 FAMILIES = {
     name: TinyFamily(page, tiny)
     for page in PAGES.values()
-    if hasattr(transformers, page.architectures[0])  # which an older one may lack
+    if hasattr(transformers, page.architectures[0]) and not page.is_too_new
     for name, tiny in page.tiny().items()
 }

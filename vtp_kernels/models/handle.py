@@ -7,6 +7,7 @@ import weakref
 from types import TracebackType
 from typing import Any
 
+import transformers
 from torch import nn
 
 from vtp_kernels._shown import shown
@@ -188,25 +189,36 @@ def prune(
 
 
 def supported_models() -> dict[str, dict[str, Any]]:
-    """Families of models, and what each can run.
+    """Families of models, and what each can run. `python -m vtp_kernels models` prints them.
 
     Returns
     -------
     {family: dict}
-        architectures, text_models : class names, and `model_type` of the language models in them.
+        architectures : class names.
+        available : those of them that the installed transformers has.
+        transformers : the oldest version that the family works with, as far as was tried.
+        example : a checkpoint on the Hugging Face hub.
+        text_models : `model_type` of the language models in them.
         methods : names of methods, as in their files.
+        layers : before which layers visual tokens may leave, in words.
         positions : what `positions` of `apply` may be.
         vision_tower : whether methods that look at what the vision tower saw find it
             (InflectionPruning does, but for source=None).
+        tower_scores : what of the tower scores tokens, as InflectionPruning's source.
         limits : what else does not go, in words.
     """
     return {
         name: {
             "architectures": list(family.architectures),
+            "available": [x for x in family.architectures if hasattr(transformers, x)],
+            "transformers": family.since,
+            "example": vars(type(family)).get("example", ""),  # a base page's is of that one
             "text_models": list(family.text_models),
             "methods": sorted(METHODS),
+            "layers": family.leave_before,
             "positions": list(family.positions),
             "vision_tower": name in TOWERS,
+            "tower_scores": list(TOWERS[name].scores) if name in TOWERS else [],
             "limits": list(family.limits),
         }
         for name, family in FAMILIES.items()

@@ -32,6 +32,8 @@ class Tower:
 
     #: `model_type` of vision models whose layers have an attention with q_proj and k_proj.
     models: tuple[str, ...] = ("clip_vision_model", "siglip_vision_model")
+    #: What of it scores a picture's tokens.
+    scores: tuple[str, ...] = ("attention", "similarity")
 
     def __init__(self, base: nn.Module) -> None:
         self.base = base
@@ -232,6 +234,7 @@ class PackedTower(Tower):
     """
 
     models = ("qwen2_5_vl_vision", "qwen2_5_vl")
+    scores = ("similarity",)
 
     def __init__(self, base: nn.Module) -> None:
         self.base, self.attentions, self.has_cls = base, [], False

@@ -6,6 +6,7 @@ only `ModelParts`.
 
 from __future__ import annotations
 
+import transformers
 from torch import nn
 
 from ..ranks import all_heads
@@ -31,6 +32,7 @@ from .ovis2 import Ovis2
 from .paddleocr_vl import PaddleOcrVL
 from .qwen2_vl import Qwen2VL, Qwen25Omni, Qwen25VL
 from .qwen3_vl import Qwen3OmniMoe, Qwen3VL, Qwen3VLMoe
+from .refused import why_refused
 from .video_llama_3 import VideoLlama3
 from .video_llava import VideoLlava
 from .vipllava import VipLlava
@@ -79,30 +81,43 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
+WHICH_ARE = "`python -m vtp_kernels models` lists the models that are."
+
 
 def parts_of(model: nn.Module) -> ModelParts:
     """The parts of a supported model, or of the one in a wrapper (peft, DistributedDataParallel,
-    torch.compile ...). Raises NotImplementedError with what is supported."""
+    torch.compile ...). Raises NotImplementedError with the reason, if one is known."""
     around = []
     for found in inside(model):
         names = {cls.__name__ for cls in type(found).__mro__}
         for page in FAMILIES.values():
             if names.intersection(page.architectures):
+                _check_version(page)
                 parts = ModelParts.of(page, found)
                 _check_text_model(parts)
                 return parts
         around.append(type(found).__name__)
+    reason = why_refused(found)
+    named = " around ".join(around)
     raise NotImplementedError(
-        f"{' around '.join(around)} is not supported. Supported are: {_supported()}"
+        f"{named} is not supported{f': {reason}' if reason else ''}.\n{WHICH_ARE}"
     )
+
+
+def _check_version(page: Family) -> None:
+    if page.is_too_new:
+        raise NotImplementedError(
+            f"{page.architectures[0]} is taken from transformers {page.since} on, and "
+            f"{transformers.__version__} is installed.\n{WHICH_ARE}"
+        )
 
 
 def _check_text_model(parts: ModelParts) -> None:
     config = parts.text.config
     if config.model_type not in parts.page.text_models:
         raise NotImplementedError(
-            f"{type(parts.top).__name__} with a {config.model_type!r} text model is not "
-            f"supported. Supported are: {_supported()}"
+            f"{type(parts.top).__name__} with a {config.model_type!r} text model is not supported."
+            f"\n{WHICH_ARE}"
         )
     sliding = [kind for kind in getattr(config, "layer_types", None) or () if "sliding" in kind]
     if sliding or (getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")):
@@ -112,11 +127,3 @@ def _check_text_model(parts: ModelParts) -> None:
             "load the model with sliding_window=None in its text config"
         )
     all_heads(parts.layers[0].self_attn)
-
-
-def _supported() -> str:
-    return "; ".join(
-        f"{page.name}: {', '.join(page.architectures)} with text models "
-        f"{', '.join(page.text_models)}"
-        for page in FAMILIES.values()
-    )

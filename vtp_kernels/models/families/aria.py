@@ -13,6 +13,7 @@ __all__ = ["Aria"]
 class Aria(Family):
     name = "aria"
     architectures = ("AriaForConditionalGeneration",)
+    example = "rhymes-ai/Aria"
     text_models = ("aria_text",)
 
     def tiny(self) -> dict[str, Tiny]:

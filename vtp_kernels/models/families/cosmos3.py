@@ -15,6 +15,7 @@ __all__ = ["Cosmos3Edge"]
 class Cosmos3Edge(Family):
     name = "cosmos3_edge"
     architectures = ("Cosmos3EdgeForConditionalGeneration",)
+    example = "nvidia/Cosmos3-Edge"
     text_models = ("cosmos3_edge_text",)
     grid_positions = True
 

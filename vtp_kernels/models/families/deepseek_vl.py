@@ -17,6 +17,7 @@ __all__ = ["DeepseekVL", "DeepseekVLHybrid", "Janus"]
 class DeepseekVL(Family):
     name = "deepseek_vl"
     architectures = ("DeepseekVLForConditionalGeneration",)
+    example = "deepseek-community/deepseek-vl-1.3b-chat"
     text_models = ("llama",)
 
     def looks(self, given: Given) -> list[Looks]:
@@ -44,6 +45,7 @@ class DeepseekVL(Family):
 class DeepseekVLHybrid(DeepseekVL):
     name = "deepseek_vl_hybrid"
     architectures = ("DeepseekVLHybridForConditionalGeneration",)
+    example = "deepseek-community/deepseek-vl-7b-chat"
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (
@@ -85,6 +87,7 @@ class Janus(DeepseekVL):
 
     name = "janus"
     architectures = ("JanusForConditionalGeneration",)
+    example = "deepseek-community/Janus-Pro-7B"
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import JanusConfig, JanusForConditionalGeneration, LlamaConfig

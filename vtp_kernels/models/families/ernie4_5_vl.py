@@ -15,6 +15,7 @@ __all__ = ["Ernie45VL"]
 class Ernie45VL(Family):
     name = "ernie4_5_vl_moe"
     architectures = ("Ernie4_5_VLMoeForConditionalGeneration",)
+    example = "baidu/ERNIE-4.5-VL-28B-A3B-PT"
     text_models = ("ernie4_5_vl_moe_text",)
     grid_positions = True
     row_arguments = ("moe_mm_token_type_ids",)

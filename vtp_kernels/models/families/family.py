@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from ..deepstack import Planes
@@ -61,6 +63,12 @@ class Family:
     """Class names of the models, or of one of their base classes."""
     text_models: ClassVar[tuple[str, ...]]
     """`model_type` of the text configs whose attention the engine knows how to read."""
+    example: ClassVar[str] = ""
+    """A checkpoint on the Hugging Face hub, as people name it."""
+    since: ClassVar[str] = "5.17"
+    """The oldest transformers that it works with, as far as was tried."""
+    leave_before: ClassVar[str] = "any layer"
+    """Before which layers rows may leave, in words."""
     grid_positions: ClassVar[bool] = False
     """Whether a visual token's position is a time, a row and a column, so that an image takes fewer
     positions than it has tokens, and there is no telling where rows would close up to."""
@@ -72,6 +80,11 @@ class Family:
     )
     limits: ClassVar[tuple[str, ...]] = ()
     """What does not go, for `supported_models`."""
+
+    @property
+    def is_too_new(self) -> bool:
+        """For the transformers that is installed."""
+        return Version(transformers.__version__).release < Version(self.since).release
 
     @property
     def positions(self) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ TOKENS = {
 class Glm4v(Family):
     name = "glm4v"
     architectures = ("Glm4vForConditionalGeneration",)
+    example = "zai-org/GLM-4.1V-9B-Thinking"
     text_models = ("glm4v_text",)
     grid_positions = True
 
@@ -54,6 +55,7 @@ class Glm4v(Family):
 class Glm4vMoe(Glm4v):
     name = "glm4v_moe"
     architectures = ("Glm4vMoeForConditionalGeneration",)
+    example = "zai-org/GLM-4.5V"
     text_models = ("glm4v_moe_text",)
 
     def tiny(self) -> dict[str, Tiny]:
@@ -77,6 +79,7 @@ class Glm4vMoe(Glm4v):
 class GlmOcr(Glm4v):
     name = "glm_ocr"
     architectures = ("GlmOcrForConditionalGeneration",)
+    example = "zai-org/GLM-OCR"
     text_models = ("glm_ocr_text",)
 
     def tiny(self) -> dict[str, Tiny]:
@@ -93,6 +96,7 @@ class GlmOcr(Glm4v):
 class Glm46v(Glm4v):
     name = "glm46v"
     architectures = ("Glm46VForConditionalGeneration",)
+    example = "zai-org/GLM-4.6V-Flash"
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import Glm4vConfig, Glm46VConfig, Glm46VForConditionalGeneration

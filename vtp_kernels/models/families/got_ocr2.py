@@ -15,6 +15,7 @@ __all__ = ["GotOcr2"]
 class GotOcr2(Family):
     name = "got_ocr2"
     architectures = ("GotOcr2ForConditionalGeneration",)
+    example = "stepfun-ai/GOT-OCR-2.0-hf"
     text_models = ("qwen2",)
 
     def looks(self, given: Given) -> list[Looks]:

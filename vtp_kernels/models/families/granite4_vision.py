@@ -18,6 +18,7 @@ __all__ = ["Granite4Vision"]
 class Granite4Vision(Family):
     name = "granite4_vision"
     architectures = ("Granite4VisionForConditionalGeneration",)
+    since = "5.23"
     text_models = ("granite4_vision_text",)
 
     def take_planes(self, arguments: dict[str, Any], first: int) -> Planes | None:

@@ -17,6 +17,8 @@ __all__ = ["GraniteDocling"]
 class GraniteDocling(Idefics3):
     name = "granite_docling"
     architectures = ("GraniteDoclingForConditionalGeneration",)
+    example = "ibm-granite/granite-for-docling-500m"
+    since = "5.23"
     text_models = ("granite_docling_text",)
 
     def take_planes(self, arguments: dict[str, Any], first: int) -> Planes | None:

@@ -15,6 +15,8 @@ __all__ = ["HyperClovaX"]
 class HyperClovaX(Family):
     name = "hyperclovax_vision_v2"
     architectures = ("HyperCLOVAXVisionV2ForConditionalGeneration",)
+    example = "naver-hyperclovax/HyperCLOVAX-SEED-Think-32B"
+    since = "5.23"
     text_models = ("hyperclovax",)
 
     def looks(self, given: Given) -> list[Looks]:

@@ -17,6 +17,7 @@ __all__ = ["Idefics2", "Idefics3", "SmolVLM", "tile"]
 class Idefics3(Family):
     name = "idefics3"
     architectures = ("Idefics3ForConditionalGeneration",)
+    example = "HuggingFaceM4/Idefics3-8B-Llama3"
     text_models = ("llama",)
 
     def text(self, base: nn.Module) -> nn.Module:
@@ -47,6 +48,7 @@ class Idefics2(Idefics3):
 
     name = "idefics2"
     architectures = ("Idefics2ForConditionalGeneration",)
+    example = "HuggingFaceM4/idefics2-8b"
     text_models = ("mistral",)
 
     def tiny(self) -> dict[str, Tiny]:
@@ -79,6 +81,7 @@ class Idefics2(Idefics3):
 class SmolVLM(Idefics3):
     name = "smolvlm"
     architectures = ("SmolVLMForConditionalGeneration",)
+    example = "HuggingFaceTB/SmolVLM2-2.2B-Instruct"
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGeneration

@@ -19,6 +19,7 @@ __all__ = ["InternVL", "QianfanOcr"]
 class InternVL(Family):
     name = "internvl"
     architectures = ("InternVLForConditionalGeneration",)
+    example = "OpenGVLab/InternVL3-8B-hf"
     text_models = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
     def looks(self, given: Given) -> list[Looks]:
@@ -80,6 +81,7 @@ class InternVL(Family):
 class QianfanOcr(Family):
     name = "qianfan_ocr"
     architectures = ("QianfanOCRForConditionalGeneration",)
+    example = "baidu/Qianfan-OCR"
     text_models = ("qwen3",)
 
     def tiny(self) -> dict[str, Tiny]:

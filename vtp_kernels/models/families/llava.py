@@ -15,6 +15,7 @@ __all__ = ["Llava"]
 class Llava(Family):
     name = "llava"
     architectures = ("LlavaForConditionalGeneration",)
+    example = "llava-hf/llava-1.5-7b-hf"
     text_models = ("llama", "mistral", "qwen2", "qwen3")
 
     def looks(self, given: Given) -> list[Looks]:

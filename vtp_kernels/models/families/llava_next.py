@@ -18,6 +18,7 @@ __all__ = ["LlavaNext", "crops_together"]
 class LlavaNext(Family):
     name = "llava_next"
     architectures = ("LlavaNextForConditionalGeneration",)
+    example = "llava-hf/llava-v1.6-mistral-7b-hf"
     text_models = ("llama", "mistral", "qwen2")
 
     def looks(self, given: Given) -> list[Looks]:

@@ -15,6 +15,7 @@ __all__ = ["LlavaNextVideo"]
 class LlavaNextVideo(Family):
     name = "llava_next_video"
     architectures = ("LlavaNextVideoForConditionalGeneration",)
+    example = "llava-hf/LLaVA-NeXT-Video-7B-hf"
     text_models = ("llama", "mistral", "qwen2")
 
     def looks(self, given: Given) -> list[Looks]:

@@ -17,6 +17,7 @@ __all__ = ["LlavaOnevision"]
 class LlavaOnevision(Family):
     name = "llava_onevision"
     architectures = ("LlavaOnevisionForConditionalGeneration",)
+    example = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
     text_models = ("qwen2",)
 
     def looks(self, given: Given) -> list[Looks]:

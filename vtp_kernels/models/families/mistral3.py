@@ -16,6 +16,7 @@ __all__ = ["LightOnOcr", "Mistral3"]
 class Mistral3(Family):
     name = "mistral3"
     architectures = ("Mistral3ForConditionalGeneration",)
+    example = "mistralai/Mistral-Small-3.1-24B-Instruct-2503"
     text_models = ("mistral",)
 
     def looks(self, given: Given) -> list[Looks]:
@@ -45,6 +46,7 @@ class Mistral3(Family):
 class LightOnOcr(Mistral3):
     name = "lighton_ocr"
     architectures = ("LightOnOcrForConditionalGeneration",)
+    example = "lightonai/LightOnOCR-1B-1025"
     text_models = ("qwen3",)
 
     def tiny(self) -> dict[str, Tiny]:

@@ -15,6 +15,7 @@ __all__ = ["Ovis2"]
 class Ovis2(Family):
     name = "ovis2"
     architectures = ("Ovis2ForConditionalGeneration",)
+    example = "thisisiron/Ovis2-2B-hf"
     text_models = ("qwen2",)
 
     def looks(self, given: Given) -> list[Looks]:

@@ -17,6 +17,7 @@ __all__ = ["PaddleOcrVL"]
 class PaddleOcrVL(Family):
     name = "paddleocr_vl"
     architectures = ("PaddleOCRVLForConditionalGeneration",)
+    example = "PaddlePaddle/PaddleOCR-VL"
     text_models = ("paddleocr_vl_text",)
     grid_positions = True
 

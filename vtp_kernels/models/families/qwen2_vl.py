@@ -28,6 +28,7 @@ __all__ = [
 class Qwen2VL(Family):
     name = "qwen2_vl"
     architectures = ("Qwen2VLForConditionalGeneration",)
+    example = "Qwen/Qwen2-VL-7B-Instruct"
     text_models = ("qwen2_vl_text",)
     grid_positions = True
 
@@ -59,6 +60,7 @@ class Qwen2VL(Family):
 class Qwen25VL(Family):
     name = "qwen2_5_vl"
     architectures = ("Qwen2_5_VLForConditionalGeneration",)
+    example = "Qwen/Qwen2.5-VL-7B-Instruct"
     text_models = ("qwen2_5_vl_text",)
     grid_positions = True
     limits = ("InflectionPruning: source='attention' is not known of its vision tower",)
@@ -86,6 +88,8 @@ class Qwen25Omni(Family):
 
     name = "qwen2_5_omni_thinker"
     architectures = ("Qwen2_5OmniThinkerForConditionalGeneration",)
+    example = "Qwen/Qwen2.5-Omni-7B"
+    since = "5.23"
     text_models = ("qwen2_5_omni_text",)
     grid_positions = True
 

@@ -17,6 +17,7 @@ __all__ = ["Qwen3OmniMoe", "Qwen3VL", "Qwen3VLMoe", "take_deepstack"]
 class Qwen3VL(Family):
     name = "qwen3_vl"
     architectures = ("Qwen3VLForConditionalGeneration",)
+    example = "Qwen/Qwen3-VL-8B-Instruct"
     text_models = ("qwen3_vl_text",)
     grid_positions = True
 
@@ -44,6 +45,7 @@ class Qwen3VL(Family):
 class Qwen3VLMoe(Qwen3VL):
     name = "qwen3_vl_moe"
     architectures = ("Qwen3VLMoeForConditionalGeneration",)
+    example = "Qwen/Qwen3-VL-30B-A3B-Instruct"
     text_models = ("qwen3_vl_moe_text",)
 
     def tiny(self) -> dict[str, Tiny]:
@@ -66,6 +68,8 @@ class Qwen3OmniMoe(Qwen3VL):
 
     name = "qwen3_omni_moe_thinker"
     architectures = ("Qwen3OmniMoeThinkerForConditionalGeneration",)
+    example = "Qwen/Qwen3-Omni-30B-A3B-Instruct"
+    since = "5.23"
     text_models = ("qwen3_omni_moe_text",)
 
     def tiny(self) -> dict[str, Tiny]:

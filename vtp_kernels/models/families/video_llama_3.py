@@ -18,6 +18,7 @@ __all__ = ["VideoLlama3"]
 class VideoLlama3(Family):
     name = "video_llama_3"
     architectures = ("VideoLlama3ForConditionalGeneration",)
+    example = "lkhl/VideoLLaMA3-2B-Image-HF"
     text_models = ("qwen2",)
 
     def looks(self, given: Given) -> list[Looks]:

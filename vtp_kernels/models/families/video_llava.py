@@ -15,6 +15,8 @@ __all__ = ["VideoLlava"]
 class VideoLlava(Family):
     name = "video_llava"
     architectures = ("VideoLlavaForConditionalGeneration",)
+    example = "LanguageBind/Video-LLaVA-7B-hf"
+    since = "5.23"
     text_models = ("llama",)
     modalities = (
         Modality("image", "pixel_values", "pixel_values_images"),  # the name it had up to 5.22

@@ -15,6 +15,7 @@ __all__ = ["VipLlava"]
 class VipLlava(Family):
     name = "vipllava"
     architectures = ("VipLlavaForConditionalGeneration",)
+    example = "llava-hf/vip-llava-7b-hf"
     text_models = ("llama",)
 
     def looks(self, given: Given) -> list[Looks]:
