@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vtp_kernels.flop_counts.pictures import picture
 from vtp_kernels.flop_counts.text import CHUNK, DecoderLayer, decoder_layers
 
 if TYPE_CHECKING:
@@ -48,15 +49,15 @@ def flops(
     *,
     keys: Sequence[int] | None = None,
     attention: Mapping[int, Attention] | None = None,
-    images: int = 0,
+    images: int | Sequence[tuple[int, int]] = 0,
     logits: int = 0,
 ) -> int:
-    """FLOPs to prefill one prompt in the language model.
+    """FLOPs to prefill one prompt in the language model, and to see its images.
 
     Parameters
     ----------
     config : a transformers model or its config
-        LLaVA, or a text model alone. Needs a Llama-like decoder: grouped queries, gated MLP.
+        Of an image-text model, or of a text model alone.
     tokens : int, or one int per decoder layer
         Rows entering each layer: text and visual tokens together.
     keys : one int per decoder layer, optional
@@ -64,15 +65,23 @@ def flops(
     attention : {layer: Attention}, optional
         What a layer's attention computes where that is not all rows with all keys; see
         `passive_attention`.
-    images : int
-        Images to count the CLIP vision tower and the projector for; 0 leaves them out.
+    images : int, or the (height, width) of each
+        Images to count the vision tower and the projector for; 0 leaves them out. Crops and tiles
+        are images of their own, two frames of a Qwen video are one. Where a tower sees images of
+        all sizes, these are needed: in pixels, as it gets them.
     logits : int
         Rows that go through the output embedding (generate() computes 1); 0 leaves it out.
 
     Returns
     -------
     int
-        FLOPs, 2 per multiply-accumulate.
+        FLOPs, 2 per multiply-accumulate. A row of a sliding layer is counted with the keys of its
+        window, of linear attention with the products that torch's own code makes of 64 rows each.
+
+    Raises
+    ------
+    NotImplementedError
+        For language models, and with images for towers, whose layers were not looked at.
 
     Examples
     --------
@@ -94,8 +103,10 @@ def flops(
         if of_layer is not None:
             _check_attention(index, layer, m)
         macs += _decoder_layer(layer, n, m, of_layer)
-    if images:
-        macs += images * _vision(config)
+    if isinstance(images, int):
+        macs += images * picture(config) if images else 0
+    else:
+        macs += sum(picture(config, size) for size in images)
     macs += logits * text.hidden_size * text.vocab_size
     return 2 * macs
 
@@ -191,24 +202,3 @@ def _decoder_layer(layer: DecoderLayer, rows: int, keys: int, attention: Attenti
         + chunks * layer.chunk
         + rows * layer.mlp
     )
-
-
-def _vision(config: Any) -> int:
-    """One image through the CLIP tower (all its layers run) and the two-layer projector."""
-    vision = getattr(config, "vision_config", None)
-    kind = getattr(vision, "model_type", None)
-    if kind != "clip_vision_model":
-        raise NotImplementedError(
-            f"images: expected a config with a CLIP vision tower, got {kind!r}; count it elsewhere "
-            "and pass images=0"
-        )
-    patches = (vision.image_size // vision.patch_size) ** 2
-    width, rows = vision.hidden_size, patches + 1
-    embedding = patches * width * vision.num_channels * vision.patch_size**2
-    layer = 4 * rows * width**2 + 2 * rows**2 * width + 2 * rows * width * vision.intermediate_size
-    features = config.vision_feature_layer
-    feature_layers = 1 if isinstance(features, int) else len(features)
-    projected = rows if config.vision_feature_select_strategy == "full" else patches
-    out = config.text_config.hidden_size
-    projector = projected * out * (feature_layers * width + out)
-    return embedding + vision.num_hidden_layers * layer + projector

@@ -4,11 +4,39 @@ import importlib
 
 import pytest
 import torch
+from tiny_models import FAMILIES
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CONFIG_MAPPING, AutoModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AyaVisionConfig,
+    Cohere2Config,
+    Cohere2VisionConfig,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GotOcr2Config,
+    LlamaConfig,
+    LlavaConfig,
+    PaliGemmaConfig,
+    PixtralVisionConfig,
+    Qwen2Config,
+    Qwen3_5Config,
+    Qwen3_5MoeConfig,
+)
+from transformers.models.got_ocr2 import GotOcr2VisionConfig
 
 import vtp_kernels as vtp
-from vtp_kernels.flop_counts.text import TEXT
+from vtp_kernels.flop_counts.pictures import PROJECTORS
+from vtp_kernels.flop_counts.pictures import picture as picture_macs
+from vtp_kernels.flop_counts.text import TEXT, decoder_layers
+from vtp_kernels.flop_counts.towers import features
+from vtp_kernels.models.families import parts_of, tiny
+from vtp_kernels.models.families.qwen2_vl import QWEN_VISION
+
+# Some transformers multiply matrices to get angles of rotary embeddings, which is not counted.
+CLOSE = 1e-3
 
 
 def counted(run):
@@ -39,6 +67,9 @@ SIZES = {
     "shared_expert_intermediate_size": 56,
     "n_shared_experts": 1,
     "first_k_dense_replace": 1,
+    "moe_num_experts": 4,
+    "moe_topk": 2,
+    "moe_num_shared_experts": 1,
     "n_group": 1,
     "topk_group": 1,
     "linear_num_key_heads": 2,
@@ -48,6 +79,7 @@ SIZES = {
 }
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 OWN = {
+    "cosmos3_edge_text": {"rope_parameters": MROPE},
     "glm4v_moe_text": {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}},
     "glm4v_text": {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}},
     "glm_ocr_text": {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}},
@@ -56,11 +88,14 @@ OWN = {
     "qwen2_5_vl_text": {"rope_parameters": MROPE},
     "qwen2_moe": {"decoder_sparse_step": 2},
     "qwen2_vl_text": {"rope_parameters": MROPE},
+    "qwen3_omni_moe_text": {"rope_parameters": MROPE},
     "qwen3_moe": {"mlp_only_layers": [1]},
     "qwen3_vl_moe_text": {"rope_parameters": MROPE},
     "qwen3_vl_text": {"rope_parameters": MROPE},
 }
 NOT_AUTO = {
+    "granite4_vision_text": ("granite4_vision", "Granite4VisionTextModel"),
+    "qwen3_omni_moe_text": ("qwen3_omni_moe", "Qwen3OmniMoeThinkerTextModel"),
     "paddleocr_vl_text": ("paddleocr_vl", "PaddleOCRTextModel"),
     "qwen2_5_omni_text": ("qwen2_5_omni", "Qwen2_5OmniThinkerTextModel"),
 }
@@ -86,7 +121,7 @@ def test_language_models(kind):
     model = language_model(kind)
     rows = torch.randn(1, 7, 64)
     torch_count = counted(lambda: model(inputs_embeds=rows, use_cache=False))
-    tolerance = 0.01 if "qwen3_5" in kind else 0  # its convolution is padded
+    tolerance = 0.01 if "qwen3_5" in kind else CLOSE  # its convolution is padded
     assert vtp.flops(model, 7) == pytest.approx(torch_count, rel=tolerance)
 
 
@@ -108,3 +143,145 @@ def test_chunks_of_linear_attention():
         states = torch.randn(1, rows, 64)
         torch_count = counted(lambda states=states: model(inputs_embeds=states, use_cache=False))
         assert vtp.flops(model, rows) == pytest.approx(torch_count, rel=0.01)
+
+
+# ---- pictures ---------------------------------------------------------------------------------
+
+
+def of_pictures(model, images):
+    return vtp.flops(model, 1, images=images) - vtp.flops(model, 1)
+
+
+def features_of(model, picture):
+    """What torch counts when the model looks at it."""
+    base = model if hasattr(model, "get_image_features") else model.model
+    return counted(lambda: base.get_image_features(**picture, return_dict=True))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def model(family):
+    model = family.model("eager")
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model.requires_grad_(False)
+
+
+def test_reports(family, model):
+    """What a pruned call spends in the language model; where that is not known, it is said."""
+    inputs = family.batch(model, ((0,), 9))
+    with vtp.prune(model, vtp.RandomPruning(2, 0.5)) as run, torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            model(**inputs)
+    report, text = run.report(), parts_of(model).text
+    path = next(name for name, module in model.named_modules() if module is text)
+    torch_count = sum(counter.get_flop_counts()[f"{type(model).__name__}.{path}"].values())
+    if text.config.model_type not in TEXT:
+        assert report.prefill_flops is None and "are not known" in report.flops_unknown
+    elif any(layer.window for layer in decoder_layers(text.config)):
+        assert report.prefill_flops < torch_count  # which masks what is out of windows
+    elif any(layer.chunk for layer in decoder_layers(text.config)):
+        assert report.prefill_flops == pytest.approx(torch_count, rel=0.01)
+    else:
+        assert report.prefill_flops == pytest.approx(torch_count, rel=CLOSE)
+
+
+def test_pictures(family, model):
+    """The third of those in several sizes, where windows are not full."""
+    if model.config.model_type not in PROJECTORS:
+        with pytest.raises(NotImplementedError, match="pass images=0"):
+            picture_macs(model.config)
+        return
+    picture = family.picture(torch.Generator().manual_seed(0), 2)
+    vision = model.config.vision_config
+    images = picture["pixel_values"].shape[:-3].numel()
+    if "image_grid_thw" in picture:
+        images = [[vision.patch_size * n for n in picture["image_grid_thw"][0, 1:].tolist()]]
+    elif vision.model_type == "pixtral":
+        images = [picture["image_sizes"][0].tolist()]
+        height, width = images[0]  # without what fills it up
+        picture["pixel_values"] = picture["pixel_values"][..., :height, :width]
+    torch_count = features_of(model, picture)
+    assert of_pictures(model, images) == pytest.approx(torch_count, rel=CLOSE)
+
+
+SIZE = (56, 56)
+PIXELS = {"pixel_values": torch.zeros(1, 3, *SIZE)}
+LLAVA = {"text_config": LlamaConfig(**tiny.TEXT), "image_token_index": tiny.IMAGE}
+
+
+def other_kinds():
+    """(config, picture, its size): what the pages' own small models do not have."""
+    several = {"vision_feature_layer": [-2, -1], "vision_feature_select_strategy": "full"}
+    yield LlavaConfig(vision_config=tiny.clip(), **LLAVA, **several), PIXELS, SIZE
+    pixtral = PixtralVisionConfig(**tiny.VISION, head_dim=8, image_size=56, patch_size=14)
+    last = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    yield LlavaConfig(vision_config=pixtral, **LLAVA, **last), PIXELS, SIZE
+    ocr = {"output_channels": 16, "image_size": 64, "patch_size": 4, "mlp_dim": 64}
+    ocr |= {"window_size": 6, "global_attn_indexes": [1]}  # of 16 patches a side
+    vision = GotOcr2VisionConfig(**tiny.VISION, **ocr)
+    yield (
+        GotOcr2Config(vision_config=vision, text_config=Qwen2Config(**tiny.TEXT)),
+        {"pixel_values": torch.zeros(1, 3, 64, 64)},
+        (64, 64),
+    )
+    yield (
+        PaliGemmaConfig(
+            vision_config=tiny.siglip(),
+            text_config=GemmaConfig(**tiny.TEXT, head_dim=16),
+            projection_dim=64,
+        ),
+        PIXELS,
+        SIZE,
+    )
+    gemma = Gemma3TextConfig(**tiny.TEXT, head_dim=16)
+    vision = tiny.siglip()
+    yield Gemma3Config(vision_config=vision, text_config=gemma, mm_tokens_per_image=4), PIXELS, SIZE
+    for kind in (AyaVisionConfig, Cohere2VisionConfig):
+        text = Cohere2Config(**tiny.TEXT)
+        yield kind(vision_config=vision, text_config=text, downsample_factor=2), PIXELS, SIZE
+    ovis = FAMILIES["ovis2"].make().config
+    ovis.vision_config.hidden_stride = 2
+    yield ovis, PIXELS, SIZE
+    text = SIZES | {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}}
+    qwen = {"vision_config": QWEN_VISION | {"num_position_embeddings": 64}, "text_config": text}
+    for kind in (Qwen3_5Config, Qwen3_5MoeConfig):
+        yield kind(**qwen), FAMILIES["qwen3_vl"].picture(torch.Generator(), 2), (24, 16)
+
+
+@pytest.mark.parametrize(
+    "config, picture, size", list(other_kinds()), ids=lambda x: type(x).__name__
+)
+def test_other_kinds_of_pictures(config, picture, size):
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+    assert of_pictures(model, [size]) == pytest.approx(features_of(model, picture), rel=CLOSE)
+
+
+def test_the_head_of_a_tower():
+    """It runs, though what it says is not used. torch does not count it as it is run for speed."""
+    vision = tiny.siglip()
+    vision.vision_use_head = True
+    model = AutoModel.from_config(vision, attn_implementation="eager").eval()
+    model.requires_grad_(True)
+    with FlopCounterMode(display=False) as counter, torch.enable_grad():
+        model(**PIXELS)
+    assert 2 * features(vision, vision.model_type, None).macs == counter.get_total_flops()
+
+
+def test_pictures_that_cannot_be_counted():
+    qwen, clip = FAMILIES["qwen2_vl"].make().config, FAMILIES["llava"].make().config
+    for config, images, kind, message in (
+        (qwen, 1, NotImplementedError, r"all sizes to a 'qwen2_vl\w*' tower.*or images=0"),
+        (qwen, [(32, 12)], ValueError, "multiples of 8 pixels, got 32 x 12"),
+        (clip, [(56, 56), (56, 84)], ValueError, "of 56 x 56 pixels, got 56 x 84"),
+        (clip.text_config, 1, NotImplementedError, r"has no vision tower.* images=0"),
+    ):
+        with pytest.raises(kind, match=message):
+            vtp.flops(config, 1, images=images)
+    clip.model_type = "other"
+    with pytest.raises(NotImplementedError, match=r"language model of a 'other' .*pass images=0"):
+        vtp.flops(clip, 1, images=1)

@@ -136,11 +136,17 @@ def _is_sparse(text: Any, layer: int) -> bool:
 
 
 def _glm_experts(text: Any, layer: int) -> int:
-    """The first layers have none."""
+    """Experts of all rows beside the chosen ones; the first layers have none."""
     if layer < text.first_k_dense_replace:
         return _gated(text, layer)
     experts = text.num_experts_per_tok + text.n_shared_experts
     return text.hidden_size * (text.n_routed_experts + 3 * experts * text.moe_intermediate_size)
+
+
+def _aria(text: Any, layer: int) -> int:
+    """Experts of all rows beside the chosen ones, all of one size."""
+    experts = text.moe_topk + text.moe_num_shared_experts
+    return text.hidden_size * text.moe_num_experts + experts * _gated(text, layer)
 
 
 ALL_SLIDING = ("ministral3", "mistral", "mixtral", "qwen3_moe", "starcoder2")
@@ -164,6 +170,9 @@ TEXT: dict[str, Callable[[Any, int], int]] = {
             "glm4v_text",
             "glm_ocr_text",
             "granite",
+            "granite4_vision_text",
+            "granite_docling_text",
+            "hyperclovax",
             "llama",
             "ministral",
             "ministral3",
@@ -180,9 +189,10 @@ TEXT: dict[str, Callable[[Any, int], int]] = {
         ),
         _gated,
     ),
-    **dict.fromkeys(("apertus", "starcoder2"), _plain),
+    **dict.fromkeys(("apertus", "cosmos3_edge_text", "starcoder2"), _plain),
+    "aria_text": _aria,
     "mixtral": _mixtral,
-    **dict.fromkeys(("qwen3_moe", "qwen3_vl_moe_text"), _qwen_experts),
+    **dict.fromkeys(("qwen3_moe", "qwen3_omni_moe_text", "qwen3_vl_moe_text"), _qwen_experts),
     **dict.fromkeys(("qwen2_moe", "qwen3_5_moe_text"), _qwen_shared_expert),
     **dict.fromkeys(("glm4_moe", "glm4v_moe_text"), _glm_experts),
 }
