@@ -117,6 +117,7 @@ class MaskedReference:
                 gone = (real & ~keep).cumsum(1)[:, -self.rows :]
                 positions = kwargs["position_ids"] - gone
                 hidden = args[0] if args else kwargs["hidden_states"]
+                kwargs["position_ids"] = positions
                 kwargs["position_embeddings"] = self.rotary(hidden, position_ids=positions)
             return args, kwargs
 

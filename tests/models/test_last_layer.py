@@ -218,8 +218,11 @@ def drops_out(model):
     last(model).mlp.train()
 
 
-def attends_both_ways(model):
-    last(model).self_attn.is_causal = False
+def attends_both_ways_later(model):
+    def change(module, args):
+        last(model).self_attn.is_causal = False
+
+    model.model.vision_tower.register_forward_pre_hook(change)
 
 
 def attends_in_its_own_way(model):
@@ -255,7 +258,7 @@ def has_another_norm(model):
         mixes_rows,
         rounds_all_alike,
         drops_out,
-        attends_both_ways,
+        attends_both_ways_later,
         attends_in_its_own_way,
         has_another_norm,
     ],

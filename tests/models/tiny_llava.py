@@ -4,13 +4,13 @@ import inspect
 
 import torch
 from transformers import (
+    AutoConfig,
     CLIPVisionConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    MistralConfig,
-    Qwen2Config,
 )
+
+from vtp_kernels.models.families.tiny import TEXT
 
 IMAGE = 99
 PATCHES = 16  # visual tokens per image
@@ -21,26 +21,13 @@ DEPTH = 6
 ENCODES_FIRST = (
     "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters
 )
-TEXT_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 
 
 def tiny_llava(attention="sdpa", *, dtype=torch.float32, text="llama", seed=0, **settings):
     """6 decoder layers of 4 query and 2 key heads; weights wide enough that attention is uneven."""
     torch.manual_seed(seed)
-    text_settings = {
-        "vocab_size": 100,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": DEPTH,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
     if text == "mistral":
-        text_settings["sliding_window"] = None
+        settings = {"sliding_window": None} | settings
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=32,
@@ -51,7 +38,7 @@ def tiny_llava(attention="sdpa", *, dtype=torch.float32, text="llama", seed=0, *
             patch_size=14,
             projection_dim=32,
         ),
-        text_config=TEXT_CONFIGS[text](**text_settings | settings),
+        text_config=AutoConfig.for_model(text, **TEXT | settings),
         image_token_id=IMAGE,
         image_token_index=IMAGE,
         image_seq_length=PATCHES,

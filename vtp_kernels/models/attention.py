@@ -28,7 +28,7 @@ from vtp_kernels.selection import Selection
 
 from .observation import Observation
 from .packing import Packing
-from .projections import attend, project, rotate
+from .projections import attend, project, rotate, takes_positions
 from .shadow import Shadow
 
 __all__ = [
@@ -150,13 +150,14 @@ class PassiveVisualAttention(StandIn):
         visual: Tensor,
         past: int = 0,
         valid: Tensor | None = None,
+        position_ids: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         attention = self.replaced
         query, key, value = (
             project(attention, name, hidden_states) for name in ("q_proj", "k_proj", "v_proj")
         )
-        query, key = rotate(attention, query, key, *position_embeddings)
+        query, key = rotate(attention, query, key, *position_embeddings, position_ids)
         keys = past + key.shape[2]
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, attention.layer_idx)
@@ -200,8 +201,9 @@ class SomeRowsAttention(StandIn):
     silent : bool [B, S]
         Rows that get 0 although they take part.
 
-    Position embeddings are those of all rows; the attention mask is that of the rows in `rows`,
-    which are handed to `attention` with any padding in front. The cache gets their keys alone.
+    Positions and their embeddings are those of all rows; the attention mask is that of the rows in
+    `rows`, which are handed to `attention` with any padding in front. The cache gets their keys
+    alone.
     """
 
     OPTIONS = ("rows", "silent")
@@ -224,9 +226,14 @@ class SomeRowsAttention(StandIn):
         # Row 0 is one more, which takes what nobody is to get.
         places = torch.arange(1, length + 1, device=hidden_states.device).expand(batch, -1)
         places = places.masked_fill(silent, 0)
-        some, cos, sin, places = compact_rows(
-            (hidden_states, cos, sin, places), *rows, align="right", backend=self.backend
+        of_each = [hidden_states, cos, sin, places]
+        if takes_positions(self.replaced):
+            of_each.append(given["position_ids"].expand(batch, -1))
+        some, cos, sin, places, *positions = compact_rows(
+            of_each, *rows, align="right", backend=self.backend
         )
+        if positions:
+            (given["position_ids"],) = positions
         output, _ = plain(hidden_states=some, position_embeddings=(cos, sin), **given)
         everything = output.new_zeros(batch, length + 1, width)
         everything.scatter_(1, places[..., None].expand(-1, -1, width), output)
@@ -241,8 +248,8 @@ class PackedAttention(StandIn):
     packing : Packing or None
         Where the rows belong. None: `attention` itself runs, on rows as they are.
 
-    Hidden states and the output are [1, N, C]; position embeddings, mask and cache are those of the
-    padded batch.
+    Hidden states and the output are [1, N, C]; positions and their embeddings, mask and cache are
+    those of the padded batch.
     """
 
     OPTIONS = ("packing",)
@@ -262,7 +269,7 @@ class PackedAttention(StandIn):
             packing.unpack(project(attention, name, hidden_states).transpose(1, 2)).transpose(1, 2)
             for name in ("q_proj", "k_proj", "v_proj")
         )
-        query, key = rotate(attention, query, key, *position_embeddings)
+        query, key = rotate(attention, query, key, *position_embeddings, given.get("position_ids"))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, attention.layer_idx)
         output = attend(attention, query, key, value, attention_mask, **given)

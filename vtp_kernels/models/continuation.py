@@ -13,6 +13,7 @@ from .cache import KeyRows, PrunedCache, is_static
 from .families import ModelParts
 from .limits import check_padding
 from .masks import causal_mask, columns_of, mask_of, without_padding
+from .projections import takes_positions
 
 __all__ = ["Continuation"]
 
@@ -24,6 +25,7 @@ class Continuation:
         self.parts = parts
         self.cache = cache
         self.static = is_static(cache)
+        self.takes_positions = takes_positions(parts.layers[0].self_attn)
         embeddings = arguments.get("inputs_embeds")
         rows = (embeddings if embeddings is not None else arguments["input_ids"]).shape[1]
         past = None if self.static else int(cache.get_seq_length())
@@ -61,12 +63,12 @@ class Continuation:
                 valid=keys.valid_keys(length, mask),
                 static=self.static,
             ),
-            "position_ids": None,
         }
-        shift = keys.shift(mask)
+        positions, shift = arguments["position_ids"], keys.shift(mask)
         if shift is not None:
-            positions = arguments["position_ids"] - shift
+            positions = positions - shift
             inputs["position_embeddings"] = self.parts.text.rotary_emb(
                 hidden, position_ids=positions
             )
+        inputs["position_ids"] = positions if self.takes_positions else None
         return inputs

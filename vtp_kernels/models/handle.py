@@ -20,6 +20,7 @@ from .limits import check_method
 from .placement import like_hidden
 from .positions import POSITIONS
 from .report import PrefillRecord, Report
+from .text_check import check_text_model
 from .towers import TOWERS
 
 __all__ = ["OUTPUT_ROWS", "Handle", "apply", "handle", "prune", "remove", "supported_models"]
@@ -120,12 +121,13 @@ def apply(
     Raises
     ------
     NotImplementedError
-        If the model is not supported, its family cannot run the method or those positions, or
-        `backend` cannot serve it; for DataParallel on several devices, and where a method looks at
-        a layer whose weights are taken away when it has run (FSDP of single layers, accelerate's
+        If the model is not supported, its text model computes something else than is computed here
+        (the message says what), its family cannot run the method or those positions, or `backend`
+        cannot serve it; for DataParallel on several devices, and where a method looks at a layer
+        whose weights are taken away when it has run (FSDP of single layers, accelerate's
         preload_module_classes). Later, in calls with images: sliding-window caches, 4D masks,
-        packed sequences, flex_attention with a static cache, and a static, quantized or offloaded
-        cache where layers are to forget visual tokens.
+        packed sequences, flex_attention with a static cache, FlashAttention in Ministral 3, and a
+        static, quantized or offloaded cache where layers are to forget visual tokens.
     ValueError
         If the method does not fit the model (a layer it does not have), the model is pruned
         already, or `backend` is unknown. Later, in calls with images: labels, output_attentions,
@@ -137,6 +139,7 @@ def apply(
     if output_rows not in OUTPUT_ROWS:
         raise ValueError(f"output_rows: got {shown(output_rows)}, expected one of {OUTPUT_ROWS}")
     parts = parts_of(model)
+    check_text_model(parts.text, parts.page.row_arguments)
     check_method(parts, method, positions)
     hidden = like_hidden(parts.text)
     for op in ENGINE_OPS:
@@ -198,7 +201,9 @@ def supported_models() -> dict[str, dict[str, Any]]:
         available : those of them that the installed transformers has.
         transformers : the oldest version that the family works with, as far as was tried.
         example : a checkpoint on the Hugging Face hub.
-        text_models : `model_type` of the language models in them.
+        text_models : `model_type` of the language models in them that it is tested with. Any other
+            is tried when a method is applied, and taken if what it computes is what is computed
+            here, or refused with what differs.
         methods : names of methods, as in their files.
         layers : before which layers visual tokens may leave, in words.
         positions : what `positions` of `apply` may be.

@@ -82,10 +82,17 @@ def _is_row_by_row(module: nn.Module) -> bool:
     return not any(callable(x) and not isinstance(x, Shadow) for x in vars(module).values())
 
 
-def put_keys(layer: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Any) -> None:
+def put_keys(
+    layer: nn.Module,
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    cache: Any,
+) -> None:
     """Put the keys and values of rows `hidden` [B, N, C] at the entry of a layer into the cache."""
     attention = layer.self_attn
     states = layer.input_layernorm(hidden)
     key = project(attention, "k_proj", states)
-    key = rotate(attention, key[:, :1], key, cos, sin)[1]
+    key = rotate(attention, key[:, :1], key, cos, sin, positions)[1]
     cache.update(key, project(attention, "v_proj", states), attention.layer_idx)

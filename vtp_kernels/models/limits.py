@@ -14,8 +14,9 @@ from vtp_kernels.ops import _checks
 
 from .cache import check_cache, is_static
 from .families import ModelParts
-from .masks import mask_of
+from .masks import mask_of, takes_keys_by_mask
 from .placement import why_gone
+from .projections import has_these_steps, takes_positions
 
 __all__ = ["check_method", "check_padding", "check_placement", "check_prefill"]
 
@@ -32,7 +33,16 @@ def check_method(parts: ModelParts, method: Method, positions: str) -> None:
             f"{family} cannot run {name} with positions={positions!r}: its visual tokens have rows "
             "and columns for positions, which do not close up; use 'original'"
         )
-    check_placement(parts, method, method.observed_layers(depth))
+    observed, passive = method.observed_layers(depth), method.passive_layers(depth).items()
+    check_placement(parts, method, observed)
+    for layer in sorted({*observed, *(i for i, how in passive if not how.leaves_one)}):
+        attention = parts.layers[layer].self_attn
+        if not has_these_steps(attention):
+            raise NotImplementedError(
+                f"model: {name} computes anew what layer {layer} attended to, and somebody put a "
+                f"{type(attention).__name__} in the place of its attention; take it out, or use a "
+                "method that leaves this layer alone"
+            )
 
 
 def check_placement(parts: ModelParts, method: Method, observed: Iterable[int]) -> None:
@@ -68,6 +78,13 @@ def check_prefill(parts: ModelParts, arguments: dict[str, Any], cache: Any, past
         )
     if cache is not None:
         check_cache(cache)
+    attention = parts.layers[0].self_attn
+    if takes_positions(attention) and takes_keys_by_mask(parts.text.config):
+        raise NotImplementedError(
+            f"model: FlashAttention is not supported with {type(attention).__name__}, which tells "
+            "it the positions of rows: those between which others left look like packed sequences "
+            "to it; load the model with attn_implementation='sdpa'"
+        )
     if is_static(cache) and parts.text.config._attn_implementation == "flex_attention":
         raise NotImplementedError(
             "past_key_values: a StaticCache with the attention implementation 'flex_attention' is "

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .cache import attended
-from .projections import project, rotate
+from .projections import project, rotate, takes_positions
 from .ranks import AllHeads, all_heads
 
 __all__ = ["Observation"]
@@ -25,6 +25,9 @@ class Observation:
         self.attention = attention
         self.hidden: Tensor = arguments["hidden_states"]
         self.cos, self.sin = arguments["position_embeddings"]
+        self.positions: Tensor | None = None
+        if takes_positions(attention):
+            self.positions = arguments["position_ids"]
         self.cache = arguments.get("past_key_values")
         self._unrotated_keys: Tensor | None = None
 
@@ -42,13 +45,16 @@ class Observation:
         states = project(self.attention, "q_proj", self.hidden[:, rows])
         if not rotary:
             return states
-        return self._rotated(states, self.cos[:, rows], self.sin[:, rows])
+        positions = None if self.positions is None else self.positions[:, rows]
+        cos, sin = self.cos[:, rows], self.sin[:, rows]
+        return rotate(self.attention, states, states[:, :1], cos, sin, positions)[0]
 
     def keys(self, past: int) -> Tensor:
         """[B, Hkv, past + S, D] of all rows, as the attention got them from the cache."""
         if self.cache is not None:
             return self._cached(past, 0)
-        return self._rotated(self.unrotated_keys(), self.cos, self.sin)
+        keys = self.unrotated_keys()
+        return rotate(self.attention, keys[:, :1], keys, self.cos, self.sin, self.positions)[1]
 
     def unrotated_keys(self) -> Tensor:
         """[B, Hkv, S, D] of all rows, without the rotary position embedding."""
@@ -66,6 +72,3 @@ class Observation:
         rows = past + self.hidden.shape[1]
         held = attended(self.cache, self.attention.layer_idx)[which]
         return held if held.shape[2] == rows else held[:, :, :rows]
-
-    def _rotated(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return rotate(self.attention, states, states[:, :1], cos, sin)[0]

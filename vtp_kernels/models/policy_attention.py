@@ -170,6 +170,7 @@ class PolicyAttention(StandIn):
         policy: Tensor,
         valid: Tensor | None = None,
         secant: bool = True,
+        position_ids: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         attention = self.replaced
@@ -178,7 +179,7 @@ class PolicyAttention(StandIn):
         query, key, value = (
             project(attention, name, hidden_states) for name in ("q_proj", "k_proj", "v_proj")
         )
-        query, key = rotate(attention, query, key, *position_embeddings)
+        query, key = rotate(attention, query, key, *position_embeddings, position_ids)
         output = policy_attention(
             query, key, value, policy, valid=valid, scale=attention.scaling, secant=secant
         )

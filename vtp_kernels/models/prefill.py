@@ -47,6 +47,7 @@ from .observation import Observation
 from .packing import Packing
 from .placement import key_dtype
 from .positions import close_up, rows_that_left
+from .projections import takes_positions
 from .report import PrefillRecord, StageRecord
 from .rows import Kept, PromptRows
 from .vision import PromptVision, seen_of
@@ -110,6 +111,7 @@ class Prefill:
         self.uneven = self.plan.uneven or (
             is_static(cache) and takes_keys_by_mask(parts.text.config)
         )
+        self.takes_positions = takes_positions(parts.layers[0].self_attn)
         self.memory: dict[str, Any] = {}  # the method's own
         # The layer that may run on the rows asked for alone.
         self.last = len(parts.layers) - 1 if asks_few_rows(parts, arguments) else -1
@@ -260,7 +262,8 @@ class Prefill:
         earlier = hidden.shape[1] - 1 - self.asked.drafts
         cos, sin = arguments["position_embeddings"]
         past = past_length(self.cache, layer) if self.past else 0
-        before = (x[:, :earlier] for x in (hidden, cos, sin))
+        positions = arguments["position_ids"]
+        before = (x if x is None else x[:, :earlier] for x in (hidden, cos, sin, positions))
         put_keys(self.parts.layers[layer], *before, self.cache)
         valid = valid_keys(past, self._past_valid(layer, past), self.valid, self.visual)
         asked = hidden[:, earlier:]
@@ -272,7 +275,7 @@ class Prefill:
             valid=valid,
         )
         arguments["position_embeddings"] = cos[:, earlier:], sin[:, earlier:]
-        arguments["position_ids"] = None
+        arguments["position_ids"] = None if positions is None else positions[:, earlier:]
         return asked
 
     def _check_attended(self) -> None:
@@ -589,24 +592,27 @@ class Prefill:
                 static=static,
             )
             embeddings = self.embeddings or arguments["position_embeddings"]
-            shift = self._past_shift(layer)
-            if shift is not None or self.row_positions is not None:
-                embeddings = self._rotary(hidden, arguments, shift)
-            # No position_ids: rows with gaps between them look like packed sequences to
-            # transformers, which FlashAttention would then take apart, waiting for the GPU.
+            shift, positions = self._past_shift(layer), None
+            closed_up = shift is not None or self.row_positions is not None
+            # No position_ids where they can be done without: rows with gaps between them look like
+            # packed sequences to transformers, which FlashAttention would then take apart, waiting
+            # for the GPU.
+            if closed_up or self.takes_positions:
+                positions = self._positions(arguments, shift)
+            if closed_up:
+                embeddings = self.parts.text.rotary_emb(hidden, position_ids=positions)
             self.inputs[id(keys)] = {
                 "attention_mask": mask,
                 "position_embeddings": embeddings,
-                "position_ids": None,
+                "position_ids": positions if self.takes_positions else None,
             }
         return self.inputs[id(keys)]
 
-    def _rotary(self, hidden: Tensor, arguments: dict[str, Any], shift: Tensor | None) -> Any:
+    def _positions(self, arguments: dict[str, Any], shift: Tensor | None) -> Tensor:
+        """Of the rows that are left: int64 [B, K], or [1, K] while all are."""
         positions = self.row_positions
         if positions is None:
             positions = arguments["position_ids"]
             if self.stages:
                 positions = positions.expand(self.prompt_visual.shape).gather(1, self.origin)
-        if shift is not None:
-            positions = positions - shift
-        return self.parts.text.rotary_emb(hidden, position_ids=positions)
+        return positions if shift is None else positions - shift

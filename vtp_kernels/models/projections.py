@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["attend", "has_these_steps", "project", "rotate"]
+__all__ = ["NORMS", "attend", "has_these_steps", "project", "rotate", "takes_positions"]
 
 # Some (Qwen3) normalise each head's queries and keys.
 NORMS = {"q_proj": "q_norm", "k_proj": "k_norm"}
@@ -27,11 +27,31 @@ def project(attention: nn.Module, name: str, hidden: Tensor) -> Tensor:
     return (states if norm is None else norm(states)).transpose(1, 2)
 
 
-def rotate(attention: nn.Module, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Any:
-    """Queries and keys with their rotary position embedding."""
-    # The function that the layer itself uses stands beside it in its module.
-    rotary = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    return rotary(query, key, cos, sin)
+def rotate(
+    attention: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys with their rotary position embedding. `positions` [B, S] or [1, S], those of
+    the queries, are for an attention that `takes_positions`; others may get None."""
+    # The functions that the layer itself uses stand beside it in its module.
+    beside = sys.modules[type(attention).__module__]
+    query, key = beside.apply_rotary_pos_emb(query, key, cos, sin)
+    if takes_positions(attention):
+        rope = attention.config.rope_parameters
+        beta, length = rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"]
+        scale = beside.get_llama_4_attn_scale(positions, beta, length)
+        query = query * scale.to(query.dtype)
+    return query, key
+
+
+def takes_positions(attention: nn.Module) -> bool:
+    """Whether an attention (Ministral 3) makes queries longer the later they come, and so is to be
+    told their positions."""
+    return hasattr(sys.modules[type(attention).__module__], "get_llama_4_attn_scale")
 
 
 def attend(

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from vtp_kernels._shown import shown
 
-__all__ = ["inside", "passed_to", "refuse_replicas"]
+__all__ = ["inside", "own", "passed_to", "refuse_replicas"]
 
 # Names of the child that a wrapper calls: torch.compile; DistributedDataParallel, DataParallel and
 # DeepSpeed; FullyShardedDataParallel; PeftModel; its tuners, as LoraModel. Looked up among a
@@ -45,6 +45,17 @@ def inside(model: nn.Module) -> Iterator[nn.Module]:
             )
         children = found._modules
         found = next((children[name] for name in WRAPPED if children.get(name) is not None), None)
+
+
+def own(module: nn.Module) -> nn.Module:
+    """A part of a model without the wrappers around it. Of an adapter that has a whole copy in its
+    place (peft's modules_to_save): the part it was made from."""
+    while True:
+        children, names = module._modules, (*WRAPPED, "original_module")
+        found = [children[name] for name in names if children.get(name) is not None]
+        if not found:
+            return module
+        module = found[0]
 
 
 def refuse_replicas(module: nn.Module) -> None:

@@ -18,6 +18,7 @@ from vtp_kernels.machine import multiplies_bfloat16
 from vtp_kernels.models.families import ModelParts, parts_of
 from vtp_kernels.models.masked_run import MaskedRun
 from vtp_kernels.models.placement import device_of
+from vtp_kernels.models.text_check import check_text_model
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data import IGNORE, Batch, Collator, Dataset
@@ -76,6 +77,7 @@ def train(
     """
     recipe = recipe or Recipe()
     parts = parts_of(model)
+    check_text_model(parts.text, parts.page.row_arguments)
     device = device_of(parts.text)
     _check(parts, dataset, recipe)
     if recipe.precision == "bf16" and not multiplies_bfloat16(device):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import transformers
 from torch import nn
 
-from ..ranks import all_heads
 from ..unwrapping import inside
 from .aria import Aria
 from .cosmos3 import Cosmos3Edge
@@ -94,7 +93,7 @@ def parts_of(model: nn.Module) -> ModelParts:
             if names.intersection(page.architectures):
                 _check_version(page)
                 parts = ModelParts.of(page, found)
-                _check_text_model(parts)
+                _check_window(parts)
                 return parts
         around.append(type(found).__name__)
     reason = why_refused(found)
@@ -112,13 +111,8 @@ def _check_version(page: Family) -> None:
         )
 
 
-def _check_text_model(parts: ModelParts) -> None:
+def _check_window(parts: ModelParts) -> None:
     config = parts.text.config
-    if config.model_type not in parts.page.text_models:
-        raise NotImplementedError(
-            f"{type(parts.top).__name__} with a {config.model_type!r} text model is not supported."
-            f"\n{WHICH_ARE}"
-        )
     sliding = [kind for kind in getattr(config, "layer_types", None) or () if "sliding" in kind]
     if sliding or (getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")):
         raise NotImplementedError(
@@ -126,4 +120,3 @@ def _check_text_model(parts: ModelParts) -> None:
             "and rows that leave would move it; where all prompts and answers fit into the window, "
             "load the model with sliding_window=None in its text config"
         )
-    all_heads(parts.layers[0].self_attn)

@@ -62,7 +62,8 @@ class Family:
     architectures: ClassVar[tuple[str, ...]]
     """Class names of the models, or of one of their base classes."""
     text_models: ClassVar[tuple[str, ...]]
-    """`model_type` of the text configs whose attention the engine knows how to read."""
+    """`model_type` of the text configs it is tested with. Others are as good where
+    `check_text_model` finds nothing that differs."""
     example: ClassVar[str] = ""
     """A checkpoint on the Hugging Face hub, as people name it."""
     since: ClassVar[str] = "5.17"

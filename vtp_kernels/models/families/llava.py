@@ -16,7 +16,24 @@ class Llava(Family):
     name = "llava"
     architectures = ("LlavaForConditionalGeneration",)
     example = "llava-hf/llava-1.5-7b-hf"
-    text_models = ("llama", "mistral", "qwen2", "qwen3")
+    text_models = (
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "apertus",
+        "cohere",
+        "ernie4_5",
+        "gemma",
+        "glm4",
+        "granite",
+        "ministral3",
+        "mixtral",
+        "qwen2_moe",
+        "qwen3_moe",
+        "seed_oss",
+        "starcoder2",
+    )
 
     def looks(self, given: Given) -> list[Looks]:
         # Pixtral: pictures that keep their shape.

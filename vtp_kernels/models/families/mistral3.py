@@ -17,24 +17,32 @@ class Mistral3(Family):
     name = "mistral3"
     architectures = ("Mistral3ForConditionalGeneration",)
     example = "mistralai/Mistral-Small-3.1-24B-Instruct-2503"
-    text_models = ("mistral",)
+    text_models = ("mistral", "ministral3")
 
     def looks(self, given: Given) -> list[Looks]:
         return rectangles(given, given.base.config.spatial_merge_size)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (
+            Ministral3Config,
             Mistral3Config,
             Mistral3ForConditionalGeneration,
-            MistralConfig,
             PixtralVisionConfig,
         )
+
+        # Queries get longer every so many positions: tiny prompts are to have some of them.
+        rope = {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "llama_4_scaling_beta": 0.5,
+            "original_max_position_embeddings": 8,
+        }
 
         def make() -> Any:
             return Mistral3ForConditionalGeneration(
                 Mistral3Config(
                     vision_config=PixtralVisionConfig(**PIXTRAL),
-                    text_config=MistralConfig(**TEXT, sliding_window=None),
+                    text_config=Ministral3Config(**TEXT, head_dim=16, rope_parameters=rope),
                     image_token_index=IMAGE,
                     spatial_merge_size=2,
                 )

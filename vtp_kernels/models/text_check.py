@@ -1,0 +1,220 @@
+"""Whether a text model does what the engine relies on, tried on its own code before a method is at
+work in it.
+
+The engine lets rows leave between decoder layers. So a text model must hand nothing but its rows
+from layer to layer, with one causal mask and one pair of rotary embeddings for all, which each
+layer hands on to its attention; and that must take the steps that attention_check.py knows.
+
+The forwards of the text model, of each layer and of each attention run on a few rows for that.
+Weights play no part in it, so copies run that have none of the model's (weightless.py), on the CPU
+and in float32, where another computation is told from rounding. No weight is read, loaded or
+gathered, no hook is called, and no rank or device is waited for.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import CALL
+from .attention_check import (
+    HANDED_ON,
+    AttentionCheck,
+    Differs,
+    NotingCache,
+    demand,
+    with_attention,
+)
+from .families import WHICH_ARE
+from .projections import has_these_steps
+from .ranks import all_heads
+from .unwrapping import own
+from .weightless import Copies, InPlaceOf
+
+__all__ = ["check_text_model"]
+
+ROWS, START = 5, 3  # and the position of the first
+
+# What a text model was like when nothing was found wrong with it.
+_passed: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+class _Reached(Exception):
+    """A layer's attention has been looked at, and the layer need not go on."""
+
+
+def check_text_model(text: nn.Module, row_arguments: Collection[str] = ()) -> None:
+    """Raise NotImplementedError for a decoder stack that the engine cannot read, with what differs
+    from what it relies on. `row_arguments` are names of arguments of its layers that tell something
+    of each row. Takes a millisecond or two for each layer, once."""
+    text = own(text)
+    looks = _looks(text)
+    if _passed.get(text) != looks:
+        _try(text, row_arguments)
+        _passed[text] = looks
+    for layer in text.layers:
+        attention = own(own(layer).self_attn)
+        if has_these_steps(attention):
+            all_heads(attention)
+
+
+def _try(text: nn.Module, row_arguments: Collection[str]) -> None:
+    refused = f"a {text.config.model_type!r} text model is not supported"
+    trial = _Trial(text, row_arguments)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            trial.run()
+    except Differs as found:
+        raise NotImplementedError(f"{refused}: {found}.\n{WHICH_ARE}") from None
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise NotImplementedError(
+            f"{refused}: on a few rows {trial.running} fails with {what}.\n{WHICH_ARE}"
+        ) from error
+
+
+class _Trial:
+    """One run of a text model, in which a layer goes as far as its attention."""
+
+    def __init__(self, text: nn.Module, row_arguments: Collection[str]) -> None:
+        self.text, self.layers = text, [own(layer) for layer in getattr(text, "layers", ())]
+        self.known = HANDED_ON.union(row_arguments)
+        self.copies, self.cache = Copies(), NotingCache()
+        self.positions = torch.arange(START, START + ROWS, device="cpu")[None]
+        self.attention = AttentionCheck(self.copies, self.cache, self.positions)
+        self.running = "it"
+        self.reached: list[int] = []  # layers
+        self.rows: Tensor | None = None  # what layers are given, and their rotary embeddings
+        self.embeddings: tuple[Tensor, Tensor] | None = None
+
+    def run(self) -> None:
+        text = self.text
+        for name in ("layers", "rotary_emb", "norm"):
+            demand(hasattr(text, name), f"it has no {name}")
+        positional = inspect.signature(type(own(text.rotary_emb)).forward).parameters.values()
+        more = [x.name for x in positional if x.default is x.empty][3:]  # itself, rows, positions
+        demand(not more, f"its rotary_emb asks for {', '.join(more)} besides positions")
+        for index, layer in enumerate(self.layers):
+            demand(hasattr(layer, "self_attn"), f"layer {index} has no attention, self_attn")
+        trial = self.copies.of(text, ("rotary_emb",))
+        trial.config = with_attention(text.config, "eager")
+        self.rotary = trial.rotary_emb
+        layers = [InPlaceOf(layer, self._layer(i, layer)) for i, layer in enumerate(self.layers)]
+        trial._modules |= {"layers": nn.ModuleList(layers), "norm": nn.Identity()}
+        width, random = text.config.hidden_size, self.copies.random
+        type(text).forward(
+            trial,
+            inputs_embeds=torch.randn(1, ROWS, width, generator=random, device="cpu"),
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        every = list(range(len(self.layers)))
+        demand(self.reached == every, f"it runs layers {self.reached} and not {every}")
+
+    def _layer(self, index: int, layer: nn.Module) -> Callable[..., Tensor]:
+        """What runs in its place."""
+
+        def run(*args: Any, **arguments: Any) -> Tensor:
+            self.running = f"layer {index}"
+            demand(len(args) < 2, f"layer {index} is given more than its rows by position")
+            given = arguments | dict(zip(("hidden_states",), args, strict=False))
+            self._check_given(index, layer, given)
+            trial = self.copies.of(layer, ("input_layernorm",))
+            attention = own(layer.self_attn)
+            looked_at = self._attention(index, attention, trial, given)
+            trial._modules["self_attn"] = InPlaceOf(attention, looked_at)
+            try:
+                type(layer).forward(trial, *args, **arguments, **{CALL: self})
+            except _Reached:
+                self.reached.append(index)
+            return given["hidden_states"]
+
+        return run
+
+    def _check_given(self, index: int, layer: nn.Module, given: dict[str, Any]) -> None:
+        here = f"layer {index}"
+        parameters = inspect.signature(type(layer).forward).parameters.values()
+        takes = {x.name for x in parameters if x.kind in (x.POSITIONAL_OR_KEYWORD, x.KEYWORD_ONLY)}
+        takes.discard("self")
+        takes |= {name for name, x in given.items() if isinstance(x, Tensor)}
+        more = sorted(takes - self.known)
+        demand(not more, f"{here} takes {', '.join(more)} besides its rows")
+        rows, embeddings = given["hidden_states"], given.get("position_embeddings")
+        pair = isinstance(embeddings, tuple) and len(embeddings) == 2
+        pair = pair and all(x.dim() == 3 and x.shape[:2] == (1, ROWS) for x in embeddings)
+        demand(pair, f"{here} is given no pair of rotary embeddings [B, S, D], position_embeddings")
+        demand(given.get("past_key_values") is self.cache, f"{here} is not given the KV cache")
+        demand(_is_causal(given.get("attention_mask")), f"the mask of {here} is not causal")
+        if self.rows is None:
+            self.rows, self.embeddings = rows, embeddings
+            self._check_rotary()
+        demand(torch.equal(rows, self.rows), f"something happens to rows before {here}")
+        same = all(map(torch.equal, embeddings, self.embeddings))
+        demand(same, f"{here} is given other rotary embeddings than layer 0")
+
+    def _check_rotary(self) -> None:
+        """Whether they can be made for other positions, where rows close up."""
+        if "mrope_section" in (getattr(self.text.config, "rope_parameters", None) or {}):
+            return  # positions in rows and columns do not close up
+        made = self.rotary(self.rows, position_ids=self.positions)
+        same = all(map(torch.equal, made, self.embeddings))
+        demand(same, "its rotary embeddings are not what its rotary_emb makes of the positions")
+
+    def _attention(
+        self, index: int, attention: nn.Module, layer: nn.Module, given: dict[str, Any]
+    ) -> Callable[..., Any]:
+        """What runs in its place, within `layer` to which `given` was given."""
+
+        def run(*args: Any, **handed: Any) -> Any:
+            bound = inspect.signature(type(attention).forward).bind_partial(None, *args)
+            handed |= dict(list(bound.arguments.items())[1:])
+            demand(
+                handed.pop(CALL, None) is self,
+                f"layer {index} does not hand on to its attention what it is given besides",
+            )
+            for name in ("attention_mask", "position_embeddings", "past_key_values"):
+                demand(
+                    handed.get(name) is given[name],
+                    f"layer {index} does not hand its {name} to its attention",
+                )
+            norm = getattr(layer, "input_layernorm", None)
+            demand(
+                norm is None or torch.equal(handed["hidden_states"], norm(given["hidden_states"])),
+                f"layer {index} attends to something else than rows behind its input_layernorm",
+            )
+            # What somebody put in the place of an attention is left alone.
+            if index == 0 or has_these_steps(attention):
+                self.attention.run(index, attention, handed)
+            raise _Reached
+
+        return run
+
+
+def _looks(text: nn.Module) -> Any:
+    """What tells whether a text model is as it was: its code, and settings that are no tensors."""
+    layers = [own(layer) for layer in getattr(text, "layers", ())]
+    attentions = [own(layer.self_attn) for layer in layers if hasattr(layer, "self_attn")]
+    return [_plain(vars(text.config)), *map(_looks_of, (text, *layers, *attentions))]
+
+
+def _looks_of(module: nn.Module) -> Any:
+    kinds = {name: type(child) for name, child in module._modules.items()}
+    return type(module), type(module).forward, kinds, _plain(vars(module))
+
+
+def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {k: x for k, x in attributes.items() if isinstance(x, bool | int | float | str)}
+
+
+def _is_causal(mask: Any) -> bool:
+    """Whether a mask of the eager attention, [1, 1, S, S], is."""
+    if not isinstance(mask, Tensor):
+        return False
+    open_to = mask if mask.dtype == torch.bool else mask == 0
+    return torch.equal(open_to, torch.ones_like(open_to).tril()) and mask.shape[-1] == ROWS
