@@ -52,9 +52,7 @@ def inflection(model, max_keep):
     """Both stages, or the second alone where too little is known of the vision tower."""
     parts = parts_of(model)
     tower = tower_of(parts.family, parts.base)
-    source = None
-    if tower is not None:
-        source = "attention" if tower.attentions else "similarity"
+    source = None if tower is None else "attention"
     return vtp.InflectionPruning(
         source, min_keep=2, max_keep=max_keep, llm_layers=(3, 4), visual_keep=0.5, text_keep=0.75
     )

@@ -4,12 +4,15 @@ import pytest
 import torch
 from inflection_reference import knee
 from masked_reference import MaskedReference
-from tiny_llava import IMAGE
-from tiny_models import FAMILIES
+from tiny_llava import ENCODES_FIRST, IMAGE
+from tiny_models import FAMILIES, VIDEO, words
+from tower_reference import eager_weights, from_all, in_segments
 
 import vtp_kernels as vtp
+from vtp_kernels.models.towers.crops import ResizedTower
 
 SEEING = ("llava_next", "llava_onevision", "internvl", "qwen2_5_vl")
+SOURCES = ("similarity", "attention")
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 DETAILS = {"return_dict_in_generate": True, "output_logits": True}
 
@@ -28,14 +31,55 @@ def inputs_of(name, model, *prompts):
     return FAMILIES[name].batch(model, *prompts)
 
 
-def sources(name):
-    return ("similarity",) if name == "qwen2_5_vl" else ("similarity", "attention")
+GIVEN = {
+    "image": ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images"),
+    "video": ("pixel_values_videos", "video_grid_thw"),
+}
 
 
-def encode(model, inputs):
-    names = ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images")
-    given = {key: inputs[key] for key in names if key in inputs}
-    return model.model.get_image_features(**given, return_dict=True)
+def encode(model, inputs, modality="image"):
+    pixels = inputs[GIVEN[modality][0]]
+    given = {key: inputs[key] for key in GIVEN[modality][1:] if key in inputs}
+    # The pixels of videos have different names in different versions.
+    return getattr(model.model, f"get_{modality}_features")(pixels, **given, return_dict=True)
+
+
+def qwen_curves(model, inputs, source, modality):
+    """Of each row, its picture or frame and its score."""
+    visual = model.model.visual
+    with eager_weights(visual.blocks[-1].attn) as weights:
+        output = encode(model, inputs, modality)
+    rows = torch.cat(output.pooler_output)
+    received = in_segments(weights, visual.merger(output.last_hidden_state), rows)
+    grids = inputs[f"{modality}_grid_thw"].tolist()
+    lengths = [h * w // 4 for t, h, w in grids for _ in range(t)]
+    curves = []
+    for number, (tokens, scores) in enumerate(
+        zip(rows.split(lengths), received.split(lengths), strict=True)
+    ):
+        if source == "similarity":
+            scores = torch.cosine_similarity(tokens, tokens.mean(0, keepdim=True), dim=-1)
+        curves += [(number, score) for score in scores.tolist()]
+    return curves
+
+
+def onevision_video_curves(model, inputs, source):
+    """Of each row of a video, 2 x 2 tokens of the tower, its frame and score; None for the row
+    behind them all."""
+    tower = model.model.vision_tower
+    layers = getattr(tower, "vision_model", tower).encoder.layers
+    with eager_weights(layers[-1].self_attn) as weights:
+        output = encode(model, inputs, "video")
+    hidden = output.hidden_states[-1]
+    scores = from_all(weights)
+    squares = torch.arange(16).view(2, 2, 2, 2).transpose(1, 2).reshape(4, 4)
+    if source == "similarity":
+        pooled = hidden[:, squares].mean(2)
+        scores = torch.cosine_similarity(pooled, hidden.mean(1, keepdim=True), dim=-1)
+    else:
+        scores = scores[:, squares].mean(2)
+    (frames,) = scores.chunk(len(inputs["pixel_values_videos"]))  # of the one video
+    return [*((i, x) for i, row in enumerate(frames.tolist()) for x in row), None]
 
 
 @torch.no_grad()
@@ -44,12 +88,7 @@ def curves_by_value(name, model, inputs, source):
     that show nothing of the tower's. Found by looking for the row among the projector's outputs."""
     base, seen = model.model, {}
     if name == "qwen2_5_vl":
-        pictures = encode(model, inputs).pooler_output
-        return [
-            (i, float(torch.cosine_similarity(row, picture.mean(0), dim=0)))
-            for i, picture in enumerate(pictures)
-            for row in picture
-        ]
+        return qwen_curves(model, inputs, source, "image")
     hooks = [
         base.multi_modal_projector.register_forward_hook(
             lambda module, args, output: seen.update(projected=output)
@@ -130,8 +169,8 @@ def test_every_crop_has_a_curve_of_its_own(name, models):
     model = models["sdpa"]
     inputs = inputs_of(name, model, ([0, 1], 3), ([2], 6), ([], 4))
     placeholders = inputs["input_ids"] == IMAGE
-    for source in sources(name):
-        curves = curves_by_value(name, model, inputs, source)
+    for source in SOURCES:
+        curves = curves_by_value(name, models["eager"], inputs, source)
         assert len(curves) == int(placeholders.sum())
         method = vtp.InflectionPruning(source, llm_layers=())
         with vtp.prune(model, method) as run:
@@ -170,7 +209,7 @@ def all_scores(name, model, inputs, source):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_generates_as_the_masked_reference(name, models, attention, max_keep):
     inputs = inputs_of(name, models["sdpa"], ([0, 1], 3), ([2], 6), ([], 4))
-    for source in sources(name):
+    for source in SOURCES:
         method = vtp.InflectionPruning(source, max_keep=max_keep, llm_layers=(2, 4))
         with vtp.prune(models[attention], method) as run:
             pruned = models[attention].generate(**inputs, **GREEDY, **DETAILS)
@@ -192,10 +231,99 @@ def test_beams_see_their_own_pictures(name, models):
             assert torch.equal(mask, kept[layer].repeat_interleave(3, dim=0))
 
 
-def test_videos_are_refused():
+# --- videos -------------------------------------------------------------------------------------
+
+
+def mixed(name, model):
+    """A prompt with a video of three frames before a picture, and one with a picture alone."""
+    generator = torch.Generator().manual_seed(9)
+    tiny = FAMILIES[name]
+    pictures = [tiny.picture(generator, index) for index in (1, 2)]
+    if name == "qwen2_5_vl":
+        video = {
+            "pixel_values_videos": torch.randn(3 * 32, 96, generator=generator),
+            "video_grid_thw": torch.tensor([[3, 8, 4]]),
+        }
+        length = 24
+    else:
+        video = {"pixel_values_videos": torch.randn(1, 3, 3, 56, 56, generator=generator)}
+        length = 13
+    first, second = (torch.full((tiny.tokens(model, p),), IMAGE) for p in pictures)
+    begin, w = torch.tensor([1]), lambda n: words(n, generator)
+    long = torch.cat((begin, w(2), torch.full((length,), VIDEO), w(2), first, w(3)))
+    short = torch.cat((begin, w(1), second, w(4)))
+    prompts = long, short
+    pads = [max(map(len, prompts)) - len(ids) for ids in prompts]
+    pad = torch.nn.functional.pad
+    ids = torch.stack([pad(p, (n, 0)) for p, n in zip(prompts, pads, strict=True)])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.stack([(torch.arange(ids.shape[1]) >= n).long() for n in pads]),
+        **{key: torch.cat([p[key] for p in pictures]) for key in pictures[0]},
+        **video,
+    }
+    if tiny.types:
+        inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+    return inputs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("video_of", ["qwen2_5_vl", "llava_onevision"])
+def test_frames_are_pictures_beside_pictures(video_of, source):
+    """Each frame up to its own knee, in a prompt that has a picture too, and in one without."""
+    sdpa, eager = (FAMILIES[video_of].model(kind) for kind in ("sdpa", "eager"))
+    inputs = mixed(video_of, sdpa)
+    if video_of == "qwen2_5_vl":
+        frames = qwen_curves(eager, inputs, source, "video")
+    else:
+        frames = onevision_video_curves(eager, inputs, source)
+    pictures = curves_by_value(video_of, eager, inputs, source)
+    whole = all_scores(video_of, sdpa, inputs, source)
+    per_frame = [[c[1] for c in frames if c and c[0] == i] for i in range(3)]
+    torch.testing.assert_close(whole[-3:], per_frame, rtol=0, atol=1e-6)
+    stays = expected_rows(frames, per_frame)
+    assert 3 <= sum(stays) < len(stays)
+    ids = inputs["input_ids"]
+    method = vtp.InflectionPruning(source, llm_layers=())
+    with vtp.prune(sdpa, method) as run:
+        sdpa(**inputs)
+        kept = run.report().kept[0]
+        assert kept[ids == VIDEO].tolist() == stays
+        assert kept[ids == IMAGE].tolist() == expected_rows(pictures, whole[:-3])
+        # The prompt with the video, without its picture and padding.
+        first = ids[:1, (ids[0] != IMAGE) & (ids[0] != 0)]
+        alone = {key: inputs[key] for key in GIVEN["video"] if key in inputs}
+        if FAMILIES[video_of].types:
+            alone["mm_token_type_ids"] = 2 * (first == VIDEO).int()
+        sdpa(first, **alone)
+        assert run.report().kept[0][first == VIDEO].tolist() == stays
+
+
+@pytest.mark.parametrize("video_of", ["qwen2_5_vl", "llava_onevision"])
+@pytest.mark.parametrize("max_keep", [None, 3])
+def test_generates_from_videos_as_the_masked_reference(video_of, max_keep):
+    sdpa, eager = (FAMILIES[video_of].model(kind) for kind in ("sdpa", "eager"))
+    inputs = mixed(video_of, sdpa)
+    method = vtp.InflectionPruning("attention", max_keep=max_keep, llm_layers=(2,))
+    with vtp.prune(sdpa, method) as run:
+        pruned = sdpa.generate(**inputs, **GREEDY, **DETAILS)
+        kept = run.report().kept
+        if ENCODES_FIRST:  # others hand beams the wrong pictures
+            sdpa.generate(**inputs, **GREEDY, num_beams=2)
+            for layer, mask in run.report().kept.items():
+                assert torch.equal(mask, kept[layer].repeat_interleave(2, dim=0))
+    with MaskedReference(eager, dict.fromkeys(kept), given=kept):
+        reference = eager.generate(**inputs, **GREEDY, **DETAILS)
+    assert torch.equal(pruned.sequences, reference.sequences)
+    for a, b in zip(pruned.logits, reference.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+
+
+def test_videos_of_which_nothing_is_known_are_refused(monkeypatch):
     model = FAMILIES["llava_onevision"].model("sdpa")
-    ids = torch.tensor([[1, *[98] * 17, 5, 6]])
-    videos = torch.randn(1, 4, 3, 56, 56)
+    inputs = mixed("llava_onevision", model)
+    monkeypatch.setattr(ResizedTower, "videos", False)
     with vtp.prune(model, vtp.InflectionPruning(llm_layers=())):
         with pytest.raises(NotImplementedError, match="pixel_values_videos: what the vision tower"):
-            model(input_ids=ids, pixel_values_videos=videos)
+            model(**inputs)

@@ -9,9 +9,11 @@ from PIL import Image
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
+    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    PixtralVisionConfig,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
@@ -91,3 +93,13 @@ def test_what_cannot_be_done_in_vllm_is_refused_before_anything_is_loaded():
     ):
         with pytest.raises(error, match=message):
             plugin.encode(images, "nowhere", method)
+
+
+def test_pictures_with_line_breaks_between_their_rows_are_refused():
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=PixtralVisionConfig(**size, num_hidden_layers=1, image_size=56),
+        text_config=LlamaConfig(**size, vocab_size=100, num_hidden_layers=1),
+    )
+    with pytest.raises(NotImplementedError, match="and that sees pictures of one size"):
+        plugin.Encoder(LlavaForConditionalGeneration(config), None)

@@ -31,10 +31,10 @@ class InflectionPruning(Method, key="inflection"):
 
     Stage 1, before layer 0. The paper says that the similarity of visual tokens to CLS has a long
     tail, and that the head ends where the sorted curve bends. So each picture (each crop, where a
-    model cuts it up) has a curve of its own and keeps what comes up to its knee, by
-    `vtp_kernels.cls_inflection` or `inflection`. The rows leave behind the projector, whose output
-    is that of the dense model. Rows that show no token (`image_newline`) have no score and stay:
-    they are few, and tell where a line of the picture ends.
+    model cuts it up, and each frame of a video) has a curve of its own and keeps what comes up to
+    its knee, by `vtp_kernels.cls_inflection` or `inflection`. The rows leave behind the projector,
+    whose output is that of the dense model. Rows that show no token (`image_newline`) have no score
+    and stay: they are few, and tell where a line of the picture ends.
 
     Stage 2, before each of `llm_layers`. The paper says that visual and text tokens with a low
     cross-modal correlation leave, layer by layer. Of a visual token we take that to be the

@@ -39,7 +39,7 @@ from .prefill import Prefill
 from .projections import has_these_steps
 from .report import PrefillRecord
 from .shadow import StaysBehind
-from .towers import MODELS, TOWERS, tower_of
+from .towers import tower_of, towers_of
 from .unwrapping import passed_to, refuse_replicas
 from .vision import VisionWatch
 
@@ -84,14 +84,11 @@ class Engine(StaysBehind):
         if self.plan.sees_pictures:
             tower = tower_of(parts.family, parts.base)
             if tower is None:
+                models = [model for kind in towers_of(parts.family) for model in kind.models]
+                known = ", ".join(models) or "none of this family"
                 raise NotImplementedError(
                     f"{parts.family} cannot run {method}: what its vision tower sees is not known "
-                    f"here. It is for {', '.join(TOWERS)} with a tower of {', '.join(MODELS)}"
-                )
-            if method.vision_source() == "attention" and not tower.attentions:
-                raise NotImplementedError(
-                    f"{parts.family} cannot run {method}: the attention in its vision tower is not "
-                    "known here; use source='similarity'"
+                    f"here. Known are {known}, built as transformers builds them"
                 )
             self.watch = VisionWatch(parts.base, tower, method.vision_source(), backend)
         self.last_prefill: PrefillRecord | None = None

@@ -21,7 +21,7 @@ from .placement import like_hidden
 from .positions import POSITIONS
 from .report import PrefillRecord, Report
 from .text_check import check_text_model
-from .towers import TOWERS
+from .towers import towers_of
 
 __all__ = ["OUTPUT_ROWS", "Handle", "apply", "handle", "prune", "remove", "supported_models"]
 
@@ -210,6 +210,7 @@ def supported_models() -> dict[str, dict[str, Any]]:
         vision_tower : whether methods that look at what the vision tower saw find it
             (InflectionPruning does, but for source=None).
         tower_scores : what of the tower scores tokens, as InflectionPruning's source.
+        tower_videos : whether frames of videos are seen as pictures are.
         limits : what else does not go, in words.
     """
     return {
@@ -222,8 +223,9 @@ def supported_models() -> dict[str, dict[str, Any]]:
             "methods": sorted(METHODS),
             "layers": family.leave_before,
             "positions": list(family.positions),
-            "vision_tower": name in TOWERS,
-            "tower_scores": list(TOWERS[name].scores) if name in TOWERS else [],
+            "vision_tower": bool(towers_of(name)),
+            "tower_scores": list(dict.fromkeys(x for t in towers_of(name) for x in t.scores)),
+            "tower_videos": any(tower.videos for tower in towers_of(name)),
             "limits": list(family.limits),
         }
         for name, family in FAMILIES.items()

@@ -31,6 +31,7 @@ from .cache import (
 from .counts import Counts, added, on_host
 from .decision import decision
 from .deepstack import Planes
+from .families.family import any_of
 from .forgetting import Text, forget_visual
 from .last_layer import asks_few_rows, may_give_few_rows, put_keys
 from .limits import check_padding, check_placement, check_prefill
@@ -50,7 +51,7 @@ from .positions import close_up, rows_that_left
 from .projections import takes_positions
 from .report import PrefillRecord, StageRecord
 from .rows import Kept, PromptRows
-from .vision import PromptVision, seen_of
+from .vision import PromptVision, Shown, seen_of
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -81,9 +82,10 @@ class Prefill:
         self.plan, parts = engine.plan, engine.parts
         self.backends, self.backend = engine.backends, engine.backend
         self.may_pack, self.at_work = engine.may_pack, engine.at_work
-        self.placeholders = visual = parts.visual_tokens(arguments)
-        # None: the tower runs within this call, and tells it.
-        self.seen = seen_of(arguments) if self.plan.sees_pictures else None
+        self.placeholders = parts.placeholders(arguments)
+        visual = any_of(self.placeholders)
+        # Where the tower runs within this call, it adds what it sees.
+        self.seen = {} if engine.watch is None else seen_of(arguments, engine.watch.tower)
         batch, rows = visual.shape
         cache = arguments.get("past_key_values")
         self.past = 0 if cache is None else int(cache.get_seq_length())
@@ -139,12 +141,14 @@ class Prefill:
         """The one read: rows per prompt of each kind, and whether there is padding at all."""
         real = torch.ones_like(visual) if valid is None else valid
         before = real & (visual.cumsum(1) == 0)
-        kinds = torch.stack((visual, real, before, self.placeholders)).sum(2)
+        kinds = torch.stack((visual, real, before, *self.placeholders.values())).sum(2)
         counts = [kinds, real[None, :, -1]]
         if past_valid is not None:
             counts.append(past_valid.sum(1)[None])
         self.visual_at_start, self.real_at_start, *more = torch.cat(counts).tolist()
-        self.text_before, self.placed, ends_real, *past = more
+        self.text_before, *placed, ends_real = more[: 2 + len(self.placeholders)]
+        self.placed = dict(zip(self.placeholders, placed, strict=True))  # by modality
+        past = more[2 + len(self.placeholders) :]
         self.valid = None if min(self.real_at_start) == visual.shape[1] else valid
         self.past_mask = past_valid if past and min(past[0]) < self.past else None
         if not all(ends_real):
@@ -419,12 +423,17 @@ class Prefill:
         """For layer 0, where all rows are there; later the pictures are no longer asked for."""
         if layer or not self.plan.sees_pictures:
             return None
-        if self.seen is None:
+        if missing := self.placeholders.keys() - self.seen.keys():
             raise ValueError(
                 f"{type(self.method).__name__} needs to know what the vision tower saw, and the "
-                "image features of this call were made before it was applied; encode them anew"
+                f"{' and '.join(sorted(missing))} features of this call were made before it was "
+                "applied; encode them anew"
             )
-        return PromptVision(self.seen, self.placeholders, self.placed, self.backend)
+        shown = [
+            Shown(self.seen[modality], rows, self.placed[modality])
+            for modality, rows in self.placeholders.items()
+        ]
+        return PromptVision(shown, self.backend)
 
     def _compact(self, layer: int, hidden: Tensor, arguments: dict[str, Any], kept: Kept) -> Tensor:
         """Carry out a decision: gather what stays, right-aligned so that prompts end together."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from vtp_kernels._shown import shown
 from vtp_kernels.methods import InflectionPruning
 from vtp_kernels.models.towers import tower_of
-from vtp_kernels.models.vision import SEEN, PromptVision, VisionWatch
+from vtp_kernels.models.vision import SEEN, PromptVision, Shown, VisionWatch
 
 __all__ = ["Encoder", "encode"]
 
@@ -34,10 +34,11 @@ class Encoder:
         self.base = getattr(model, "model", model)
         family = self.base.config.model_type
         self.tower = tower_of(family, self.base) if family in FAMILIES else None
-        if self.tower is None:
+        # With Pixtral there is text between the rows of a picture, whose places vLLM counts.
+        if self.tower is None or self.tower.ragged:
             raise NotImplementedError(
-                f"model: expected one of {FAMILIES} with a vision tower that is known, got "
-                f"{type(model).__name__}"
+                f"model: expected one of {FAMILIES} with a vision tower that is known, and that "
+                f"sees pictures of one size, got {type(model).__name__}"
             )
         self.image_processor = getattr(processor, "image_processor", processor)
 
@@ -73,7 +74,8 @@ class Encoder:
         embeddings = output.pooler_output
         rows = [len(image) for image in embeddings]
         everywhere = torch.ones(1, sum(rows), dtype=torch.bool, device=parameter.device)
-        vision = PromptVision(getattr(output, SEEN), everywhere, [sum(rows)], backend=None)
+        shown = Shown(getattr(output, SEEN), everywhere, [sum(rows)])
+        vision = PromptVision([shown], backend=None)
         selection, _ = vision.inflection(method.source, **method.knee)
         stays = vision.rows_showing(selection)[0].split(rows)
         return [image[kept].cpu() for image, kept in zip(embeddings, stays, strict=True)]

@@ -20,7 +20,7 @@ from ..looks import Given, Looks
 from ..positions import POSITIONS
 from .tiny import Tiny
 
-__all__ = ["Family", "Modality", "ModelParts"]
+__all__ = ["Family", "Modality", "ModelParts", "any_of"]
 
 
 class Modality:
@@ -52,6 +52,14 @@ class Modality:
     def _token(self, config: Any) -> int:
         token = getattr(config, f"{self.name}_token_id", None)
         return getattr(config, f"{self.name}_token_index") if token is None else token
+
+
+def any_of(placeholders: dict[str, Tensor]) -> Tensor:
+    """bool [B, S]: which rows are placeholders of any modality."""
+    first, *others = placeholders.values()
+    for rows in others:
+        first = first | rows
+    return first
 
 
 class Family:
@@ -110,11 +118,15 @@ class Family:
 
     def visual_tokens(self, base: nn.Module, arguments: dict[str, Any]) -> Tensor:
         """bool [B, S]: which rows of a call's input are visual tokens."""
-        here = [modality for modality in self.modalities if modality.comes_with(arguments)]
-        first, *others = (modality.rows(base, arguments) for modality in here)
-        for rows in others:
-            first = first | rows
-        return first
+        return any_of(self.placeholders(base, arguments))
+
+    def placeholders(self, base: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        """The same by modality ("image", "video"), of those that a call brings."""
+        return {
+            modality.name: modality.rows(base, arguments)
+            for modality in self.modalities
+            if modality.comes_with(arguments)
+        }
 
     def take_planes(self, arguments: dict[str, Any], first: int) -> Planes | None:
         """What the decoder stack would add to visual rows between its layers, taken out of the
@@ -166,3 +178,6 @@ class ModelParts:
 
     def visual_tokens(self, arguments: dict[str, Any]) -> Tensor:
         return self.page.visual_tokens(self.base, arguments)
+
+    def placeholders(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        return self.page.placeholders(self.base, arguments)

@@ -63,7 +63,6 @@ class Qwen25VL(Family):
     example = "Qwen/Qwen2.5-VL-7B-Instruct"
     text_models = ("qwen2_5_vl_text",)
     grid_positions = True
-    limits = ("InflectionPruning: source='attention' is not known of its vision tower",)
 
     def looks(self, given: Given) -> list[Looks]:
         return merged(given)

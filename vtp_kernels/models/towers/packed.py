@@ -1,0 +1,68 @@
+"""Attention in rows that lie one behind the other, in segments that each attend to themselves."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vtp_kernels.ops import attention_scores
+
+from ..counts import moved
+
+__all__ = ["received_in_segments"]
+
+
+class Batch(NamedTuple):
+    """Segments of like length beside each other: rows int64 [B, W], valid bool [B, W], on the
+    CPU."""
+
+    rows: Tensor
+    valid: Tensor
+
+
+def received_in_segments(
+    query: Tensor, key: Tensor, lengths: list[int], scale: float, backend: str | None
+) -> Tensor:
+    """float32 [R]: the attention that each row gets from the rows of its segment, mean over these
+    and over heads. query, key [R, H, D]; `lengths` of the segments add up to R.
+
+    Segments are padded to batches, one for all whose lengths have equally many binary digits: less
+    than half of one is padding, and a small picture does not cost what a large one beside it costs.
+    """
+    scores, places = [], torch.empty(len(query), dtype=torch.long)
+    done = 0
+    for rows, valid in _batches(lengths):
+        index = moved(rows, query.device)
+        here = moved(valid, query.device)
+        everything = bool(valid.all())
+        received = attention_scores(
+            query[index].transpose(1, 2),
+            key[index].transpose(1, 2),
+            candidates=here,
+            valid=None if everything else here,
+            query_valid=None if everything else here,
+            scale=scale,
+            backend=backend,
+        )
+        scores.append(received.flatten())
+        places[rows[valid]] = done + torch.arange(rows.numel()).view_as(rows)[valid]
+        done += rows.numel()
+    return torch.cat(scores)[moved(places, query.device)]
+
+
+def _batches(lengths: list[int]) -> list[Batch]:
+    """The segments of each batch."""
+    length = torch.tensor(lengths)
+    first = length.cumsum(0) - length
+    digits = torch.tensor([n.bit_length() for n in lengths])
+    batches = []
+    for kind in digits.unique().tolist():
+        if kind == 0:
+            continue  # no rows
+        start, count = first[digits == kind, None], length[digits == kind, None]
+        column = torch.arange(int(count.max()))
+        valid = column < count
+        batches.append(Batch(start + torch.where(valid, column, 0), valid))
+    return batches

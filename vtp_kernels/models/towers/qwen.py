@@ -1,0 +1,155 @@
+"""Qwen's vision models, and those like them: pictures and frames of any size, one behind the other.
+
+Their attention is a segment's own affair: a picture's or frame's, or in most layers of Qwen2.5-VL
+a window's. What one layer computes is what is scored, windows too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..counts import moved
+from ..vision import Seen
+from .layers import Layers, Place, scale_of
+from .packed import received_in_segments
+from .ragged import runs, seen_ragged
+from .tower import Tower
+
+__all__ = [
+    "CosmosLayers",
+    "ErnieTower",
+    "GlmTower",
+    "HyperClovaTower",
+    "QwenLayers",
+    "QwenTower",
+]
+
+ROTARY, WINDOWS = "apply_rotary_pos_emb_vision", "get_vision_window_index"
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+OMNI = ("qwen2_5_omni_vision_encoder", "qwen3_omni_moe_vision_encoder")
+GLM = ("glm4v_vision", "glm4v_moe_vision", "glm_ocr_vision")
+ERNIE = ("ernie4_5_vl_moe_vision",)
+
+
+class QwenLayers(Layers):
+    """Rows that lie one behind the other, all rotated; `cu_seqlens` says where segments end."""
+
+    models = (*QWEN, *(f"{name}_vision" for name in QWEN), *OMNI, *GLM, *ERNIE)
+    places = (Place("blocks", "attn", ("qkv",)), Place("blocks", "attn", ("q", "k")))
+    normed = True
+
+    @property
+    def functions(self) -> tuple[str, ...]:  # of some models more than of others
+        return (ROTARY, WINDOWS) if self.windowed else (ROTARY,)
+
+    def _prefix(self) -> int:
+        return 0
+
+    def received(
+        self,
+        attention: nn.Module,
+        arguments: Mapping[str, Any],
+        given: Mapping[str, Any],
+        backend: str | None,
+    ) -> Tensor:
+        """float32 [R], over the rows of all pictures in the order of this layer."""
+        query, key = self.heads(attention, arguments)
+        # Waits for a GPU, as the model does for the same numbers.
+        lengths = arguments["cu_seqlens"].diff().tolist()
+        return received_in_segments(query, key, lengths, scale_of(attention), backend)
+
+    def heads(self, attention: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Queries and keys [R, H, D] of rows hidden [R, C]."""
+        rows = arguments["hidden_states"]
+        made = [getattr(attention, name)(rows) for name in self.projections]
+        if len(made) == 1:
+            made = made[0].chunk(3, dim=1)  # queries, keys, values
+        query, key = (states.view(len(rows), attention.num_heads, -1) for states in made[:2])
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm(query), attention.k_norm(key)
+        return self.rotated(query, key, arguments)
+
+    def rotated(self, query: Tensor, key: Tensor, arguments: Mapping[str, Any]) -> Any:
+        return self.function(ROTARY)(query, key, *arguments["position_embeddings"])
+
+    @property
+    def windowed(self) -> bool:
+        return hasattr(self.model, "window_size")
+
+
+class CosmosLayers(QwenLayers):
+    """Nothing is rotated."""
+
+    models = ("cosmos3_edge_vision",)
+    places = (Place("encoder.layers", "self_attn", ("q_proj", "k_proj")),)
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        return ()
+
+    def rotated(self, query: Tensor, key: Tensor, arguments: Mapping[str, Any]) -> Any:
+        return query, key
+
+
+class QwenTower(Tower):
+    """A visual token shows a square of patches, which the tower merges. It has the mean of the
+    attention that they get in the last layer; the features are what was merged.
+
+    A frame of a video is a picture of its own, for no frame attends to another.
+    """
+
+    models = (*QwenLayers.models, *CosmosLayers.models)
+    place = "visual"
+    videos = ragged = True
+
+    def read(
+        self, modality: str, given: Mapping[str, Any], output: Any, scores: Tensor | None
+    ) -> Seen:
+        square = self.layers.model.config.spatial_merge_size**2
+        grid = torch.as_tensor(given[f"{modality}_grid_thw"])
+        lengths = [h * w // square for t, h, w in grid.tolist() for _ in range(t)]
+        if scores is not None:
+            scores = scores.view(-1, square).mean(1)
+            if self.layers.windowed:
+                scores = scores[moved(self._unwindowed(modality, given, grid), scores.device)]
+        return seen_ragged(torch.cat(list(output.pooler_output)), scores, runs(lengths))
+
+    def _layer(self, given: Mapping[str, Any]) -> int:
+        return len(self.attentions)
+
+    def _unwindowed(self, modality: str, given: Mapping[str, Any], grid: Tensor) -> Tensor:
+        """Where the tower, which sorts the squares of patches by windows, has each of them."""
+        vision = self.layers.model
+        names = ("window_index", "cu_window_seqlens")  # computed before, perhaps
+        index, _ = self.layers.function(WINDOWS)(
+            grid,
+            spatial_merge_size=vision.spatial_merge_size,
+            window_size=vision.window_size,
+            patch_size=vision.patch_size,
+            kwargs={name: given.get(f"{modality}_{name}") for name in names},
+        )
+        return index.cpu().argsort()
+
+
+class HyperClovaTower(QwenTower):
+    """HyperCLOVA X Vision."""
+
+    place = "vision_model"
+
+
+class GlmTower(QwenTower):
+    """GLM-4V. Its prompts have the tokens of pictures in place of frames too, so that which of them
+    a video fills is not known here."""
+
+    videos = False
+
+
+class ErnieTower(QwenTower):
+    """ERNIE 4.5 VL. A token of a video shows two frames, each of which attends to itself."""
+
+    place = "vision_tower"
+    videos = False
