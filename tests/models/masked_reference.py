@@ -37,6 +37,11 @@ class MaskedReference:
         for hook in self.hooks:
             hook.remove()
 
+    def kind_of(self, layer):
+        """What the rotary embedding wants to know of a layer, where it has several."""
+        several = hasattr(self.rotary, "layer_types")
+        return (self.rotary.config.layer_types[layer],) if several else ()
+
     def _begin(self, module, args, kwargs):
         ids = kwargs["input_ids"]
         features = kwargs.get("mm_encoder_outputs") or {}
@@ -111,6 +116,7 @@ class MaskedReference:
             # Padding is closed already; closed here are rows that are real but were pruned.
             closed = torch.zeros(*keep.shape, dtype=mask.dtype)
             closed = closed.masked_fill(~keep, torch.finfo(mask.dtype).min)[:, None, None]
+            closed = closed[..., -mask.shape[-1] :]  # a sliding window's mask has the last alone
             kwargs["attention_mask"] = torch.clamp(mask + closed, min=torch.finfo(mask.dtype).min)
             if self.contiguous:
                 real = self.all_real[:, : keep.shape[1]]
@@ -118,7 +124,7 @@ class MaskedReference:
                 positions = kwargs["position_ids"] - gone
                 hidden = args[0] if args else kwargs["hidden_states"]
                 kwargs["position_ids"] = positions
-                kwargs["position_embeddings"] = self.rotary(hidden, position_ids=positions)
+                kwargs["position_embeddings"] = self.rotary(hidden, positions, *self.kind_of(index))
             return args, kwargs
 
         return before

@@ -54,7 +54,7 @@ def inflection(model, max_keep):
     tower = tower_of(parts.family, parts.base)
     source = None if tower is None else "attention"
     return vtp.InflectionPruning(
-        source, min_keep=2, max_keep=max_keep, llm_layers=(3, 4), visual_keep=0.5, text_keep=0.75
+        source, min_keep=2, max_keep=max_keep, llm_layers=(2, 4), visual_keep=0.5, text_keep=0.75
     )
 
 

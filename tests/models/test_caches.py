@@ -188,7 +188,7 @@ def test_scores_of_a_module_of_one_s_own_do_not_come_from_a_quantized_cache(mode
     embeddings = text.rotary_emb(hidden, position_ids=torch.arange(5)[None])
     scoring, candidates = ScoringAttention(text.layers[0].self_attn), torch.ones(1, 5).bool()
     with torch.no_grad():
-        with pytest.raises(NotImplementedError, match="has quantized or moved what layer 0"):
+        with pytest.raises(NotImplementedError, match="has quantized, moved or let go"):
             scoring(hidden, embeddings, None, rounding(), candidates=candidates)
         _, scores = scoring(hidden, embeddings, None, DynamicCache(), candidates=candidates)
     assert scores.shape == (1, 5)
@@ -253,6 +253,16 @@ def test_offloaded_caches(model, elsewhere, kind, name, tmp_path):
     assert_same(got, expected, atol=2e-5)
 
 
+def test_an_offloaded_cache_with_sliding_windows(elsewhere):
+    model = tiny_llava(text="mistral", sliding_window=8)
+    cache = DynamicCache(config=model.config, offloading=True, offload_only_non_sliding=False)
+    with vtp.prune(model, METHOD):
+        expected = model.generate(**three(), **GREEDY, **DETAILS)
+        got = model.generate(**three(), **GREEDY, **DETAILS, past_key_values=cache)
+    assert sum(layer.keys.is_meta for layer in got.past_key_values.layers) >= DEPTH - 1
+    assert_same(got, expected, atol=2e-5)
+
+
 def test_an_offloaded_cache_forgets_nothing(model, elsewhere):
     with vtp.prune(model, vtp.VisiPruner(shallow_layers=2, drop_shallow_kv=True)):
         with pytest.raises(NotImplementedError, match=r"offloaded cache has moved .*forget"):
@@ -275,7 +285,7 @@ def test_caches_that_are_refused_say_why(model):
     later.layer_class_to_replicate = OddLayer
     for cache, why in (
         (later, r"DynamicCache with layers of OddLayer"),
-        (window, r"DynamicCache with layers of DynamicSlidingWindowLayer .*window counts rows"),
+        (window, r"DynamicCache with layers of DynamicSlidingWindowLayer .*other windows"),
         (odd, r"DynamicCache with layers of OddLayer .*keep all rows, in order"),
         (((torch.zeros(1),),), r"tuple is not supported: only caches"),
     ):
@@ -283,7 +293,7 @@ def test_caches_that_are_refused_say_why(model):
             NotImplementedError, match=rf"past_key_values: {why}.*use a DynamicCache"
         ):
             check_cache(cache)
-    with vtp.prune(model, METHOD), pytest.raises(NotImplementedError, match="window counts rows"):
+    with vtp.prune(model, METHOD), pytest.raises(NotImplementedError, match="other windows"):
         model.generate(**one(), **GREEDY, past_key_values=window)
 
 

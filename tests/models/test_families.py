@@ -11,7 +11,7 @@ from masked_reference import MaskedReference
 from pruning_methods import NAMES, ONLY_ROWS_LEAVE, pruning_method
 from test_generation import DETAILS, GREEDY, assert_same, leave_out_endings, next_turn
 from tiny_llava import ENCODES_FIRST, IMAGE, prompt
-from tiny_models import FAMILIES, VIDEO
+from tiny_models import FAMILIES, VIDEO, windows
 
 import vtp_kernels as vtp
 from vtp_kernels.models.families import parts_of
@@ -132,6 +132,10 @@ WAYS = {
 def test_ways_to_generate(family, models, way):
     """Each says what plain greedy decoding says."""
     drafts = way in ("assistant", "lookup")
+    if way in ("static", "compiled") and any(windows(models["sdpa"])):
+        pytest.skip("refused, as test_every_family.py shows")
+    if drafts and family.page.may_be_acausal:
+        pytest.skip("transformers takes drafts for rows of the prompt, pruned or not")
     inputs = family.batch(models["sdpa"], *BATCHES["one" if drafts else "padded"])
     plain = GREEDY | DETAILS | {"suppress_tokens": [IMAGE, VIDEO]}
     settings, graphs = WAYS[way](family), Graphs()
@@ -179,10 +183,9 @@ def test_a_further_turn_of_text(family, models, early):
         more = next_turn(first.sequences, inputs["attention_mask"], turns)
         if early:
             leave_out_endings(more["attention_mask"], inputs["input_ids"].shape[1])
-        if family.types:
-            types = inputs["mm_token_type_ids"]
-            added = more["input_ids"].shape[1] - types.shape[1]
-            more["mm_token_type_ids"] = torch.nn.functional.pad(types, (0, added))
+        for name in family.types:
+            added = more["input_ids"].shape[1] - inputs[name].shape[1]
+            more[name] = torch.nn.functional.pad(inputs[name], (0, added))
         return model.generate(**more, past_key_values=first.past_key_values, **settings)
 
     with vtp.prune(models["sdpa"], PYRAMID):
@@ -194,12 +197,17 @@ def test_a_further_turn_of_text(family, models, early):
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ONLY_ROWS_LEAVE])
 def test_decoding_after_passive_layers(family, models, inputs, name, tmp_path):
     """What the prompt's layers did is the same with a static cache, and without any."""
-    model = models["sdpa"]
-    with vtp.prune(model, pruning_method(name, model, tmp_path)):
+    model, method = models["sdpa"], pruning_method(name, models["sdpa"], tmp_path)
+    if family.refuses_passive(model, 2):
+        with pytest.raises(NotImplementedError, match="passive"):
+            vtp.prune(model, method)
+        return
+    with vtp.prune(model, method):
         expected = model.generate(**inputs, **GREEDY, **DETAILS)
-        static = model.generate(**inputs, **GREEDY, **DETAILS, cache_implementation="static")
+        if not any(windows(model)):
+            static = model.generate(**inputs, **GREEDY, **DETAILS, cache_implementation="static")
+            assert_same(static, expected)
         anew = model.generate(**inputs, **DETAILS, max_new_tokens=1, use_cache=False)
-    assert_same(static, expected)
     torch.testing.assert_close(anew.logits[0], expected.logits[0], rtol=0, atol=2e-5)
 
 

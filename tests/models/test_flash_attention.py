@@ -97,6 +97,18 @@ def test_equals_sdpa(flash, sdpa, name, inputs, cache, tmp_path):
     assert_same(*outputs)
 
 
+def test_a_window_that_holds_prompt_and_answer(loops):
+    flash, sdpa = (tiny_llava("sdpa", text="mistral", sliding_window=80) for _ in range(2))
+    flash.model.language_model.config._attn_implementation = "flash_attention_2"
+    outputs = []
+    for model in (flash, sdpa):
+        with vtp.prune(model, METHOD):
+            outputs.append(model.generate(**three(), **SETTINGS))
+    assert_same(*outputs)
+    with vtp.prune(flash, METHOD), pytest.raises(NotImplementedError, match="answer have 81 rows"):
+        flash.generate(**three(), **SETTINGS | {"max_new_tokens": 81 - 64})
+
+
 @pytest.mark.parametrize(
     "settings",
     [

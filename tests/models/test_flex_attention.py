@@ -6,6 +6,7 @@ import torch
 from masked_reference import MaskedReference
 from pruning_methods import pruning_method
 from tiny_llava import batch, one, prompt, three, tiny_llava
+from tiny_models import FAMILIES
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import StaticCache
 
@@ -85,6 +86,19 @@ def test_a_second_turn(flex, eager, positions):
         expected = turns(eager)
     for some, others in zip(got, expected, strict=True):
         assert_same(some, others)
+
+
+def test_windows_and_pictures_whose_rows_see_each_other():
+    family = FAMILIES["gemma3"]
+    flex, eager = family.model("sdpa"), family.model("eager")
+    flex.set_attn_implementation({"text_config": "flex_attention"})
+    inputs = family.batch(flex, ((0,), 9), ((), 5))
+    with vtp.prune(flex, METHOD) as run:
+        got = flex.generate(**inputs, **GREEDY, **DETAILS)
+    with MaskedReference(eager, STAGES) as masked:
+        expected = eager.generate(**inputs, **GREEDY, **DETAILS)
+    assert all(torch.equal(run.report().kept[layer], masked.kept[layer]) for layer in STAGES)
+    assert_same(got, expected)
 
 
 @pytest.mark.parametrize("name", ["visipruner", "visipruner that skips", "inflection with padding"])

@@ -128,12 +128,6 @@ def test_other_models_are_refused():
         vtp.apply(llama, METHOD)
 
 
-def test_sliding_windows_are_refused():
-    model = tiny_llava("sdpa", text="mistral", sliding_window=8)
-    with pytest.raises(NotImplementedError, match="sliding-window"):
-        vtp.apply(model, METHOD)
-
-
 def test_subclasses_are_supported():
     class MyLlava(LlavaForConditionalGeneration):
         pass

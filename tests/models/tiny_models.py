@@ -6,10 +6,10 @@ import torch
 import transformers
 
 from vtp_kernels.models.families import FAMILIES as PAGES
-from vtp_kernels.models.families import Family
+from vtp_kernels.models.families import Family, parts_of
 from vtp_kernels.models.families.tiny import IMAGE, VIDEO, Tiny
 
-__all__ = ["FAMILIES", "VIDEO", "TinyFamily", "words"]
+__all__ = ["FAMILIES", "VIDEO", "TinyFamily", "windows", "words"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ class TinyFamily:
         model.generation_config.eos_token_id = None  # every case runs to its full length
         model.generation_config.pad_token_id = 0
         return model
+
+    def refuses_passive(self, model, layers):
+        """Whether visual tokens cannot be passive in the first `layers` of the model."""
+        return self.page.sees_ahead or any(windows(model)[:layers])
 
     def batch(self, model, *prompts, seed=0):
         """Left-padded inputs: a prompt is (pictures, words of text), the pictures as their indices.
@@ -72,7 +76,7 @@ class TinyFamily:
             "attention_mask": torch.stack([(torch.arange(width) >= n).long() for n in pads]),
         }
         for name in self.types:
-            inputs[name] = (inputs["input_ids"] == IMAGE).int()
+            inputs[name] = (inputs["input_ids"] == IMAGE).int() * self.tiny.type_of_picture
         pictures = [picture for _, shown in drawn for picture in shown]
         for name in pictures[0] if pictures else ():
             given = torch.cat([picture[name] for picture in pictures])
@@ -94,6 +98,11 @@ class TinyFamily:
             features = output.deepstack_features[0][1]
         parts = [features] if isinstance(features, torch.Tensor) else features
         return sum(part.shape[:-1].numel() for part in parts)
+
+
+def windows(model):
+    """Of each layer, the sliding window; None where there is none."""
+    return [kind.window for kind in parts_of(model).kinds]
 
 
 def words(count, generator):

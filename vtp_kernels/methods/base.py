@@ -105,6 +105,11 @@ class Method(ABC):
         was seen in other layers is gone by then."""
         return ()
 
+    def acausal_layers(self, depth: int) -> Sequence[int]:
+        """Those of them of which `decide` asks what rows would see of others after them
+        (`rows.attention_scores(causal=False)`). They must not be ones with a sliding window."""
+        return ()
+
     def passive_layers(self, depth: int) -> Mapping[int, PassiveVisual]:
         """Layers in which visual tokens are passive, and how."""
         return {}

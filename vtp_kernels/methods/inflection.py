@@ -146,6 +146,9 @@ class InflectionPruning(Method, key="inflection"):
     def observed_layers(self, depth: int) -> tuple[int, ...]:
         return tuple(layer - 1 for layer in self.llm_layers)
 
+    def acausal_layers(self, depth: int) -> tuple[int, ...]:
+        return () if self.text_keep == 1.0 else self.observed_layers(depth)
+
     def vision_source(self) -> str | None:
         return self.source
 

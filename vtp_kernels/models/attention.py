@@ -29,6 +29,7 @@ from vtp_kernels.selection import Selection
 from .observation import Observation
 from .packing import Packing
 from .projections import attend, project, rotate, takes_positions
+from .reach import PASSIVE, refuse_window
 from .shadow import Shadow
 
 __all__ = [
@@ -138,6 +139,7 @@ class PassiveVisualAttention(StandIn):
     def __init__(
         self, attention: nn.Module, passive: PassiveVisual, backend: str | None = None
     ) -> None:
+        refuse_window(attention, PASSIVE)
         super().__init__(attention)
         self.passive, self.backend = passive, backend
 
@@ -303,6 +305,7 @@ class ScoringAttention(StandIn):
     OPTIONS = ("candidates", "rows", "past", "valid")
 
     def __init__(self, attention: nn.Module, backend: str | None = None) -> None:
+        refuse_window(attention, "ScoringAttention knows no windows")
         super().__init__(attention)
         self.backend = backend
 

@@ -8,7 +8,7 @@ of its own class, whose methods also move what is remembered here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,15 @@ from transformers.cache_utils import (
     Cache,
     DynamicCache,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     QuantizedCache,
     QuantizedLayer,
     StaticCache,
     StaticLayer,
+    StaticSlidingWindowLayer,
 )
+
+from .reach import LayerKind
 
 __all__ = [
     "AtWork",
@@ -34,6 +38,8 @@ __all__ = [
     "check_cache",
     "is_quantized",
     "is_static",
+    "layers_letting_go",
+    "let_go",
     "past_length",
     "prune_cache",
     "put_away",
@@ -43,6 +49,11 @@ __all__ = [
 # Layers that attend to exact keys as long as these are new, and to rounded ones later. Transformers
 # 5.17 has but the one kind, which quantizes in groups.
 _QUANTIZED = (QuantizedLayer, getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer))
+
+
+# Layers that let go of what is out of their window. They count by the rows they hold, which are
+# never more than those given: so what is within the window, by column, is always there.
+_SLIDING = (DynamicSlidingWindowLayer, StaticSlidingWindowLayer)
 
 
 class KeyRows:
@@ -163,12 +174,22 @@ class PrunedCache:
         length = super().get_seq_length(layer_idx)
         return length + self.vtp.removed if layer_idx == 0 else length
 
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """As many rows as were given, in whichever layer the model makes its masks for."""
+        return self.get_seq_length(layer_idx) + (self._lacks(layer_idx) if layer_idx else 0)
+
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """For layer 0, by which the model makes its mask and looks for padding in the one it was
+        """Of the layers by which the model makes its masks and looks for padding in the one it was
         given: as many columns as rows were given."""
         length, offset = super().get_mask_sizes(query_length, layer_idx)
-        grows = layer_idx == 0 and not is_static(self)
-        return (length + self.vtp.removed if grows else length), offset
+        return (length if is_static(self) else length + self._lacks(layer_idx)), offset
+
+    def _lacks(self, layer: int) -> int:
+        """Rows that a layer lacks of what the model was given."""
+        if layer == 0:
+            return self.vtp.removed
+        rows = self.vtp.layers[layer] if layer < len(self.vtp.layers) else None
+        return 0 if rows is None else rows.offset
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **more: Any) -> Any:
         if self.vtp.served is None or not self.vtp.served.on:
@@ -209,6 +230,13 @@ class PrunedCache:
             raise ValueError(
                 f"cannot crop {-tokens_to_remove} tokens: only the {appended} behind the prompt "
                 "can be told apart, since layers hold different parts of a pruned prompt"
+            )
+        for layer in self.layers:  # transformers finds out when some layers have been cropped
+            if getattr(layer, "record_past", True) or layer.get_seq_length() < layer.sliding_window:
+                continue
+            raise RuntimeError(
+                "cannot crop layers with a sliding window: they have let go of what came back into "
+                "it; call activate_past_recording() on the cache before the rows come"
             )
         super().crop(tokens_to_remove)
         for layer, rows in self.vtp.stages():
@@ -271,24 +299,47 @@ def prune_cache(cache: Any, state: CacheState) -> None:
     cache.vtp = state
 
 
-def check_cache(cache: Any) -> None:
-    """Raise NotImplementedError for caches whose layers do not keep all rows, in order."""
+def check_cache(cache: Any, kinds: Sequence[LayerKind] = ()) -> None:
+    """Raise NotImplementedError for caches whose layers do not keep, in order, all rows that the
+    model's layers, of these `kinds`, may look at."""
     if type(cache) is DynamicCache and _is_plain(cache):
         return
     known = isinstance(cache, DynamicCache | StaticCache | QuantizedCache) or type(cache) is Cache
-    other = [kind for kind in _kinds(cache) if not _keeps_all(kind)]
+    other = _others(cache, kinds)
     if known and not other:
         return
     what = type(cache).__name__
     if other:
         what += f" with layers of {', '.join(sorted(kind.__name__ for kind in other))}"
     why = "only caches whose layers keep all rows, in order, can lose some and go on"
-    if any(getattr(kind, "is_sliding", False) for kind in other):
-        why = "a sliding window counts rows, and rows that leave would move it"
+    if StaticSlidingWindowLayer in other:
+        why = "a full sliding window moves its slots, and compiled code would not know their rows"
+    elif any(getattr(kind, "is_sliding", False) for kind in other):
+        why = "the model's layers have other windows than the cache's, which lets go of rows"
     raise NotImplementedError(
         f"past_key_values: {what} is not supported: {why}; use a DynamicCache (the default), a "
         "StaticCache or a QuantizedCache with full attention, offloaded or not"
     )
+
+
+def _others(cache: Any, kinds: Sequence[LayerKind]) -> set[type]:
+    """The kinds of a cache's layers that do not keep what they must."""
+    windows = [kind.window for kind in kinds]
+    windows += [None] * (len(getattr(cache, "layers", ())) - len(windows))
+    sliding = {
+        type(layer)
+        for layer, window in zip(getattr(cache, "layers", ()), windows, strict=False)
+        if type(layer) in _SLIDING and not _keeps_window(layer, window)
+    }
+    return sliding | {k for k in _kinds(cache) if k not in _SLIDING and not _keeps_all(k)}
+
+
+def _keeps_window(layer: Any, window: int | None) -> bool:
+    if window is None:
+        return False
+    if type(layer) is StaticSlidingWindowLayer:
+        return layer.max_cache_len < window  # it has room for all that will ever come
+    return layer.sliding_window == window
 
 
 def _is_plain(cache: Any) -> bool:
@@ -322,12 +373,20 @@ def why_no_forgetting(cache: Any) -> str | None:
         return "a QuantizedCache holds rows in groups that share their scales"
     if cache.offloading:
         return "an offloaded cache has moved its layers away"
+    if layers_letting_go(cache):
+        return "layers with a sliding window have let go of rows already"
     return None
 
 
 def put_away(cache: Any) -> bool:
     """Whether the layers of a cache do not hold what their attention got, or not where it was."""
-    return cache.offloading or is_quantized(cache)
+    return cache.offloading or is_quantized(cache) or bool(layers_letting_go(cache))
+
+
+def layers_letting_go(cache: Any) -> frozenset[int]:
+    """Layers of a cache (or None) that let go of rows that are out of their window."""
+    layers = enumerate(() if cache is None else cache.layers)
+    return frozenset(index for index, layer in layers if type(layer) is DynamicSlidingWindowLayer)
 
 
 def attended(cache: Any, layer: int) -> tuple[Tensor, Tensor]:
@@ -340,18 +399,27 @@ def attended(cache: Any, layer: int) -> tuple[Tensor, Tensor]:
         return cache.vtp.attended[layer]
     if put_away(cache):
         raise NotImplementedError(
-            f"past_key_values: {type(cache).__name__} has quantized or moved what layer {layer} "
-            "attended to, so no scores can be had from it; use a DynamicCache that is not offloaded"
+            f"past_key_values: {type(cache).__name__} has quantized, moved or let go of what layer "
+            f"{layer} attended to, so no scores can be had from it; use a DynamicCache that is not "
+            "offloaded and has no sliding windows"
         )
     held = cache.layers[layer]
     return held.keys, held.values
 
 
 def past_length(cache: Any, layer: int) -> int:
-    """Keys that `layer` of a cache (or None) holds. Waits for the GPU if the cache is static."""
+    """Keys that `layer` of a cache (or None) holds, or held where it has a sliding window. Waits
+    for the GPU if the cache is static."""
     if cache is None or layer >= len(cache.layers):
         return 0
     return int(cache.layers[layer].get_seq_length())
+
+
+def let_go(cache: Any, layer: int, rows: int) -> int:
+    """How many of its earliest keys a layer of a cache (or None) no longer has when `rows` more
+    come. A static one that is taken at all has room for everything."""
+    held = None if cache is None or layer >= len(cache.layers) else cache.layers[layer]
+    return held.get_mask_sizes(rows)[1] if type(held) is DynamicSlidingWindowLayer else 0
 
 
 def is_static(cache: Any) -> bool:

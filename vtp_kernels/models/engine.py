@@ -30,7 +30,7 @@ from .attention import (
     StandIn,
 )
 from .backends import Backends
-from .cache import AtWork, PrunedCache
+from .cache import AtWork, PrunedCache, is_static
 from .continuation import Continuation
 from .families import ModelParts
 from .onlookers import is_known_forward, others_look_into
@@ -197,14 +197,25 @@ class Engine(StaysBehind):
         arguments = dict(zip(parameters, args, strict=False)) | kwargs
         if not self.parts.has_images(arguments):
             self._warn_of_embeddings(arguments)
-            return None
+            return self._go_on(arguments, args, kwargs)
         refuse_replicas(module)
         if module is self.parts.base:  # the hook on `top` was passed over, or all rows come out
             arguments = {**arguments, "logits_to_keep": 0, **passed_to(self.parts.top)}
         call = Prefill(self, arguments)
         if not any(call.visual_at_start):
-            return None
+            return self._go_on(arguments, args, kwargs)
         kwargs[CALL] = call
+        return args, kwargs
+
+    def _go_on(self, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
+        """A call that goes on from a pruned cache. It is looked at from the outside, for some
+        models make the masks of their layers before they call the decoder stack, which then does
+        not know the call's own. With a static cache generate() has made them already; then the
+        stack is early enough, and compiled steps stay one graph."""
+        cache = arguments.get("past_key_values")
+        if not isinstance(cache, PrunedCache) or is_static(cache):
+            return None
+        kwargs[CALL] = Continuation(self.parts, cache, arguments)
         return args, kwargs
 
     def _warn_of_embeddings(self, arguments: dict[str, Any]) -> None:

@@ -125,9 +125,11 @@ def apply(
         (the message says what), its family cannot run the method or those positions, or `backend`
         cannot serve it; for DataParallel on several devices, and where a method looks at a layer
         whose weights are taken away when it has run (FSDP of single layers, accelerate's
-        preload_module_classes). Later, in calls with images: sliding-window caches, 4D masks,
-        packed sequences, flex_attention with a static cache, FlashAttention in Ministral 3, and a
-        static, quantized or offloaded cache where layers are to forget visual tokens.
+        preload_module_classes); where a method changes what layers with a sliding window attend to.
+        Later, in calls with images: 4D masks, packed sequences, flex_attention with a static cache,
+        FlashAttention in Ministral 3, a static, quantized or offloaded cache where layers are to
+        forget visual tokens; and where prompt and answer exceed a sliding window: a static cache,
+        and FlashAttention.
     ValueError
         If the method does not fit the model (a layer it does not have), the model is pruned
         already, or `backend` is unknown. Later, in calls with images: labels, output_attentions,
@@ -139,7 +141,7 @@ def apply(
     if output_rows not in OUTPUT_ROWS:
         raise ValueError(f"output_rows: got {shown(output_rows)}, expected one of {OUTPUT_ROWS}")
     parts = parts_of(model)
-    check_text_model(parts.text, parts.page.row_arguments)
+    check_text_model(parts.text, parts.page.row_arguments, parts.page.may_be_acausal)
     check_method(parts, method, positions)
     hidden = like_hidden(parts.text)
     for op in ENGINE_OPS:

@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 from torch.nn.modules import module as torch_module
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .cache import PrunedCache
 from .families import ModelParts
@@ -25,6 +26,7 @@ __all__ = ["asks_few_rows", "may_give_few_rows", "put_keys"]
 
 # What transformers' layers are made of besides its own modules; each looks at rows one by one.
 ROW_BY_ROW = (nn.Linear, nn.SiLU, nn.GELU, nn.Identity)
+CACHED = (DynamicLayer, DynamicSlidingWindowLayer)
 # Kinds of attention whose masks are known, see masks.py.
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -46,7 +48,7 @@ def may_give_few_rows(parts: ModelParts, cache: Any) -> bool:
     """Whether its keys can be had before the last layer runs, and nobody would miss its rows."""
     if not isinstance(cache, PrunedCache) or cache.plain_class() is not DynamicCache:
         return False
-    if cache.offloading or any(type(layer) is not DynamicLayer for layer in cache.layers):
+    if cache.offloading or any(type(layer) not in CACHED for layer in cache.layers):
         return False
     if parts.text.config._attn_implementation not in ATTENTIONS:
         return False
@@ -58,7 +60,7 @@ def may_give_few_rows(parts: ModelParts, cache: Any) -> bool:
         all(map(_is_as_made, around))
         and all(_is_as_made(module) and _is_row_by_row(module) for module in layer.modules())
         and hasattr(layer, "input_layernorm")
-        and getattr(layer.self_attn, "is_causal", False)
+        and (getattr(layer.self_attn, "is_causal", False) or parts.page.may_be_acausal)
     )
 
 
@@ -79,7 +81,8 @@ def _is_row_by_row(module: nn.Module) -> bool:
     for weight in module._parameters.values():
         if weight is not None and not (type(weight) is nn.Parameter and weight.is_floating_point()):
             return False
-    return not any(callable(x) and not isinstance(x, Shadow) for x in vars(module).values())
+    functions = [x for x in vars(module).values() if callable(x) and not isinstance(x, Shadow)]
+    return all(getattr(x, "func", None) is gelu for x in functions)  # as in Gemma's MLP
 
 
 def put_keys(

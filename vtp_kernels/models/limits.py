@@ -14,11 +14,18 @@ from vtp_kernels.ops import _checks
 
 from .cache import check_cache, is_static
 from .families import ModelParts
-from .masks import mask_of, takes_keys_by_mask
+from .masks import mask_of, takes_keys_by_mask, tells_by_mask
 from .placement import why_gone
 from .projections import has_these_steps, takes_positions
+from .reach import PASSIVE, refuse_window
 
-__all__ = ["check_method", "check_padding", "check_placement", "check_prefill"]
+__all__ = [
+    "check_method",
+    "check_padding",
+    "check_placement",
+    "check_prefill",
+    "check_windows",
+]
 
 
 def check_method(parts: ModelParts, method: Method, positions: str) -> None:
@@ -34,6 +41,7 @@ def check_method(parts: ModelParts, method: Method, positions: str) -> None:
             "and columns for positions, which do not close up; use 'original'"
         )
     observed, passive = method.observed_layers(depth), method.passive_layers(depth).items()
+    _check_sight(parts, method)
     check_placement(parts, method, observed)
     for layer in sorted({*observed, *(i for i, how in passive if not how.leaves_one)}):
         attention = parts.layers[layer].self_attn
@@ -43,6 +51,22 @@ def check_method(parts: ModelParts, method: Method, positions: str) -> None:
                 f"{type(attention).__name__} in the place of its attention; take it out, or use a "
                 "method that leaves this layer alone"
             )
+
+
+def _check_sight(parts: ModelParts, method: Method) -> None:
+    """Raise where a method wants something of layers in which rows do not see all before them."""
+    depth, family = len(parts.layers), parts.family
+    passive = method.passive_layers(depth)
+    if parts.page.sees_ahead and passive:
+        raise NotImplementedError(
+            f"{family} cannot run {method}: its visual tokens see each other, those behind them "
+            "included, and layers with passive visual tokens let rows see what is before them alone"
+        )
+    for layer in passive:
+        refuse_window(parts.layers[layer].self_attn, PASSIVE)
+    for layer in method.acausal_layers(depth):
+        what = f"{type(method).__name__} asks what rows would see there of others after them"
+        refuse_window(parts.layers[layer].self_attn, what)
 
 
 def check_placement(parts: ModelParts, method: Method, observed: Iterable[int]) -> None:
@@ -56,8 +80,25 @@ def check_placement(parts: ModelParts, method: Method, observed: Iterable[int]) 
             )
 
 
-def check_prefill(parts: ModelParts, arguments: dict[str, Any], cache: Any, past: int) -> None:
-    """Raise for calls with images whose results would be wrong or have no meaning."""
+def check_windows(parts: ModelParts, columns: int) -> None:
+    """Raise NotImplementedError where attention would cut a window by the rows that are left, since
+    no mask tells it which they are. `columns` is how many rows it has to do with, those that left
+    included."""
+    windows = [kind.window for kind in parts.kinds if kind.window is not None]
+    config = parts.text.config
+    if windows and columns > min(windows) and not tells_by_mask(config):
+        raise NotImplementedError(
+            f"the attention implementation {config._attn_implementation!r} counts the rows of a "
+            f"sliding window ({min(windows)}) itself, and would go wrong about those that left: "
+            f"prompt and answer have {columns} rows; use 'sdpa', or keep both within the window"
+        )
+
+
+def check_prefill(
+    parts: ModelParts, arguments: dict[str, Any], cache: Any, past: int, columns: int
+) -> None:
+    """Raise for calls with images whose results would be wrong or have no meaning. `columns` is how
+    many rows the model was given up to the end of this call."""
     if arguments.get("labels") is not None:
         raise ValueError(
             "labels: rows that left have no logits, so labels do not line up with the output; call "
@@ -77,7 +118,7 @@ def check_prefill(parts: ModelParts, arguments: dict[str, Any], cache: Any, past
             "batch would be taken for one; pass a left-padded batch"
         )
     if cache is not None:
-        check_cache(cache)
+        check_cache(cache, parts.kinds)
     attention = parts.layers[0].self_attn
     if takes_positions(attention) and takes_keys_by_mask(parts.text.config):
         raise NotImplementedError(
@@ -104,7 +145,13 @@ def check_prefill(parts: ModelParts, arguments: dict[str, Any], cache: Any, past
             "attention_mask: a 4D mask cannot be carried over to fewer rows; pass the 2D padding "
             "mask [B, S]"
         )
-    _refuse_chunked_prefill()
+    planned = _generation_config()
+    if getattr(planned, "prefill_chunk_size", None) is not None:
+        raise ValueError(
+            "prefill_chunk_size: pruning looks at the whole prompt at once, and would "
+            "take the end of the first chunk for the end of the prompt; leave it out"
+        )
+    check_windows(parts, max(columns, getattr(planned, "max_length", None) or 0))
 
 
 def check_padding(padding: torch.Tensor | None, mask: torch.Tensor | None) -> None:
@@ -124,23 +171,19 @@ def check_padding(padding: torch.Tensor | None, mask: torch.Tensor | None) -> No
         )
 
 
-def _refuse_chunked_prefill() -> None:
-    """generate(prefill_chunk_size=...) hands each chunk over as if it were a prompt of its own.
+def _generation_config() -> Any:
+    """That of the generate() whose prompt this call is, None where it is not.
 
-    Nothing in a chunk's arguments tells it apart, so look for the caller: the frames of generate()
-    are a few steps up from the hook. The method would take the last token of the first chunk for
-    the prompt's last.
+    generate(prefill_chunk_size=...) hands each chunk over as if it were a prompt of its own, and
+    the method would take the last token of the first chunk for the prompt's last. Nothing in a
+    chunk's arguments tells it apart, so look for the caller: the frames of generate() are a few
+    steps up from the hook.
     """
     if torch.compiler.is_compiling():
-        return
+        return None
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "_prefill" and "generation_config" in frame.f_locals:
-            config = frame.f_locals["generation_config"]
-            if getattr(config, "prefill_chunk_size", None) is not None:
-                raise ValueError(
-                    "prefill_chunk_size: pruning looks at the whole prompt at once, and would "
-                    "take the end of the first chunk for the end of the prompt; leave it out"
-                )
-            return
+            return frame.f_locals["generation_config"]
         frame = frame.f_back
+    return None

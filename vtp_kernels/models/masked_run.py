@@ -44,6 +44,11 @@ class MaskedRun(StaysBehind):
         *,
         secant: bool = True,
     ) -> None:
+        if parts.page.sees_ahead or any(kind.window is not None for kind in parts.kinds):
+            raise NotImplementedError(
+                f"{parts.family} cannot train what decides: its rows see a sliding window, or some "
+                "rows that come after them, and the attention under a policy knows neither"
+            )
         self.parts, self.layers, self.decide = parts, frozenset(layers), decide
         self.secant = secant
         self.valid: Tensor | None = None

@@ -6,7 +6,7 @@ that the model's attention implementation takes: transformers' mask interface kn
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "padding_of",
     "right_aligned",
     "takes_keys_by_mask",
+    "tells_by_mask",
     "valid_keys",
     "without_padding",
 ]
@@ -38,6 +39,12 @@ def takes_keys_by_mask(config: Any) -> bool:
     return ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation) is flash_attention_mask
 
 
+def tells_by_mask(config: Any) -> bool:
+    """Whether a model's attention is told by its mask what each row sees, not of padding alone."""
+    known = config._attn_implementation in ALL_MASK_ATTENTION_FUNCTIONS
+    return known and not takes_keys_by_mask(config)
+
+
 def causal_mask(
     config: Any,
     hidden: Tensor,
@@ -46,26 +53,30 @@ def causal_mask(
     key_length: int,
     valid: Tensor | None,
     static: bool = False,
+    sees: Callable[..., Any] | None = None,
 ) -> Any:
     """Mask for the rows `hidden` [B, Q, C] over `key_length` keys, `past` of which came before.
 
     `valid` is bool [B, key_length], or None where there is no padding. None comes back where the
     attention needs no mask, so that SDPA takes its flash path. The values of `valid` are not read,
     so nothing waits for the GPU (FlashAttention unpads, and waits, by itself). `static` says that
-    the keys come from a preallocated cache, whose unused slots must be masked.
+    the keys come from a preallocated cache, whose unused slots must be masked. `sees` is a mask
+    function of transformers' over the indices of these rows and keys, where rows see anything else
+    than all keys before them.
     """
     kind = config._attn_implementation
     if kind not in ALL_MASK_ATTENTION_FUNCTIONS:
         # transformers gives such an attention no mask at all; then padding would be attended to.
-        if valid is not None:
+        if valid is not None or sees is not None:
+            what = "which rows are padding" if sees is None else "what each row sees"
             raise NotImplementedError(
                 f"the attention implementation {kind!r} has no entry in AttentionMaskInterface, so "
-                "it cannot be told which rows are padding; register one, or use batches whose "
-                "prompts keep equally many tokens"
+                f"it cannot be told {what}; register one, or use batches whose prompts keep "
+                "equally many tokens, in models whose rows see all before them"
             )
         return None
     rows = hidden.shape[1]
-    if kind == "sdpa" and not static:
+    if kind == "sdpa" and not static and sees is None:
         if valid is None and rows in (1, key_length):
             return None  # as transformers' function finds out, too
         if rows == 1:
@@ -78,11 +89,11 @@ def causal_mask(
         batch_size=hidden.shape[0],
         q_length=rows,
         kv_length=key_length,
-        q_offset=past,
+        q_offset=past if sees is None else 0,
         kv_offset=0,
-        mask_function=causal_mask_function,
+        mask_function=causal_mask_function if sees is None else sees,
         attention_mask=valid,
-        allow_is_causal_skip=valid is None and (empty or not static),
+        allow_is_causal_skip=sees is None and valid is None and (empty or not static),
         dtype=hidden.dtype,
         config=config,
         use_vmap=False,
@@ -91,7 +102,8 @@ def causal_mask(
 
 
 def mask_of(arguments: dict[str, Any]) -> Any:
-    """A call's attention mask. generate() gives one for each kind of layer; here all are alike."""
+    """A call's attention mask. generate() may give one for each kind of layer: then that of those
+    whose rows see all before them, which tells best what is padding."""
     mask = arguments.get("attention_mask")
     return mask.get("full_attention") if isinstance(mask, Mapping) else mask
 

@@ -23,6 +23,8 @@ from .cache import (
     PrunedCache,
     check_cache,
     is_static,
+    layers_letting_go,
+    let_go,
     past_length,
     prune_cache,
     put_away,
@@ -42,6 +44,7 @@ from .masks import (
     padding_of,
     right_aligned,
     takes_keys_by_mask,
+    tells_by_mask,
     valid_keys,
 )
 from .observation import Observation
@@ -49,8 +52,9 @@ from .packing import Packing
 from .placement import key_dtype
 from .positions import close_up, rows_that_left
 from .projections import takes_positions
+from .reach import Blocks, LayerKind, reach_of
 from .report import PrefillRecord, StageRecord
-from .rows import Kept, PromptRows
+from .rows import Kept, PromptRows, Sight
 from .vision import PromptVision, Shown, seen_of
 
 if TYPE_CHECKING:
@@ -89,7 +93,7 @@ class Prefill:
         batch, rows = visual.shape
         cache = arguments.get("past_key_values")
         self.past = 0 if cache is None else int(cache.get_seq_length())
-        check_prefill(parts, arguments, cache, self.past)
+        check_prefill(parts, arguments, cache, self.past, self.past + rows)
         check_placement(parts, self.method, self.plan.observed)  # offloaded after apply(), perhaps
 
         self.asked = rows_asked_for(arguments.get("logits_to_keep", 0), rows, visual.device)
@@ -104,6 +108,7 @@ class Prefill:
         if self.past:
             check_padding(None if past_state is None else past_state.padding, columns)
             past_valid = None if columns is None else columns[:, : self.past]
+        self.blocks: Blocks | None = parts.blocks(arguments)
         self._read(visual, valid, past_valid)
 
         self.visual = self.prompt_visual = visual
@@ -125,13 +130,14 @@ class Prefill:
         self.few = False  # whether that runs on the rows asked for alone
         self.entered = -1  # the layer that runs
         self.attended = -1  # the last layer whose attention asked what to do
-        self.embeddings: tuple[Tensor, Tensor] | None = None  # the model's own, until rows leave
+        # By kind of layer, once rows have left: cosines and sines of those that are there.
+        self.embeddings: dict[LayerKind, tuple[Tensor, Tensor]] = {}
         self.row_positions: Tensor | None = None  # only where rows close up
         self.left: Tensor | None = None  # bool [B, columns of the prompt], there too
         self.cache: Any = None
         self.past_state = past_state
         self.key_rows: dict[tuple[int, int], KeyRows] = {}  # by (rows of the past, stage)
-        self.inputs: dict[int, dict[str, Any]] = {}  # by id of the KeyRows
+        self.inputs: dict[tuple[int, LayerKind], dict[str, Any]] = {}  # by id of the KeyRows
         self.layer_keys: list[KeyRows | None] = []
         self.past_rows: list[tuple[int, Tensor | None]] = []
         self.forgotten: dict[int, Text] = {}  # by layer
@@ -145,10 +151,17 @@ class Prefill:
         counts = [kinds, real[None, :, -1]]
         if past_valid is not None:
             counts.append(past_valid.sum(1)[None])
+        if self.blocks is not None:
+            counts.append(self.blocks.apart[None])
         self.visual_at_start, self.real_at_start, *more = torch.cat(counts).tolist()
         self.text_before, *placed, ends_real = more[: 2 + len(self.placeholders)]
         self.placed = dict(zip(self.placeholders, placed, strict=True))  # by modality
         past = more[2 + len(self.placeholders) :]
+        if self.blocks is not None and any(past.pop()):
+            raise NotImplementedError(
+                "token_type_ids: rows that see each other must follow upon each other, and in a "
+                "prompt of this call others are between them"
+            )
         self.valid = None if min(self.real_at_start) == visual.shape[1] else valid
         self.past_mask = past_valid if past and min(past[0]) < self.past else None
         if not all(ends_real):
@@ -203,7 +216,7 @@ class Prefill:
             keys = self.layer_keys[-1]
             self.layer_keys.append(keys)
             if keys is not None:
-                arguments.update(self.inputs[id(keys)])
+                arguments.update(self._inputs_of(keys, layer, 0, hidden, arguments))
         self.packed = None
         self.few = layer == self.last and self._may_shorten(layer, hidden)
         if self.packing is not None and not self.few and layer not in self.plan.passive:
@@ -226,7 +239,8 @@ class Prefill:
             if kept is not None:
                 hidden = self._compact(layer, hidden, arguments, kept)
         if self.past:
-            self.past_rows.append((past, self._past_valid(layer, past)))
+            gone, valid = let_go(self.cache, layer, hidden.shape[1]), self._past_valid(layer, past)
+            self.past_rows.append((past - gone, None if valid is None else valid[:, gone:]))
         passive = self.plan.passive.get(layer)
         leaves_one = passive is not None and passive.leaves_one
         keys = self._keys_of_one(layer, past) if leaves_one else self._keys_of(layer, past)
@@ -269,14 +283,17 @@ class Prefill:
         positions = arguments["position_ids"]
         before = (x if x is None else x[:, :earlier] for x in (hidden, cos, sin, positions))
         put_keys(self.parts.layers[layer], *before, self.cache)
+        asked, length = hidden[:, earlier:], past + hidden.shape[1]
         valid = valid_keys(past, self._past_valid(layer, past), self.valid, self.visual)
-        asked = hidden[:, earlier:]
+        gone = let_go(self.cache, layer, asked.shape[1])
+        keys, kind = self.layer_keys[layer], self.parts.kinds[layer]
         arguments["attention_mask"] = causal_mask(
             self.parts.text.config,
             asked,
-            past=past + earlier,
-            key_length=past + hidden.shape[1],
-            valid=valid,
+            past=past + earlier - gone,
+            key_length=length - gone,
+            valid=None if valid is None else valid[:, gone:],
+            sees=self._sees(kind, keys, slice(past + earlier, length), slice(gone, length)),
         )
         arguments["position_embeddings"] = cos[:, earlier:], sin[:, earlier:]
         arguments["position_ids"] = None if positions is None else positions[:, earlier:]
@@ -320,6 +337,10 @@ class Prefill:
             visual=self.visual_at_start,
             stages=self.stages,
             past_rows=self.past_rows,
+            kinds=self.parts.kinds,
+            blocks=self.blocks,
+            end=self._end,
+            letting_go=layers_letting_go(self.cache),
             passive=self.plan.passive,
             forgotten=frozenset(self.forgotten),
             memory=self.memory,
@@ -341,7 +362,7 @@ class Prefill:
         self.cache = cache
         if cache is None:
             return
-        check_cache(cache)
+        check_cache(cache, self.parts.kinds)
         reason = why_no_forgetting(cache) if self.plan.forgetful else None
         if reason is not None:
             raise NotImplementedError(
@@ -415,9 +436,24 @@ class Prefill:
             observation=self.observation,
             past=past,
             past_valid=past_valid,
+            sight=self._sight(layer - 1, past) if self.observation is not None else None,
             vision=self._vision(layer),
             backends=self.backends,
         )
+
+    def _sight(self, layer: int, past: int) -> Sight | None:
+        """What rows saw in the layer that was observed, `past` keys of which came earlier; None if
+        that was all before them."""
+        kind, keys = self.parts.kinds[layer], self.layer_keys[layer]
+        if not self._sees_otherwise(kind):
+            return None
+        attended = past + self.visual.shape[1]
+        if keys is None:  # nothing has left yet
+            keys = self._key_rows(None, self.past, self.origin, self.valid)
+        gone = past_length(self.cache, layer) - attended if self.past else 0
+        columns = keys.columns_of(gone + attended)[:, gone:]
+        reach = reach_of(kind, columns[:, past:], self._end, self.blocks)
+        return None if reach is None else Sight(columns, reach)
 
     def _vision(self, layer: int) -> PromptVision | None:
         """For layer 0, where all rows are there; later the pictures are no longer asked for."""
@@ -438,7 +474,8 @@ class Prefill:
     def _compact(self, layer: int, hidden: Tensor, arguments: dict[str, Any], kept: Kept) -> Tensor:
         """Carry out a decision: gather what stays, right-aligned so that prompts end together."""
         batch, rows = self.visual.shape
-        cos, sin = self.embeddings or arguments["position_embeddings"]
+        kind = self.parts.kinds[layer]
+        cos, sin = self._embeddings(kind, arguments)
         indices, counts = kept.selection
         hidden, cos, sin, self.visual, self.origin = run_compact_rows(
             (
@@ -461,7 +498,7 @@ class Prefill:
         self.packing = None
         if totals is not None and sum(totals) < sum(self.real_at_start):
             self.packing = Packing.of(totals, width, hidden.device)
-        self.embeddings = (cos, sin)
+        self.embeddings = {kind: (cos, sin)}
         self.text = self.one = None
         self.text_now, self.visual_now = kept.text, kept.visual
         if self.positions == "contiguous":
@@ -579,28 +616,10 @@ class Prefill:
         self, keys: KeyRows, layer: int, past: int, hidden: Tensor, arguments: dict[str, Any]
     ) -> dict[str, Any]:
         """Mask and rotary embeddings, made once for all layers that share `keys`."""
-        if id(keys) not in self.inputs:
-            static = is_static(self.cache)
-            length = past + hidden.shape[1]
-            if static:
-                length = self.cache.layers[layer].max_cache_len
-                keys.columns_of(length)  # of one size for every step: compiled code is made for it
-            rows = self.visual
-            now = self.valid
-            if hidden.shape[1] < rows.shape[1]:  # text and one visual token
-                now, rows = self._rows_of_one().valid, self._rows_of_one().text.rows
-            valid = valid_keys(past, self._past_valid(layer, past), now, rows)
-            if valid is not None:
-                valid = pad(valid, (0, length - valid.shape[1]), value=True)
-            mask = causal_mask(
-                self.parts.text.config,
-                hidden,
-                past=past,
-                key_length=length,
-                valid=valid,
-                static=static,
-            )
-            embeddings = self.embeddings or arguments["position_embeddings"]
+        kind = self.parts.kinds[layer]
+        key = (id(keys), kind)
+        if key not in self.inputs:
+            embeddings = self._embeddings(kind, arguments)
             shift, positions = self._past_shift(layer), None
             closed_up = shift is not None or self.row_positions is not None
             # No position_ids where they can be done without: rows with gaps between them look like
@@ -609,13 +628,65 @@ class Prefill:
             if closed_up or self.takes_positions:
                 positions = self._positions(arguments, shift)
             if closed_up:
-                embeddings = self.parts.text.rotary_emb(hidden, position_ids=positions)
-            self.inputs[id(keys)] = {
-                "attention_mask": mask,
+                embeddings = self.parts.rotary(kind, hidden, positions)
+            self.inputs[key] = {
+                "attention_mask": self._mask(keys, layer, past, hidden),
                 "position_embeddings": embeddings,
                 "position_ids": positions if self.takes_positions else None,
             }
-        return self.inputs[id(keys)]
+        return self.inputs[key]
+
+    def _mask(self, keys: KeyRows, layer: int, past: int, hidden: Tensor) -> Any:
+        static, rows = is_static(self.cache), self.visual
+        gone, length = let_go(self.cache, layer, hidden.shape[1]), past + hidden.shape[1]
+        if static:
+            length = self.cache.layers[layer].max_cache_len
+            keys.columns_of(length)  # of one size for every step: compiled code is made for it
+        now = self.valid
+        if hidden.shape[1] < rows.shape[1]:  # text and one visual token
+            now, rows = self._rows_of_one().valid, self._rows_of_one().text.rows
+        valid = valid_keys(past, self._past_valid(layer, past), now, rows)
+        if valid is not None:
+            valid = pad(valid, (0, length - valid.shape[1]), value=True)[:, gone:]
+        queries = slice(past, past + hidden.shape[1])
+        return causal_mask(
+            self.parts.text.config,
+            hidden,
+            past=past - gone,
+            key_length=length - gone,
+            valid=valid,
+            static=static,
+            sees=self._sees(self.parts.kinds[layer], keys, queries, slice(gone, length)),
+        )
+
+    def _sees(self, kind: LayerKind, keys: KeyRows, queries: slice, there: slice) -> Any:
+        """What some of the rows that `keys` knows see of those that are there, as a mask function;
+        None: all before them."""
+        if not self._sees_otherwise(kind):
+            return None
+        columns = keys.columns_of(there.stop)
+        reach = reach_of(kind, columns[:, queries], self._end, self.blocks)
+        return None if reach is None else reach.over(columns[:, there])
+
+    def _sees_otherwise(self, kind: LayerKind) -> bool:
+        """Whether rows may see anything else than all before them in layers of that kind. Where
+        masks tell of padding alone, no window is short enough for that: see check_windows."""
+        if kind.window is not None and tells_by_mask(self.parts.text.config):
+            return True
+        return self.blocks is not None
+
+    def _embeddings(self, kind: LayerKind, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the rows that are there, in a layer of that kind, which came with
+        `arguments`: the model gives those of all rows."""
+        if not self.stages:
+            return arguments["position_embeddings"]
+        if kind not in self.embeddings:
+            batch = len(self.origin)
+            self.embeddings[kind] = tuple(
+                x.expand(batch, -1, -1).gather(1, self.origin[..., None].expand(-1, -1, x.shape[2]))
+                for x in arguments["position_embeddings"]
+            )
+        return self.embeddings[kind]
 
     def _positions(self, arguments: dict[str, Any], shift: Tensor | None) -> Tensor:
         """Of the rows that are left: int64 [B, K], or [1, K] while all are."""

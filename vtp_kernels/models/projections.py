@@ -8,7 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["NORMS", "attend", "has_these_steps", "project", "rotate", "takes_positions"]
+__all__ = [
+    "NORMS",
+    "attend",
+    "has_these_steps",
+    "project",
+    "rotate",
+    "takes_positions",
+]
 
 # Some (Qwen3) normalise each head's queries and keys.
 NORMS = {"q_proj": "q_norm", "k_proj": "k_norm"}

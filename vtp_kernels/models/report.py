@@ -15,6 +15,8 @@ from vtp_kernels.methods.base import Method
 from vtp_kernels.methods.passive import PassiveVisual
 
 from .counts import Counts, on_host
+from .pairs import pairs_with_visual
+from .reach import Blocks, LayerKind, reach_of
 
 __all__ = ["PrefillRecord", "Report", "StageRecord"]
 
@@ -42,12 +44,14 @@ class Report:
     tokens_per_layer, visual_tokens_per_layer : [L][B]
         Rows entering each layer: all, and visual tokens.
     kv_tokens_per_layer : [L][B]
-        Keys each layer holds after the call; more than its rows where the cache came with some.
+        Keys each layer holds after the call; more than its rows where the cache came with some,
+        fewer where it lets go of those out of a sliding window.
     kept : {layer: bool [B, S]}
         For each layer before which rows could leave: the input columns that stayed, text included;
         `kept.visual` bool [B, S] tells the visual ones. On the CPU.
     prefill_flops, dense_prefill_flops : int, or None where they are not known
-        Language model, all prompts: projections, attention, MLP; 2 per multiply-accumulate. What
+        Language model, all prompts: projections, attention, MLP; 2 per multiply-accumulate.
+        Attention is counted of all rows with all keys, as masks do not make it any less. What
         was spent on deciding is counted where a method runs networks of its own (LVPruning). Every
         row counts in the last layer, too, although where few logits are asked for it runs on theirs
         alone.
@@ -56,9 +60,9 @@ class Report:
     flops_unknown : str or None
         Why FLOPs are not known.
     visual_attention_reduction : float
-        Share of the attention weights (causal pairs of this call's rows; linear attention has none)
-        with a visual token as query or key that are gone: not computed, or without weight in
-        passive layers.
+        Share of the attention weights (pairs of this call's rows, of which one sees the other;
+        linear attention has none) with a visual token as query or key that are gone: not computed,
+        or without weight in passive layers.
     kv_bytes, dense_kv_bytes : int
         Keys and values of all layers after the call.
     events : list of dict
@@ -147,6 +151,12 @@ class PrefillRecord:
     visual: list[int]
     stages: list[StageRecord]
     past_rows: list[tuple[int, Tensor | None]]
+    kinds: tuple[LayerKind, ...]
+    blocks: Blocks | None
+    end: int
+    """The column after the last of this call."""
+    letting_go: frozenset[int]
+    """Layers that keep no more in the cache than their window takes."""
     passive: Mapping[int, PassiveVisual]
     forgotten: frozenset[int]
     """Layers whose cache lost all visual rows."""
@@ -182,9 +192,9 @@ class PrefillRecord:
             flops_unknown=unknown,
             visual_attention_reduction=1
             - self._visual_pairs(tokens, text)
-            / replace(self, passive={})._visual_pairs(dense, [self.text] * self.depth),
+            / replace(self, passive={}, stages=[])._visual_pairs(dense, [self.text] * self.depth),
             kv_bytes=self._kv_bytes(held),
-            dense_kv_bytes=self._kv_bytes(dense_keys),
+            dense_kv_bytes=self._kv_bytes(replace(self, stages=[])._within_windows(dense_keys)),
             events=self._events(),
         )
 
@@ -216,15 +226,45 @@ class PrefillRecord:
             if passive is not None and passive.leaves_one:
                 counts = [min(count, 1) for count in counts]
             (held[layer],) = _add([held[layer]], [counts])
+        return self._within_windows(held)
+
+    def _within_windows(self, held: list[list[int]]) -> list[list[int]]:
+        """Keys that each layer has, [L][B], without those that it lets go of."""
+        held = list(held)
+        for layer in self.letting_go:
+            valid = self._real(self._stage_of(layer))
+            if self.past_rows:
+                past, before = self.past_rows[layer]
+                before = valid.new_ones(len(valid), past) if before is None else before
+                valid = torch.cat((before, valid), dim=1)
+            held[layer] = valid[:, 1 - self.kinds[layer].window :].sum(1).tolist()
         return held
 
+    def _stage_of(self, layer: int) -> StageRecord | None:
+        """The last decision before a layer."""
+        earlier = [stage for stage in self.stages if stage.layer <= layer]
+        return earlier[-1] if earlier else None
+
+    def _real(self, stage: StageRecord | None) -> Tensor:
+        """Which rows are no padding, after a decision, or in the prompt: bool [B, K]."""
+        if stage is not None:
+            real = stage.valid
+            return torch.ones_like(stage.origin, dtype=torch.bool) if real is None else real
+        width, device = self.prompt_visual.shape[1], self.prompt_visual.device
+        rows = torch.tensor(_add([self.text], [self.visual])[0], device=device)
+        return torch.arange(width, device=device) >= width - rows[:, None]
+
     def _kept(self, stage: StageRecord) -> Tensor:
-        real = stage.valid
-        if real is None:
-            real = torch.ones_like(stage.origin, dtype=torch.bool)
+        return self._columns_there(stage).cpu()
+
+    def _columns_there(self, stage: StageRecord | None) -> Tensor:
+        """bool [B, S]: the input columns that are left after a decision."""
+        real = self._real(stage)
+        if stage is None:
+            return real
         kept = torch.zeros_like(self.prompt_visual)
         # Padding names column 0 as its origin: added up, it does not overwrite a row that stayed.
-        return kept.to(torch.int8).scatter_add(1, stage.origin, real.to(torch.int8)).bool().cpu()
+        return kept.to(torch.int8).scatter_add(1, stage.origin, real.to(torch.int8)).bool()
 
     def _flops(
         self,
@@ -264,11 +304,19 @@ class PrefillRecord:
         ]
 
     def _visual_pairs(self, tokens: list[list[int]], text: list[list[int]]) -> int:
-        """Causal (query, key) pairs that have weight, with a visual token among them."""
+        """(Query, key) pairs that have weight, with a visual token among them."""
         spans = self._spans() if self.passive else []
-        pairs = 0
+        pairs, width = 0, self.prompt_visual.shape[1]
+        columns = torch.arange(self.end - width, self.end, device=self.prompt_visual.device)
         for layer, counts in enumerate(zip(tokens, text, strict=True)):
             if is_linear(self.config, layer):
+                continue
+            reach = reach_of(
+                self.kinds[layer], columns.expand_as(self.prompt_visual), self.end, self.blocks
+            )
+            if reach is not None and layer not in self.passive:
+                there = self._columns_there(self._stage_of(layer))
+                pairs += pairs_with_visual(there, self.prompt_visual, reach, self.end - width)
                 continue
             for b, (n, t) in enumerate(zip(*counts, strict=True)):
                 passive = self.passive.get(layer)

@@ -26,9 +26,10 @@ from .counts import Counts, added, on_device, on_host
 from .facts import Fact, asked_stay, check_fit, demand, equal, host_counts
 from .masks import valid_keys
 from .observation import Observation
+from .reach import Reach
 from .vision import PromptVision
 
-__all__ = ["KINDS", "Kept", "PromptRows", "rows_of"]
+__all__ = ["KINDS", "Kept", "PromptRows", "Sight", "rows_of"]
 
 KINDS = ("text rows", "visual tokens")
 
@@ -43,6 +44,28 @@ class Kept(NamedTuple):
     selection: Selection
     text: Counts
     visual: Counts
+
+
+class Sight(NamedTuple):
+    """What rows saw in the layer that was observed, where that was anything else than all keys
+    before them."""
+
+    columns: Tensor
+    """int64 [B, past + S]: of the keys that were there; -1 for padding."""
+    reach: Reach
+    """The first and last columns that each of the S rows saw."""
+
+    def keys(self, row: int) -> Tensor | None:
+        """bool [B, past + S]: the keys not too far back for a row to see; None: all."""
+        first = self.reach.first
+        return None if first is None else self.columns >= first[:, row, None]
+
+    def last(self, rows: slice) -> Tensor:
+        """int64 [B, M]: of the keys that each of some rows saw, the last."""
+        ends = self.reach.last
+        past = self.columns.shape[1] - ends.shape[1]
+        own = self.columns[:, past:].contiguous()  # no earlier key comes last
+        return torch.searchsorted(own, ends[:, rows].contiguous(), right=True) - 1 + past
 
 
 class PromptRows:
@@ -98,6 +121,7 @@ class PromptRows:
         observation: Observation | None,
         past: int,
         past_valid: Tensor | None,
+        sight: Sight | None,
         vision: PromptVision | None,
         backends: Backends,
     ) -> None:
@@ -119,7 +143,7 @@ class PromptRows:
         self.vision = vision
         self.asker = "decide"  # who is at fault where something cannot be
         self.made: list[Kept] = []  # what is known to be possible
-        self._past_valid = past_valid
+        self._past_valid, self._sight = past_valid, sight
         self._observation = observation
         self._backends, self._backend = backends, backends.asked
 
@@ -156,9 +180,40 @@ class PromptRows:
             False: rows also see what comes after them.
         """
         past, observation = self.past if rotary else 0, self._observed()
-        query, options = self._asked_of(observation, rows, query_valid, rotary, causal)
         among = self.visual if among is None else among
+        if len(range(*rows.indices(self.hidden.shape[1]))) > 1 and self._in_window(causal):
+            return self._scores_one_by_one(rows, query_valid, among, support, rotary)
+        query, options = self._asked_of(observation, rows, query_valid, rotary, causal)
         return self._scores_of(query, options, past, among, support)
+
+    def _in_window(self, causal: bool) -> bool:
+        """Whether rows do not see all keys before them, but each from another one on."""
+        if self._sight is None or self._sight.reach.first is None:
+            return False
+        if not causal:
+            raise NotImplementedError(
+                f"{self.asker}: the layer before sees a sliding window, and there is no telling "
+                "what rows would see there of what comes after them (causal=False); let the method "
+                "look at a layer that sees all rows"
+            )
+        return True
+
+    def _scores_one_by_one(
+        self, rows: slice, query_valid: Tensor | None, among: Tensor, support: str, rotary: bool
+    ) -> Tensor:
+        """The same of rows that see different keys: the op knows but one first key for all."""
+        past, total = self.past if rotary else 0, 0.0
+        first, last, _ = rows.indices(self.hidden.shape[1])
+        counts = torch.ones_like(self.visual[:, rows]) if query_valid is None else query_valid
+        for row in range(first, last):
+            query, options = self._asked_of(
+                self._observed(),
+                slice(row, row + 1),
+                counts[:, row - first : row - first + 1],
+                rotary,
+            )
+            total = total + self._scores_of(query, options, past, among, support)
+        return total / counts.sum(1, keepdim=True).clamp(min=1)
 
     def _scores_of(
         self, query: Tensor, options: dict[str, Any], past: int, among: Tensor, support: str = "all"
@@ -178,12 +233,17 @@ class PromptRows:
         past = self.past if rotary else 0
         first, last, _ = rows.indices(self.hidden.shape[1])
         positions = None
-        if causal and (last - first > 1 or last < self.hidden.shape[1]):
+        valid = self._key_valid() if past else self.valid
+        if self._in_window(causal):  # of one row: see attention_scores
+            valid = _both(valid, self._sight.keys(first)[:, self.past - past :])
+        if causal and self._sight is not None:
+            positions = self._sight.last(rows) - (self.past - past)
+        elif causal and (last - first > 1 or last < self.hidden.shape[1]):
             positions = torch.arange(first, last, device=self.hidden.device) + past
             positions = positions.expand(self.hidden.shape[0], -1)
         return observation.queries(rows, rotary), {
             "key": observation.keys(past) if rotary else observation.unrotated_keys(),
-            "valid": self._key_valid() if past else self.valid,
+            "valid": valid,
             "query_positions": positions,
             "query_valid": query_valid,
             "scale": observation.scale,
@@ -198,6 +258,8 @@ class PromptRows:
         observation, end = self._observed(), self.prompt_end + 1
         keys = self.past + end  # drafts of assisted decoding come later
         valid = self._key_valid()
+        if self._sight is not None:
+            valid = _both(valid, self._sight.keys(end - 1))
         query = observation.queries(slice(end - 1, end))[:, :, 0]
         query, key, value = observation.heads(query).gather(
             query,
@@ -365,6 +427,9 @@ class PromptRows:
     ) -> Kept:
         """`keep_visual` by the `attention_scores` of the same arguments, in one op."""
         observation = self._observed()
+        first, last, _ = rows.indices(self.hidden.shape[1])
+        if last - first > 1 and self._in_window(causal=True):
+            return self.keep_visual(counts, self.attention_scores(rows, query_valid))
         query, options = self._asked_of(observation, rows, query_valid)
         heads = observation.heads(query)
         if self.past or heads.are_spread(query):  # scores must be put together before they rank
@@ -428,6 +493,13 @@ def _fit(totals: Tensor, capacity: int) -> Fact:
     return Fact(
         totals <= capacity, lambda b: f"{int(totals[b])} rows stay, and capacity is {capacity}"
     )
+
+
+def _both(some: Tensor | None, others: Tensor | None) -> Tensor | None:
+    """Where both hold; None: everywhere."""
+    if some is None or others is None:
+        return others if some is None else some
+    return some & others
 
 
 def behind(past: int, among: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from .attention_check import (
 from .families import WHICH_ARE
 from .projections import has_these_steps
 from .ranks import all_heads
+from .reach import LayerKind, layer_kinds
 from .unwrapping import own
 from .weightless import Copies, InPlaceOf
 
@@ -48,14 +49,17 @@ class _Reached(Exception):
     """A layer's attention has been looked at, and the layer need not go on."""
 
 
-def check_text_model(text: nn.Module, row_arguments: Collection[str] = ()) -> None:
+def check_text_model(
+    text: nn.Module, row_arguments: Collection[str] = (), may_be_acausal: bool = False
+) -> None:
     """Raise NotImplementedError for a decoder stack that the engine cannot read, with what differs
     from what it relies on. `row_arguments` are names of arguments of its layers that tell something
-    of each row. Takes a millisecond or two for each layer, once."""
+    of each row; with `may_be_acausal` the masks it gets say everything about what rows see. Takes a
+    millisecond or two for each layer, once."""
     text = own(text)
     looks = _looks(text)
     if _passed.get(text) != looks:
-        _try(text, row_arguments)
+        _try(text, row_arguments, may_be_acausal)
         _passed[text] = looks
     for layer in text.layers:
         attention = own(own(layer).self_attn)
@@ -63,9 +67,9 @@ def check_text_model(text: nn.Module, row_arguments: Collection[str] = ()) -> No
             all_heads(attention)
 
 
-def _try(text: nn.Module, row_arguments: Collection[str]) -> None:
+def _try(text: nn.Module, row_arguments: Collection[str], may_be_acausal: bool) -> None:
     refused = f"a {text.config.model_type!r} text model is not supported"
-    trial = _Trial(text, row_arguments)
+    trial = _Trial(text, row_arguments, may_be_acausal)
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             trial.run()
@@ -81,16 +85,19 @@ def _try(text: nn.Module, row_arguments: Collection[str]) -> None:
 class _Trial:
     """One run of a text model, in which a layer goes as far as its attention."""
 
-    def __init__(self, text: nn.Module, row_arguments: Collection[str]) -> None:
+    def __init__(
+        self, text: nn.Module, row_arguments: Collection[str], may_be_acausal: bool
+    ) -> None:
         self.text, self.layers = text, [own(layer) for layer in getattr(text, "layers", ())]
+        self.kinds = layer_kinds(text)
         self.known = HANDED_ON.union(row_arguments)
         self.copies, self.cache = Copies(), NotingCache()
         self.positions = torch.arange(START, START + ROWS, device="cpu")[None]
-        self.attention = AttentionCheck(self.copies, self.cache, self.positions)
+        self.attention = AttentionCheck(self.copies, self.cache, self.positions, may_be_acausal)
         self.running = "it"
         self.reached: list[int] = []  # layers
         self.rows: Tensor | None = None  # what layers are given, and their rotary embeddings
-        self.embeddings: tuple[Tensor, Tensor] | None = None
+        self.embeddings: dict[str | None, tuple[Tensor, Tensor]] = {}  # by LayerKind.rotary
 
     def run(self) -> None:
         text = self.text
@@ -98,6 +105,8 @@ class _Trial:
             demand(hasattr(text, name), f"it has no {name}")
         positional = inspect.signature(type(own(text.rotary_emb)).forward).parameters.values()
         more = [x.name for x in positional if x.default is x.empty][3:]  # itself, rows, positions
+        if any(kind.rotary is not None for kind in self.kinds):
+            more = [name for name in more if name != "layer_type"]
         demand(not more, f"its rotary_emb asks for {', '.join(more)} besides positions")
         for index, layer in enumerate(self.layers):
             demand(hasattr(layer, "self_attn"), f"layer {index} has no attention, self_attn")
@@ -150,20 +159,26 @@ class _Trial:
         pair = pair and all(x.dim() == 3 and x.shape[:2] == (1, ROWS) for x in embeddings)
         demand(pair, f"{here} is given no pair of rotary embeddings [B, S, D], position_embeddings")
         demand(given.get("past_key_values") is self.cache, f"{here} is not given the KV cache")
-        demand(_is_causal(given.get("attention_mask")), f"the mask of {here} is not causal")
+        kind = self.kinds[index]
+        mask, window = given.get("attention_mask"), kind.window
+        what = "causal" if window is None else f"causal within a window of {window}"
+        demand(_is_causal(mask, window), f"the mask of {here} is not {what}")
         if self.rows is None:
-            self.rows, self.embeddings = rows, embeddings
-            self._check_rotary()
+            self.rows = rows
         demand(torch.equal(rows, self.rows), f"something happens to rows before {here}")
-        same = all(map(torch.equal, embeddings, self.embeddings))
-        demand(same, f"{here} is given other rotary embeddings than layer 0")
+        if kind.rotary not in self.embeddings:
+            self.embeddings[kind.rotary] = embeddings
+            self._check_rotary(kind)
+        same = all(map(torch.equal, embeddings, self.embeddings[kind.rotary]))
+        demand(same, f"{here} is given other rotary embeddings than layers of its kind before")
 
-    def _check_rotary(self) -> None:
+    def _check_rotary(self, kind: LayerKind) -> None:
         """Whether they can be made for other positions, where rows close up."""
         if "mrope_section" in (getattr(self.text.config, "rope_parameters", None) or {}):
             return  # positions in rows and columns do not close up
-        made = self.rotary(self.rows, position_ids=self.positions)
-        same = all(map(torch.equal, made, self.embeddings))
+        named = () if kind.rotary is None else (kind.rotary,)
+        made = self.rotary(self.rows, self.positions, *named)
+        same = all(map(torch.equal, made, self.embeddings[kind.rotary]))
         demand(same, "its rotary embeddings are not what its rotary_emb makes of the positions")
 
     def _attention(
@@ -212,9 +227,12 @@ def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
     return {k: x for k, x in attributes.items() if isinstance(x, bool | int | float | str)}
 
 
-def _is_causal(mask: Any) -> bool:
-    """Whether a mask of the eager attention, [1, 1, S, S], is."""
+def _is_causal(mask: Any, window: int | None) -> bool:
+    """Whether a mask of the eager attention, [1, 1, S, S], is, within a window if there is one."""
     if not isinstance(mask, Tensor):
         return False
     open_to = mask if mask.dtype == torch.bool else mask == 0
-    return torch.equal(open_to, torch.ones_like(open_to).tril()) and mask.shape[-1] == ROWS
+    expected = torch.ones_like(open_to).tril()
+    if window is not None:
+        expected = expected.triu(1 - window)
+    return torch.equal(open_to, expected) and mask.shape[-1] == ROWS

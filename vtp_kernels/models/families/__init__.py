@@ -15,6 +15,7 @@ from .cosmos3 import Cosmos3Edge
 from .deepseek_vl import DeepseekVL, DeepseekVLHybrid, Janus
 from .ernie4_5_vl import Ernie45VL
 from .family import Family, ModelParts
+from .gemma3 import Gemma3
 from .glm4v import Glm4v, Glm4vMoe, Glm46v, GlmOcr
 from .got_ocr2 import GotOcr2
 from .granite4_vision import Granite4Vision
@@ -29,6 +30,7 @@ from .llava_onevision import LlavaOnevision
 from .mistral3 import LightOnOcr, Mistral3
 from .ovis2 import Ovis2
 from .paddleocr_vl import PaddleOcrVL
+from .paligemma import PaliGemma
 from .qwen2_vl import Qwen2VL, Qwen25Omni, Qwen25VL
 from .qwen3_vl import Qwen3OmniMoe, Qwen3VL, Qwen3VLMoe
 from .refused import why_refused
@@ -77,6 +79,8 @@ FAMILIES: dict[str, Family] = {
         VideoLlava(),
         HyperClovaX(),
         Ernie45VL(),
+        PaliGemma(),
+        Gemma3(),
     )
 }
 
@@ -92,9 +96,7 @@ def parts_of(model: nn.Module) -> ModelParts:
         for page in FAMILIES.values():
             if names.intersection(page.architectures):
                 _check_version(page)
-                parts = ModelParts.of(page, found)
-                _check_window(parts)
-                return parts
+                return ModelParts.of(page, found)
         around.append(type(found).__name__)
     reason = why_refused(found)
     named = " around ".join(around)
@@ -108,15 +110,4 @@ def _check_version(page: Family) -> None:
         raise NotImplementedError(
             f"{page.architectures[0]} is taken from transformers {page.since} on, and "
             f"{transformers.__version__} is installed.\n{WHICH_ARE}"
-        )
-
-
-def _check_window(parts: ModelParts) -> None:
-    config = parts.text.config
-    sliding = [kind for kind in getattr(config, "layer_types", None) or () if "sliding" in kind]
-    if sliding or (getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")):
-        raise NotImplementedError(
-            "a text model with sliding-window attention is not supported: its window counts rows, "
-            "and rows that leave would move it; where all prompts and answers fit into the window, "
-            "load the model with sliding_window=None in its text config"
         )

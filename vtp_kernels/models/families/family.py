@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..deepstack import Planes
 from ..looks import Given, Looks
 from ..positions import POSITIONS
+from ..reach import Blocks, LayerKind, layer_kinds
 from .tiny import Tiny
 
 __all__ = ["Family", "Modality", "ModelParts", "any_of"]
@@ -87,6 +88,10 @@ class Family:
         Modality("image", "pixel_values"),
         Modality("video", "pixel_values_videos"),
     )
+    sees_ahead: ClassVar[bool] = False
+    """Whether rows may see some that come after them, as `blocks` tells."""
+    may_be_acausal: ClassVar[bool] = False
+    """Whether its attention need not be causal by itself: masks say what rows see."""
     limits: ClassVar[tuple[str, ...]] = ()
     """What does not go, for `supported_models`."""
 
@@ -134,6 +139,11 @@ class Family:
         leave."""
         return None
 
+    def blocks(self, base: nn.Module, arguments: dict[str, Any]) -> Blocks | None:
+        """Which rows of a call see each other, those after them included; None where each sees what
+        is before it alone."""
+        return None
+
     def looks(self, given: Given) -> list[Looks]:
         """What the visual tokens of each picture show, in the order of the pictures."""
         raise NotImplementedError(f"what the visual tokens of {self.name} show is not known")
@@ -155,11 +165,14 @@ class ModelParts:
     """The model that users call; its forward knows `logits_to_keep` and `labels`."""
     base: nn.Module
     text: nn.Module
+    kinds: tuple[LayerKind, ...]
+    """Of the decoder layers."""
 
     @classmethod
     def of(cls, page: Family, model: nn.Module) -> ModelParts:
         base = page.base(model)
-        return cls(page, model, base, page.text(base))
+        text = page.text(base)
+        return cls(page, model, base, text, layer_kinds(text))
 
     @property
     def family(self) -> str:
@@ -181,3 +194,11 @@ class ModelParts:
 
     def placeholders(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
         return self.page.placeholders(self.base, arguments)
+
+    def blocks(self, arguments: dict[str, Any]) -> Blocks | None:
+        return self.page.blocks(self.base, arguments)
+
+    def rotary(self, kind: LayerKind, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for layers of a kind, of rows at these positions."""
+        named = () if kind.rotary is None else (kind.rotary,)
+        return self.text.rotary_emb(hidden, positions, *named)

@@ -12,6 +12,7 @@ NOT_TRIED = "not tried: no reason is known why it should not work"
 
 _REASONS = {
     NOT_TRIED: (
+        "cohere_compass",
         "cosmos3_omni",
         "deepseek_ocr2",
         "emu3",
@@ -35,15 +36,8 @@ _REASONS = {
         "instructblipvideo",
         "kosmos-2",
     ),
-    "sliding-window layers": (
-        "aya_vision",
-        "cohere2_vision",
-        "cohere_compass",
-        "exaone4_5",
-        "gemma3",
-        "shieldgemma2",
-        "unlimited_ocr",
-    ),
+    "layers without rotary positions": ("aya_vision", "cohere2_vision", "exaone4_5"),
+    "a sliding window over what is generated alone, in a cache of its own": ("unlimited_ocr",),
     "sliding-window layers, and layers without rotary positions": ("muse_glimmer", "muse_spark"),
     "sliding-window layers, and short convolutions of keys and values": (
         "inkling2",
@@ -56,7 +50,7 @@ _REASONS = {
         "gemma4_unified",
     ),
     "layers of chunked attention, and without rotary positions": ("llama4",),
-    "visual tokens see those behind them": ("molmo2", "paligemma"),
+    "pictures of a prompt see each other, across the text between them": ("molmo2",),
     "linear attention: a state goes on from row to row": (
         "glm5_next",
         "minicpm_ocr",

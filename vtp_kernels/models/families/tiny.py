@@ -61,11 +61,12 @@ several sizes come in three."""
 @dataclass(frozen=True)
 class Tiny:
     """make: the model, 6 decoder layers of 4 query and 2 key heads. types: names of the arguments
-    that tell what kind of token each one is, if the model wants to be told."""
+    that tell what kind of token each one is, if the model wants to be told: 0 for words."""
 
     make: Callable[[], Any]
     picture: Picture
     types: tuple[str, ...] = ()
+    type_of_picture: int = 1
 
 
 PIXTRAL = {
