@@ -108,7 +108,7 @@ class Looking(Method):
             self.seen[layer - 1, name] = rows.attention_scores(every, payers)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "paligemma"])
+@pytest.mark.parametrize("name", ["gemma3", "paligemma", "cohere2_vision"])
 def test_what_any_row_pays(name):
     """Those too that see others behind them, and those whose windows differ."""
     family = FAMILIES[name]

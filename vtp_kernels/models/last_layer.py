@@ -26,6 +26,8 @@ __all__ = ["asks_few_rows", "may_give_few_rows", "put_keys"]
 
 # What transformers' layers are made of besides its own modules; each looks at rows one by one.
 ROW_BY_ROW = (nn.Linear, nn.SiLU, nn.GELU, nn.Identity)
+# Layers whose attention gets what comes in, without a norm before it.
+NO_NORM_BEFORE = ("Exaone4DecoderLayer",)
 CACHED = (DynamicLayer, DynamicSlidingWindowLayer)
 # Kinds of attention whose masks are known, see masks.py.
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -59,7 +61,7 @@ def may_give_few_rows(parts: ModelParts, cache: Any) -> bool:
     return (
         all(map(_is_as_made, around))
         and all(_is_as_made(module) and _is_row_by_row(module) for module in layer.modules())
-        and hasattr(layer, "input_layernorm")
+        and (hasattr(layer, "input_layernorm") or type(layer).__name__ in NO_NORM_BEFORE)
         and (getattr(layer.self_attn, "is_causal", False) or parts.page.may_be_acausal)
     )
 
@@ -95,7 +97,8 @@ def put_keys(
 ) -> None:
     """Put the keys and values of rows `hidden` [B, N, C] at the entry of a layer into the cache."""
     attention = layer.self_attn
-    states = layer.input_layernorm(hidden)
+    norm = getattr(layer, "input_layernorm", None)
+    states = hidden if norm is None else norm(hidden)
     key = project(attention, "k_proj", states)
     key = rotate(attention, key[:, :1], key, cos, sin, positions)[1]
     cache.update(key, project(attention, "v_proj", states), attention.layer_idx)

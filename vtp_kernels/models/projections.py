@@ -12,6 +12,7 @@ __all__ = [
     "NORMS",
     "attend",
     "has_these_steps",
+    "is_rotated",
     "project",
     "rotate",
     "takes_positions",
@@ -46,7 +47,8 @@ def rotate(
     the queries, are for an attention that `takes_positions`; others may get None."""
     # The functions that the layer itself uses stand beside it in its module.
     beside = sys.modules[type(attention).__module__]
-    query, key = beside.apply_rotary_pos_emb(query, key, cos, sin)
+    if is_rotated(attention):
+        query, key = beside.apply_rotary_pos_emb(query, key, cos, sin)
     if takes_positions(attention):
         rope = attention.config.rope_parameters
         beta, length = rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"]
@@ -59,6 +61,17 @@ def takes_positions(attention: nn.Module) -> bool:
     """Whether an attention (Ministral 3) makes queries longer the later they come, and so is to be
     told their positions."""
     return hasattr(sys.modules[type(attention).__module__], "get_llama_4_attn_scale")
+
+
+def is_rotated(attention: nn.Module) -> bool:
+    """Whether a layer has positions: those of Cohere 2 and EXAONE 4 that see all rows have none, if
+    the others see a window."""
+    names = {cls.__name__ for cls in type(attention).__mro__}
+    if "Cohere2Attention" in names:
+        return attention.sliding_window is not None
+    if "Exaone4Attention" in names:
+        return attention.sliding_window is None or attention.is_sliding
+    return True
 
 
 def attend(

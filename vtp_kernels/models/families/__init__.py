@@ -11,9 +11,11 @@ from torch import nn
 
 from ..unwrapping import inside
 from .aria import Aria
+from .cohere2_vision import AyaVision, Cohere2Vision
 from .cosmos3 import Cosmos3Edge
 from .deepseek_vl import DeepseekVL, DeepseekVLHybrid, Janus
 from .ernie4_5_vl import Ernie45VL
+from .exaone4_5 import Exaone45
 from .family import Family, ModelParts
 from .gemma3 import Gemma3
 from .glm4v import Glm4v, Glm4vMoe, Glm46v, GlmOcr
@@ -81,6 +83,9 @@ FAMILIES: dict[str, Family] = {
         Ernie45VL(),
         PaliGemma(),
         Gemma3(),
+        Cohere2Vision(),
+        AyaVision(),
+        Exaone45(),
     )
 }
 

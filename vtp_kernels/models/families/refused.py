@@ -36,7 +36,6 @@ _REASONS = {
         "instructblipvideo",
         "kosmos-2",
     ),
-    "layers without rotary positions": ("aya_vision", "cohere2_vision", "exaone4_5"),
     "a sliding window over what is generated alone, in a cache of its own": ("unlimited_ocr",),
     "sliding-window layers, and layers without rotary positions": ("muse_glimmer", "muse_spark"),
     "sliding-window layers, and short convolutions of keys and values": (
