@@ -97,7 +97,9 @@ PYRAMID = vtp.PyramidDrop((2, 4), (0.5, 0.25))
 
 
 @pytest.mark.skipif(not ENCODES_FIRST, reason="hands beams the wrong pictures, pruned or not")
-def test_beams(family, models):
+def test_beams(family, models, request):
+    if request.node.callspec.params["family"].startswith(("glm", "granite4")):
+        pytest.skip("transformers hands its beams the wrong pictures, pruned or not")
     inputs = family.batch(models["sdpa"], *BATCHES["padded"])
     settings = GREEDY | DETAILS | {"num_beams": 2}
     with vtp.prune(models["sdpa"], PYRAMID):
@@ -136,8 +138,15 @@ def test_ways_to_generate(family, models, way):
         pytest.skip("refused, as test_every_family.py shows")
     if drafts and family.page.may_be_acausal:
         pytest.skip("transformers takes drafts for rows of the prompt, pruned or not")
+    if (drafts or way == "without a cache") and family.page.row_arguments:
+        pytest.skip("transformers tells it of the prompt's rows alone, pruned or not")
     inputs = family.batch(models["sdpa"], *BATCHES["one" if drafts else "padded"])
     plain = GREEDY | DETAILS | {"suppress_tokens": [IMAGE, VIDEO]}
+    if drafts and not models["sdpa"]._supports_logits_to_keep():
+        message = "drafts come with the prompt, .* is not told how many"
+        with vtp.prune(models["sdpa"], PYRAMID), pytest.raises(NotImplementedError, match=message):
+            models["sdpa"].generate(**inputs, **plain | WAYS[way](family))
+        return
     settings, graphs = WAYS[way](family), Graphs()
     with vtp.prune(models["sdpa"], PYRAMID) as run:
         expected = models["sdpa"].generate(**inputs, **plain)
@@ -156,7 +165,7 @@ def test_inputs_embeds(family, models):
     model, seen = models["sdpa"], {}
     inputs = family.batch(model, *BATCHES["padded"])
     note = lambda module, args, kwargs: seen.update(kwargs)  # noqa: E731
-    hook = model.model.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    hook = model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
     with torch.no_grad():
         model(**inputs, logits_to_keep=1)
     hook.remove()
@@ -239,6 +248,8 @@ def test_no_image_passes_untouched(family, models):
 def test_bfloat16(family, inputs):
     """Rounding differs with the shapes of the products, so not to the bit, but nearly so."""
     model = family.model("sdpa", torch.bfloat16)
+    if any("experts" in name for name, _ in model.named_modules()):
+        pytest.skip("rounding sends rows to other experts")
     inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     untouched = model.generate(**inputs, **GREEDY, **DETAILS)
     with vtp.prune(model, vtp.Schedule({2: 1.0, 3: 1.0})):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from masked_reference import MaskedReference
 from tiny_llava import DEPTH, ENCODES_FIRST, batch, one, prompt, three, tiny_llava
+from tiny_models import FAMILIES
 from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_flash_attention_utils import _is_packed_sequence
@@ -230,6 +231,17 @@ def test_trap_10_chunked_prefill(model, size):
             return
         with pytest.raises(ValueError, match="prefill_chunk_size"):
             model.generate(**one(), **settings)
+
+
+def test_trap_4_drafts_that_no_argument_tells_of():
+    """Where forward knows no logits_to_keep, the last draft would be taken for the prompt's end."""
+    family = FAMILIES["video_llama_3"]
+    model = family.model("sdpa")
+    inputs = family.batch(model, ((0,), 5))
+    with vtp.prune(model, METHOD):
+        with pytest.raises(NotImplementedError, match="prompt_lookup_num_tokens: drafts come with"):
+            model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=2)
+        model.generate(**inputs, **GREEDY)
 
 
 def test_trap_11_inputs_embeds(model):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from vtp_kernels.methods.base import Method
 from vtp_kernels.methods.checks import check_layers
@@ -145,6 +148,7 @@ def check_prefill(
             "attention_mask: a 4D mask cannot be carried over to fewer rows; pass the 2D padding "
             "mask [B, S]"
         )
+    _refuse_unseen_drafts(parts.top)
     planned = _generation_config()
     if getattr(planned, "prefill_chunk_size", None) is not None:
         raise ValueError(
@@ -176,14 +180,35 @@ def _generation_config() -> Any:
 
     generate(prefill_chunk_size=...) hands each chunk over as if it were a prompt of its own, and
     the method would take the last token of the first chunk for the prompt's last. Nothing in a
-    chunk's arguments tells it apart, so look for the caller: the frames of generate() are a few
-    steps up from the hook.
+    chunk's arguments tells it apart.
     """
+    return _caller("_prefill").get("generation_config")
+
+
+def _refuse_unseen_drafts(top: nn.Module) -> None:
+    """Drafts of assisted decoding are rows behind the prompt: models that are asked for their
+    logits say by that how many there are, and others do not."""
+    if not _takes_logits_to_keep(type(top)) and _caller("_assisted_decoding"):
+        raise NotImplementedError(
+            f"assistant_model, prompt_lookup_num_tokens: drafts come with the prompt, and the "
+            f"forward of {type(top).__name__} is not told how many, for it knows no "
+            "logits_to_keep; generate without them"
+        )
+
+
+@functools.cache
+def _takes_logits_to_keep(kind: type[nn.Module]) -> bool:
+    return "logits_to_keep" in inspect.signature(kind.forward).parameters
+
+
+def _caller(name: str) -> dict[str, Any]:
+    """The variables of the function of generate() that made this call: its frame is a few steps up
+    from the hook. Empty where it is another."""
     if torch.compiler.is_compiling():
-        return None
+        return {}
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "_prefill" and "generation_config" in frame.f_locals:
-            return frame.f_locals["generation_config"]
+        if frame.f_code.co_name == name and "generation_config" in frame.f_locals:
+            return frame.f_locals
         frame = frame.f_back
-    return None
+    return {}
