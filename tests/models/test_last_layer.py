@@ -47,7 +47,7 @@ def hook(module):
 
 
 def last(model):
-    return model.model.language_model.layers[-1]
+    return model.get_decoder().layers[-1]
 
 
 def rows_and_output(model, watched=None, method=METHOD, **arguments):
@@ -62,7 +62,7 @@ def rows_and_output(model, watched=None, method=METHOD, **arguments):
 
 
 @pytest.mark.parametrize("kept", [1, 3])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [x for x in FAMILIES if x != "granite4_vision"])  # has no cache
 def test_nothing_else_changes(name, kept):
     """Neither logits nor the cache, with padding and without, for one row and for drafts."""
     family = FAMILIES[name]
@@ -71,8 +71,12 @@ def test_nothing_else_changes(name, kept):
         inputs = family.batch(model, *prompts) | {"logits_to_keep": kept}
         few, got = rows_and_output(model, **inputs)
         all_rows, expected = rows_and_output(model, last(model).mlp, **inputs)
-        assert few == [kept] and sum(all_rows) > len(prompts) * kept
-        torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=2e-5)
+        if model._supports_logits_to_keep():
+            assert few == [kept] and sum(all_rows) > len(prompts) * kept
+        else:  # it puts out all logits, whatever it is told
+            assert sum(few) > len(prompts) * kept
+        ends = got.logits[:, -kept:], expected.logits[:, -kept:]  # without padding
+        torch.testing.assert_close(*ends, rtol=0, atol=2e-5)
         pairs = zip(got.past_key_values.layers, expected.past_key_values.layers, strict=True)
         for layer, (ours, theirs) in enumerate(pairs):
             exact = {"rtol": 0, "atol": 0 if layer < DEPTH - 1 else 2e-5}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtp_kernels.ops import _checks
 
 from .positions import rows_that_left
 
-__all__ = ["Asked", "rows_asked_for"]
+__all__ = ["Asked", "rows_asked_for", "takes_logits_to_keep"]
 
 
 class Asked(NamedTuple):
@@ -44,6 +46,12 @@ class Asked(NamedTuple):
                 f"prompt {prompt} leave before layer {layer}; ask for the last rows by a number, "
                 "or use a method that keeps all text"
             )
+
+
+@functools.cache
+def takes_logits_to_keep(kind: type[nn.Module]) -> bool:
+    """Whether a model's forward can be asked for some logits; others give all, whatever is said."""
+    return "logits_to_keep" in inspect.signature(kind.forward).parameters
 
 
 def rows_asked_for(logits_to_keep: Any, rows: int, device: torch.device) -> Asked:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vtp_kernels.methods.base import Method
 
+from .asked import takes_logits_to_keep
 from .attention import (
     CALL,
     AttentionShadow,
@@ -201,6 +202,8 @@ class Engine(StaysBehind):
         refuse_replicas(module)
         if module is self.parts.base:  # the hook on `top` was passed over, or all rows come out
             arguments = {**arguments, "logits_to_keep": 0, **passed_to(self.parts.top)}
+        if not takes_logits_to_keep(type(self.parts.top)):
+            arguments["logits_to_keep"] = 0
         call = Prefill(self, arguments)
         if not any(call.visual_at_start):
             return self._go_on(arguments, args, kwargs)

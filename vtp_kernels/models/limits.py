@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -15,6 +13,7 @@ from vtp_kernels.methods.base import Method
 from vtp_kernels.methods.checks import check_layers
 from vtp_kernels.ops import _checks
 
+from .asked import takes_logits_to_keep
 from .cache import check_cache, is_static
 from .families import ModelParts
 from .masks import mask_of, takes_keys_by_mask, tells_by_mask
@@ -188,17 +187,12 @@ def _generation_config() -> Any:
 def _refuse_unseen_drafts(top: nn.Module) -> None:
     """Drafts of assisted decoding are rows behind the prompt: models that are asked for their
     logits say by that how many there are, and others do not."""
-    if not _takes_logits_to_keep(type(top)) and _caller("_assisted_decoding"):
+    if not takes_logits_to_keep(type(top)) and _caller("_assisted_decoding"):
         raise NotImplementedError(
             f"assistant_model, prompt_lookup_num_tokens: drafts come with the prompt, and the "
             f"forward of {type(top).__name__} is not told how many, for it knows no "
             "logits_to_keep; generate without them"
         )
-
-
-@functools.cache
-def _takes_logits_to_keep(kind: type[nn.Module]) -> bool:
-    return "logits_to_keep" in inspect.signature(kind.forward).parameters
 
 
 def _caller(name: str) -> dict[str, Any]:

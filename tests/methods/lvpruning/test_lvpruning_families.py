@@ -35,7 +35,7 @@ def test_masking_is_removing(family, tmp_path):
     inputs = tiny.batch(model, ((0,), 6), ((1, 2), 4), ((), 5))
     method = vtp.LVPruning(tmp_path, LAYERS, RATIOS)
     with torch.no_grad(), vtp.prune(model, method) as run:
-        pruned = model(**inputs, logits_to_keep=1).logits
+        pruned = model(**inputs, logits_to_keep=1).logits[:, -1]
     kept = run.report().kept
     visual = parts.visual_tokens(inputs)
 
@@ -44,7 +44,7 @@ def test_masking_is_removing(family, tmp_path):
 
     with torch.no_grad(), MaskedRun(parts, LAYERS, decide) as masked:
         masked.valid = inputs["attention_mask"].bool()
-        reference = model(**inputs, use_cache=False, logits_to_keep=1).logits
+        reference = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
     torch.testing.assert_close(pruned, reference, rtol=1e-4, atol=1e-4)
     for layer, ratio in zip(LAYERS, RATIOS, strict=True):
         counts = [int(ratio * n) for n in visual.sum(1).tolist()]
