@@ -11,7 +11,7 @@ from masked_reference import MaskedReference
 from pruning_methods import NAMES, ONLY_ROWS_LEAVE, pruning_method
 from test_generation import DETAILS, GREEDY, assert_same, leave_out_endings, next_turn
 from tiny_llava import ENCODES_FIRST, IMAGE, prompt
-from tiny_models import FAMILIES, VIDEO, windows
+from tiny_models import ALL, FAMILIES, VIDEO, windows
 
 import vtp_kernels as vtp
 from vtp_kernels.models.families import parts_of
@@ -325,10 +325,10 @@ def test_grid_positions_do_not_close_up(name):
 def test_supported_models_can_run_what_they_say(tmp_path):
     """Each family that is named is tested here with each method that is named, and no other is."""
     supported = vtp.supported_models()
-    architectures = {type(family.make()).__name__ for family in FAMILIES.values()}
+    architectures = {type(family.make()).__name__ for family in ALL.values()}
     named = {name for family in supported.values() for name in family["architectures"]}
     assert named == architectures
-    for name, family in FAMILIES.items():
+    for name, family in ALL.items():
         model = family.model("sdpa")
         methods = {pruning_method(method, model, tmp_path / name).name for method in NAMES}
         parts = parts_of(model)

@@ -99,7 +99,7 @@ def test_visual_attention_where_layers_are_linear(model):
         model(**one())
     kinds = {"layer_types": ["linear_attention"] * 3 + ["full_attention"] * 3}
     config = LlamaConfig(**model.config.text_config.to_dict() | kinds)
-    report = replace(run._last, config=config).report()
+    report = replace(run._last, config=config, linear=frozenset(range(3))).report()
     visual, text = [n[0] for n in report.visual_tokens_per_layer[2:4]], 13
     dense, pruned = (n * text + n * (n + 1) // 2 for n in visual)
     assert report.visual_attention_reduction == pytest.approx(1 - pruned / dense)

@@ -9,7 +9,7 @@ from vtp_kernels.models.families import FAMILIES as PAGES
 from vtp_kernels.models.families import Family, parts_of
 from vtp_kernels.models.families.tiny import IMAGE, VIDEO, Tiny
 
-__all__ = ["FAMILIES", "VIDEO", "TinyFamily", "windows", "words"]
+__all__ = ["ALL", "FAMILIES", "LINEAR", "VIDEO", "TinyFamily", "windows", "words"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class TinyFamily:
             inputs[name] = (inputs["input_ids"] == IMAGE).int() * self.tiny.type_of_picture
         pictures = [picture for _, shown in drawn for picture in shown]
         for name in pictures[0] if pictures else ():
-            given = torch.cat([picture[name] for picture in pictures])
+            side_by_side = self.tiny.side_by_side and name == "pixel_values"
+            given = torch.cat([p[name] for p in pictures], dim=-1 if side_by_side else 0)
             inputs[name] = given.to(model.dtype) if given.is_floating_point() else given
         return inputs
 
@@ -110,9 +111,12 @@ def words(count, generator):
     return torch.randint(3, 96, (count,), generator=generator)
 
 
-FAMILIES = {
+ALL = {
     name: TinyFamily(page, tiny)
     for page in PAGES.values()
     if hasattr(transformers, page.architectures[0]) and not page.is_too_new
     for name, tiny in page.tiny().items()
 }
+#: In which a mask can say that a row left, and in which it cannot.
+FAMILIES = {name: family for name, family in ALL.items() if not family.tiny.linear}
+LINEAR = {name: family for name, family in ALL.items() if family.tiny.linear}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-__all__ = ["CHUNK", "TEXT", "DecoderLayer", "decoder_layers", "is_linear"]
+__all__ = ["CHUNK", "TEXT", "DecoderLayer", "decoder_layers"]
 
 CHUNK = 64
 """Rows that the gated delta rule takes together, here and in the kernels for it."""
@@ -48,11 +48,6 @@ def decoder_layers(text: Any) -> list[DecoderLayer]:
                 f"{name!r}, which was not looked at (vtp_kernels.flop_counts.text)"
             )
     return layers
-
-
-def is_linear(text: Any, layer: int) -> bool:
-    """Whether a layer's attention is linear: no row sees another's key."""
-    return _layer_type(text, layer) == "linear_attention"
 
 
 def _layer_type(text: Any, layer: int) -> str | None:

@@ -28,7 +28,7 @@ from vtp_kernels.selection import Selection
 
 from .observation import Observation
 from .packing import Packing
-from .projections import attend, project, rotate, takes_positions
+from .projections import attend, project_all, put_out, rotate, takes_positions
 from .reach import PASSIVE, refuse_window
 from .shadow import Shadow
 
@@ -156,9 +156,7 @@ class PassiveVisualAttention(StandIn):
         **_: Any,
     ) -> tuple[Tensor, None]:
         attention = self.replaced
-        query, key, value = (
-            project(attention, name, hidden_states) for name in ("q_proj", "k_proj", "v_proj")
-        )
+        query, key, value, gate = project_all(attention, hidden_states)
         query, key = rotate(attention, query, key, *position_embeddings, position_ids)
         keys = past + key.shape[2]
         if past_key_values is not None:
@@ -168,7 +166,7 @@ class PassiveVisualAttention(StandIn):
         query, visual = pad(query, (0, 0, past, 0)), pad(visual, (past, 0))
         output = self._passive(query, key, value, visual, valid)[:, :, past:]
         output = output.transpose(1, 2).reshape(*hidden_states.shape[:2], -1)
-        return attention.o_proj(output), None
+        return put_out(attention, output, gate), None
 
     def _passive(
         self, query: Tensor, key: Tensor, value: Tensor, visual: Tensor, valid: Tensor | None
@@ -267,15 +265,13 @@ class PackedAttention(StandIn):
         **given: Any,
     ) -> tuple[Tensor, None]:
         attention = self.replaced
-        query, key, value = (
-            packing.unpack(project(attention, name, hidden_states).transpose(1, 2)).transpose(1, 2)
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
+        *states, gate = project_all(attention, hidden_states)
+        query, key, value = (packing.unpack(x.transpose(1, 2)).transpose(1, 2) for x in states)
         query, key = rotate(attention, query, key, *position_embeddings, given.get("position_ids"))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, attention.layer_idx)
         output = attend(attention, query, key, value, attention_mask, **given)
-        return attention.o_proj(packing.pack(output)), None
+        return put_out(attention, packing.pack(output), gate), None
 
 
 class ScoringAttention(StandIn):

@@ -8,6 +8,7 @@ model, whatever implementation of attention it runs with.
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from typing import Any, NamedTuple
 
@@ -17,7 +18,15 @@ from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .projections import NORMS, project, rotate, takes_positions
+from .projections import (
+    NORMS,
+    is_gated,
+    out_name,
+    project_all,
+    put_out,
+    rotate,
+    takes_positions,
+)
 from .weightless import Copies, Projection, Weighed
 
 __all__ = ["HANDED_ON", "AttentionCheck", "Differs", "NotingCache", "demand", "with_attention"]
@@ -25,7 +34,7 @@ __all__ = ["HANDED_ON", "AttentionCheck", "Differs", "NotingCache", "demand", "w
 # Of the largest number. Float32 rounds by 1e-6 of it; a norm, a rotation or a scale that is missing
 # or stands elsewhere changes random numbers by 1e-2 and more.
 TOLERANCE = 1e-4
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 NEEDED = (*PROJECTIONS, "head_dim", "scaling", "layer_idx")
 BESIDE = ("apply_rotary_pos_emb", "eager_attention_forward")
 # What a decoder layer and its attention may be given: what the engine makes for the rows that are
@@ -128,17 +137,17 @@ class AttentionCheck:
             cached is not None and cached.layer == trial.layer_idx == layer,
             f"{here} does not put its keys into its place in the KV cache",
         )
-        self._compare_rows(here, trial, given, noted, cached)
+        gate = self._compare_rows(here, trial, given, noted, cached)
         demand(
             noted.key is cached.key and noted.value is cached.value,
             f"{here} attends to other keys than it puts into the KV cache",
         )
         self._compare_function(here, trial, noted)
-        difference = _difference(trial.o_proj(noted.output.flatten(2)), output)
+        difference = _difference(put_out(trial, noted.output.flatten(2), gate), output)
         demand(
             difference <= TOLERANCE,
-            f"{here} does more than o_proj to what its attention puts out: that differs by "
-            f"{difference:.2g} of its size{_besides(trial)}",
+            f"{here} does more than {out_name(attention)} to what its attention puts out: that "
+            f"differs by {difference:.2g} of its size{_besides(trial)}",
         )
 
     def _positions(self, attention: nn.Module) -> Tensor | None:
@@ -149,7 +158,8 @@ class AttentionCheck:
 
     def _check_parts(self, here: str, attention: nn.Module) -> None:
         beside = sys.modules[type(attention).__module__]
-        missing = [name for name in NEEDED if not hasattr(attention, name)]
+        needed = (*NEEDED, out_name(attention))
+        missing = [name for name in needed if not hasattr(attention, name)]
         missing += [name for name in BESIDE if not hasattr(beside, name)]
         demand(
             not missing,
@@ -160,7 +170,7 @@ class AttentionCheck:
             getattr(beside, "ALL_ATTENTION_FUNCTIONS", None) is ALL_ATTENTION_FUNCTIONS,
             f"the attention of {here} has attention functions of its own",
         )
-        for name in NORMS.values():
+        for name in itertools.chain(*NORMS.values()):
             weight = getattr(getattr(attention, name, None), "weight", None)
             demand(
                 weight is None or weight.shape[-1] == attention.head_dim,
@@ -168,22 +178,25 @@ class AttentionCheck:
             )
 
     def _without_weights(self, attention: nn.Module) -> nn.Module:
-        trial = self.copies.of(attention, attention._modules.keys() - PROJECTIONS)
+        names = (*PROJECTIONS, out_name(attention))
+        trial = self.copies.of(attention, attention._modules.keys() - names)
         trial.config = config = with_attention(attention.config, NOTING)
-        for name in PROJECTIONS:
-            of_queries = name in ("q_proj", "o_proj")
-            heads = config.num_attention_heads if of_queries else config.num_key_value_heads
-            key = name, heads * attention.head_dim
+        for name in names:
+            of_keys = name in ("k_proj", "v_proj")
+            heads = config.num_key_value_heads if of_keys else config.num_attention_heads
+            width = heads * attention.head_dim
+            key = name, 2 * width if name == "q_proj" and is_gated(attention) else width
             if key not in self.projections:
-                kind = Weighed if name == "o_proj" else Projection
+                kind = Projection if name in PROJECTIONS else Weighed
                 self.projections[key] = kind(key[1], self.copies.random)
             trial._modules[name] = self.projections[key]
         return trial
 
     def _compare_rows(
         self, here: str, trial: nn.Module, given: dict[str, Any], noted: Noted, cached: Cached
-    ) -> None:
-        plain = [project(trial, name, given["hidden_states"]) for name in PROJECTIONS[:3]]
+    ) -> Tensor | None:
+        """The gate of what is attended to."""
+        *plain, gate = project_all(trial, given["hidden_states"])
         positions = given["position_ids"]
         query, key = rotate(trial, *plain[:2], *given["position_embeddings"], positions)
         ours, theirs = (query, key, plain[2]), (noted.query, cached.key, cached.value)
@@ -196,6 +209,7 @@ class AttentionCheck:
                     f"the {what} of {here} as recomputed differ from those it attends with by "
                     f"{difference:.2g} of their size{why}"
                 )
+        return gate
 
     def _compare_function(self, here: str, trial: nn.Module, noted: Noted) -> None:
         demand(
@@ -231,7 +245,7 @@ def with_attention(config: Any, implementation: str) -> Any:
 
 def _besides(attention: nn.Module) -> str:
     """What may be the reason."""
-    known = {*PROJECTIONS, *NORMS.values()}
+    known = {*PROJECTIONS, out_name(attention), *itertools.chain(*NORMS.values())}
     more = [name for name in attention._modules if name not in known]
     return f" (it has {', '.join(more)})" if more else ""
 

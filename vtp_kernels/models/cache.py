@@ -20,6 +20,7 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
     QuantizedCache,
     QuantizedLayer,
     StaticCache,
@@ -49,6 +50,7 @@ __all__ = [
 # Layers that attend to exact keys as long as these are new, and to rounded ones later. Transformers
 # 5.17 has but the one kind, which quantizes in groups.
 _QUANTIZED = (QuantizedLayer, getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer))
+_PLAIN = (DynamicLayer, StaticLayer, LinearAttentionLayer)
 
 
 # Layers that let go of what is out of their window. They count by the rows they hold, which are
@@ -139,9 +141,11 @@ class CacheState:
     layers: list[KeyRows | None]
     """The key rows of every layer; None where the model's own masks and positions are right."""
     removed: int
-    """Rows that layer 0 lacks of what the model was given."""
+    """Rows that layer `counted` lacks of what the model was given."""
     prompt: int
-    """Rows of layer 0 up to the end of the last prompt that lost rows."""
+    """Rows of layer `counted` up to the end of the last prompt that lost rows."""
+    counted: int = 0
+    """The layer by which the model counts what it was given: the first that holds keys."""
     padding: Tensor | None = None
     """bool [B, C]: columns that were padding when rows left, and left with them; None if none."""
     served: AtWork | None = None
@@ -170,7 +174,8 @@ class PrunedCache:
     vtp: CacheState
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
-        """For layer 0, the one the model counts positions by: rows given, not rows held."""
+        """For layer 0, which stands for the one the model counts positions by: rows given, not rows
+        held."""
         length = super().get_seq_length(layer_idx)
         return length + self.vtp.removed if layer_idx == 0 else length
 
@@ -192,6 +197,24 @@ class PrunedCache:
         return 0 if rows is None else rows.offset
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **more: Any) -> Any:
+        self._check_served()
+        attended = super().update(key, value, layer_idx, *args, **more)
+        if layer_idx in self.vtp.observed:
+            self.vtp.attended = {layer_idx: attended}
+        return attended
+
+    def get_conv_state(self, layer_idx: int, *args: Any, **more: Any) -> Any:
+        """With this a layer of linear attention begins, before it changes its state."""
+        self._check_served()
+        return super().get_conv_state(layer_idx, *args, **more)
+
+    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **more: Any) -> Any:
+        """The same in transformers 5.17, where a layer asks about itself."""
+        if layer_idx is not None:
+            self._check_served()
+        return super().has_previous_state(layer_idx, *args, **more)
+
+    def _check_served(self) -> None:
         if self.vtp.served is None or not self.vtp.served.on:
             raise RuntimeError(
                 "past_key_values: visual tokens have left this cache, and no pruning method is at "
@@ -199,10 +222,6 @@ class PrunedCache:
                 "future, or padding. Go on within `with vtp.prune(...)`, or keep the handle of "
                 "vtp.apply(...) on; or encode the conversation anew"
             )
-        attended = super().update(key, value, layer_idx, *args, **more)
-        if layer_idx in self.vtp.observed:
-            self.vtp.attended = {layer_idx: attended}
-        return attended
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -218,25 +237,34 @@ class PrunedCache:
         self._refuse_quantized("batch_repeat_interleave")
         batch = self._batch()
         super().batch_repeat_interleave(repeats)
-        index = torch.arange(batch, device=self.layers[0].keys.device)
+        index = torch.arange(batch, device=self._counted.keys.device)
         self._take_rows(index.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         self._refuse_quantized("crop")
         if tokens_to_remove > 0:  # up to transformers 5.17: the length to crop to
             tokens_to_remove = min(tokens_to_remove - self.get_seq_length(), 0)
-        appended = self.layers[0].get_seq_length() - self.vtp.prompt
+        if tokens_to_remove and any(map(_has_one_state, self.layers)):
+            # Transformers (5.23) takes rows out of the convolutions, and leaves them in the states.
+            raise RuntimeError(
+                "cannot crop a cache with linear attention: its layers have one state for all "
+                "rows, out of which none can be taken"
+            )
+        appended = self._counted.get_seq_length() - self.vtp.prompt
         if -tokens_to_remove > appended:
             raise ValueError(
                 f"cannot crop {-tokens_to_remove} tokens: only the {appended} behind the prompt "
                 "can be told apart, since layers hold different parts of a pruned prompt"
             )
         for layer in self.layers:  # transformers finds out when some layers have been cropped
-            if getattr(layer, "record_past", True) or layer.get_seq_length() < layer.sliding_window:
+            if getattr(layer, "record_past", True):
+                continue
+            if type(layer) in _SLIDING and layer.get_seq_length() < layer.sliding_window:
                 continue
             raise RuntimeError(
-                "cannot crop layers with a sliding window: they have let go of what came back into "
-                "it; call activate_past_recording() on the cache before the rows come"
+                "cannot crop layers with a sliding window or a convolution: they have let go of "
+                "what came back into it; call activate_past_recording() on the cache before the "
+                "rows come"
             )
         super().crop(tokens_to_remove)
         for layer, rows in self.vtp.stages():
@@ -268,8 +296,12 @@ class PrunedCache:
         if padding is not None:
             self.vtp.padding = padding.index_select(0, index.to(padding.device))
 
+    @property
+    def _counted(self) -> Any:
+        return self.layers[self.vtp.counted]
+
     def _batch(self) -> int:
-        return self.layers[0].keys.shape[0]
+        return self._counted.keys.shape[0]
 
     def plain_class(self) -> type:
         """The class that the cache had before rows left it."""
@@ -299,9 +331,15 @@ def prune_cache(cache: Any, state: CacheState) -> None:
     cache.vtp = state
 
 
+def _has_one_state(layer: Any) -> bool:
+    """Whether a layer has taken rows into a recurrent state."""
+    initialized = getattr(layer, "is_recurrent_states_initialized", {})
+    return any(initialized.values())
+
+
 def check_cache(cache: Any, kinds: Sequence[LayerKind] = ()) -> None:
     """Raise NotImplementedError for caches whose layers do not keep, in order, all rows that the
-    model's layers, of these `kinds`, may look at."""
+    model's layers, of these `kinds`, may look at; those of linear attention keep none."""
     if type(cache) is DynamicCache and _is_plain(cache):
         return
     known = isinstance(cache, DynamicCache | StaticCache | QuantizedCache) or type(cache) is Cache
@@ -343,11 +381,10 @@ def _keeps_window(layer: Any, window: int | None) -> bool:
 
 
 def _is_plain(cache: Any) -> bool:
-    """Whether all layers are of the two plain kinds: nearly always, and soon found out."""
-    plain = (DynamicLayer, StaticLayer)
-    if getattr(cache, "layer_class_to_replicate", None) not in (None, *plain):
+    """Whether all layers are of the plain kinds: nearly always, and soon found out."""
+    if getattr(cache, "layer_class_to_replicate", None) not in (None, *_PLAIN):
         return False
-    return all(type(layer) in plain for layer in cache.layers)
+    return all(type(layer) in _PLAIN for layer in cache.layers)
 
 
 def _kinds(cache: Any) -> set[type]:
@@ -358,7 +395,7 @@ def _kinds(cache: Any) -> set[type]:
 
 
 def _keeps_all(kind: type) -> bool:
-    return kind in (DynamicLayer, StaticLayer) or issubclass(kind, _QUANTIZED)
+    return kind in _PLAIN or issubclass(kind, _QUANTIZED)
 
 
 def is_quantized(cache: Any) -> bool:

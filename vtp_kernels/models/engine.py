@@ -76,7 +76,7 @@ class Engine(StaysBehind):
         self.backend, self.backends = backend, Backends(backend)
         self.output_rows = output_rows
         depth = len(parts.layers)
-        self.plan = Plan.of(method, depth)
+        self.plan = Plan.of(method, depth, parts.linear)
         self.first_decision = min(self.plan.decisions, default=depth)
         unpacked = frozenset(range(self.first_decision))
         self.packed_layers = frozenset(range(depth)) - unpacked - self.plan.passive.keys()
@@ -158,7 +158,7 @@ class Engine(StaysBehind):
         with prompts that keep alike, go without.
         """
         layer = self.parts.layers[index]
-        if not has_these_steps(layer.self_attn):
+        if index in self.parts.linear or not has_these_steps(layer.self_attn):
             return False
         with self._lock:
             if index not in self._packing:

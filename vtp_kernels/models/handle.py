@@ -128,12 +128,13 @@ def apply(
         preload_module_classes); where a method changes what layers with a sliding window attend to.
         Later, in calls with images: 4D masks, packed sequences, flex_attention with a static cache,
         FlashAttention in Ministral 3, a static, quantized or offloaded cache where layers are to
-        forget visual tokens; and where prompt and answer exceed a sliding window: a static cache,
-        and FlashAttention.
+        forget visual tokens; where prompt and answer exceed a sliding window: a static cache, and
+        FlashAttention; and where layers have linear attention: several prompts on top of a cache.
     ValueError
-        If the method does not fit the model (a layer it does not have), the model is pruned
-        already, or `backend` is unknown. Later, in calls with images: labels, output_attentions,
-        prefill_chunk_size, right padding. With output_hidden_states, later layers have fewer rows.
+        If the method does not fit the model (a layer it does not have, or whose attention is linear
+        and has no weights to look at), the model is pruned already, or `backend` is unknown. Later,
+        in calls with images: labels, output_attentions, prefill_chunk_size, right padding. With
+        output_hidden_states, later layers have fewer rows.
     """
     method = method_of(method)
     if positions not in POSITIONS:

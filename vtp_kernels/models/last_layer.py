@@ -13,7 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 from torch.nn.modules import module as torch_module
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 from .cache import PrunedCache
 from .families import ModelParts
@@ -28,7 +33,7 @@ __all__ = ["asks_few_rows", "may_give_few_rows", "put_keys"]
 ROW_BY_ROW = (nn.Linear, nn.SiLU, nn.GELU, nn.Identity)
 # Layers whose attention gets what comes in, without a norm before it.
 NO_NORM_BEFORE = ("Exaone4DecoderLayer",)
-CACHED = (DynamicLayer, DynamicSlidingWindowLayer)
+CACHED = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer)
 # Kinds of attention whose masks are known, see masks.py.
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -57,6 +62,8 @@ def may_give_few_rows(parts: ModelParts, cache: Any) -> bool:
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return False
     layer = parts.layers[-1]
+    if not (hasattr(layer, "self_attn") and hasattr(parts.text, "norm")):
+        return False
     around = (parts.top, parts.base, parts.text, parts.text.norm)  # they hand on what it gives out
     return (
         all(map(_is_as_made, around))

@@ -16,12 +16,14 @@ from vtp_kernels.ops import _checks
 from .asked import takes_logits_to_keep
 from .cache import check_cache, is_static
 from .families import ModelParts
+from .linear import words_for
 from .masks import mask_of, takes_keys_by_mask, tells_by_mask
 from .placement import why_gone
 from .projections import has_these_steps, takes_positions
 from .reach import PASSIVE, refuse_window
 
 __all__ = [
+    "check_further_turn",
     "check_method",
     "check_padding",
     "check_placement",
@@ -42,6 +44,7 @@ def check_method(parts: ModelParts, method: Method, positions: str) -> None:
             f"{family} cannot run {name} with positions={positions!r}: its visual tokens have rows "
             "and columns for positions, which do not close up; use 'original'"
         )
+    _check_attention(parts, method)
     observed, passive = method.observed_layers(depth), method.passive_layers(depth).items()
     _check_sight(parts, method)
     check_placement(parts, method, observed)
@@ -52,6 +55,25 @@ def check_method(parts: ModelParts, method: Method, positions: str) -> None:
                 f"model: {name} computes anew what layer {layer} attended to, and somebody put a "
                 f"{type(attention).__name__} in the place of its attention; take it out, or use a "
                 "method that leaves this layer alone"
+            )
+
+
+def _check_attention(parts: ModelParts, method: Method) -> None:
+    """Raise where a method wants something of a layer's attention, and the layer has none."""
+    depth, attending = len(parts.layers), parts.attending
+    for what, layers in (
+        ("has visual tokens passive in the attention of", method.passive_layers(depth)),
+        ("lets visual tokens leave the KV cache of", method.forgetful_layers(depth)),
+        ("looks at the attention of", method.observed_layers(depth)),
+    ):
+        linear = sorted(parts.linear.intersection(layers))
+        if linear:
+            behind = [layer + 1 for layer in attending if layer + 1 < depth]
+            raise ValueError(
+                f"{parts.family} cannot run {method}: it {what} layer {linear[0]}, which has "
+                "linear attention or a convolution: no weights and no keys, but one state for all "
+                f"rows. Layers {words_for(attending)} have attention; a method that goes by it "
+                f"decides before layers {words_for(behind)}"
             )
 
 
@@ -121,7 +143,7 @@ def check_prefill(
         )
     if cache is not None:
         check_cache(cache, parts.kinds)
-    attention = parts.layers[0].self_attn
+    attention = parts.layers[parts.attending[0]].self_attn
     if takes_positions(attention) and takes_keys_by_mask(parts.text.config):
         raise NotImplementedError(
             f"model: FlashAttention is not supported with {type(attention).__name__}, which tells "
@@ -155,6 +177,17 @@ def check_prefill(
             "take the end of the first chunk for the end of the prompt; leave it out"
         )
     check_windows(parts, max(columns, getattr(planned, "max_length", None) or 0))
+
+
+def check_further_turn(parts: ModelParts, past: int, prompts: int, padded: bool) -> None:
+    """Raise where padding would come behind what linear attention has taken in."""
+    if parts.linear and past and (prompts > 1 or padded):
+        raise NotImplementedError(
+            f"past_key_values: {parts.family} has layers with a state, and padding that comes "
+            "behind something would go into it. So a call with images that goes on "
+            f"from a cache may have one prompt, without padding; got {prompts}"
+            f"{' with padding' if padded else ''}. Go on with each prompt by itself, without beams"
+        )
 
 
 def check_padding(padding: torch.Tensor | None, mask: torch.Tensor | None) -> None:

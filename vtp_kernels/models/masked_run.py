@@ -19,7 +19,17 @@ from .families import ModelParts
 from .policy_attention import PolicyAttention
 from .shadow import StaysBehind
 
-__all__ = ["MaskedRun"]
+__all__ = ["MaskedRun", "check_masks"]
+
+
+def check_masks(parts: ModelParts) -> None:
+    """Raise NotImplementedError for models in which no mask does what rows that leave do."""
+    if parts.linear:
+        raise NotImplementedError(
+            f"model: {parts.family} has layers with linear attention or a convolution, in which no "
+            "mask can say that a row left; so there is nothing in which a choice among rows could "
+            "learn"
+        )
 
 
 class MaskedRun(StaysBehind):
@@ -44,6 +54,7 @@ class MaskedRun(StaysBehind):
         *,
         secant: bool = True,
     ) -> None:
+        check_masks(parts)
         if parts.page.sees_ahead or any(kind.window is not None for kind in parts.kinds):
             raise NotImplementedError(
                 f"{parts.family} cannot train what decides: its rows see a sliding window, or some "

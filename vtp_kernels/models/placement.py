@@ -102,8 +102,9 @@ def like_hidden(text: nn.Module) -> Tensor:
 def key_dtype(cache: Any, text: nn.Module) -> torch.dtype:
     """The dtype in which a cache holds, or is given, keys and values. It need not be that of the
     weights (under autocast it may be wider), which it is taken to be where there is no cache."""
-    layer = next(iter(getattr(cache, "layers", ())), None)
-    return text.dtype if layer is None or layer.keys is None else layer.keys.dtype
+    held = (getattr(layer, "keys", None) for layer in getattr(cache, "layers", ()))
+    keys = next((x for x in held if x is not None), None)
+    return text.dtype if keys is None else keys.dtype
 
 
 def out_features(linear: nn.Module) -> int:

@@ -24,7 +24,8 @@ class Plan(NamedTuple):
     watched: frozenset[int]
     """Layers whose attention asks the call what to do."""
     changing: frozenset[int]
-    """Layers that may be unlike the one before, in a call that brings no cache."""
+    """Layers that may be unlike the one before, in a call that brings no cache; all with linear
+    attention are among them."""
     uneven: bool
     """Whether the model's own masks do not serve even before rows leave: layer 0, for whose keys it
     makes them, has fewer than others."""
@@ -32,19 +33,19 @@ class Plan(NamedTuple):
     """Whether decisions look at what the vision tower saw."""
 
     @classmethod
-    def of(cls, method: Method, depth: int) -> Plan:
+    def of(cls, method: Method, depth: int, linear: frozenset[int]) -> Plan:
         decisions = frozenset(method.decision_layers(depth))
         observed = frozenset(method.observed_layers(depth))
         passive = dict(method.passive_layers(depth))
         forgetful = frozenset(method.forgetful_layers(depth))
-        behind_passive = {layer + 1 for layer in passive}
+        behind = {layer + 1 for layer in passive.keys() | linear}
         return cls(
             decisions,
             observed,
             passive,
             forgetful,
             watched=observed | passive.keys(),
-            changing=decisions | forgetful | passive.keys() | behind_passive | {0},
+            changing=decisions | forgetful | passive.keys() | linear | behind | {0},
             uneven=bool(forgetful) or any(x.leaves_one for x in passive.values()),
             sees_pictures=method.vision_source() is not None,
         )

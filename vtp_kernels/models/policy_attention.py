@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .attention import StandIn
-from .projections import project, rotate
+from .projections import project_all, put_out, rotate
 
 __all__ = ["PolicyAttention", "policy_attention"]
 
@@ -176,11 +176,9 @@ class PolicyAttention(StandIn):
         attention = self.replaced
         if past_key_values is not None:
             raise ValueError("past_key_values: a policy is for training, call with use_cache=False")
-        query, key, value = (
-            project(attention, name, hidden_states) for name in ("q_proj", "k_proj", "v_proj")
-        )
+        query, key, value, gate = project_all(attention, hidden_states)
         query, key = rotate(attention, query, key, *position_embeddings, position_ids)
         output = policy_attention(
             query, key, value, policy, valid=valid, scale=attention.scaling, secant=secant
         )
-        return attention.o_proj(output.transpose(1, 2).flatten(2)), None
+        return put_out(attention, output.transpose(1, 2).flatten(2), gate), None

@@ -36,7 +36,7 @@ from .deepstack import Planes
 from .families.family import any_of
 from .forgetting import Text, forget_visual
 from .last_layer import asks_few_rows, may_give_few_rows, put_keys
-from .limits import check_padding, check_placement, check_prefill
+from .limits import check_further_turn, check_padding, check_placement, check_prefill
 from .masks import (
     causal_mask,
     columns_of,
@@ -110,6 +110,7 @@ class Prefill:
             past_valid = None if columns is None else columns[:, : self.past]
         self.blocks: Blocks | None = parts.blocks(arguments)
         self._read(visual, valid, past_valid)
+        check_further_turn(parts, self.past, batch, self.valid is not None)
 
         self.visual = self.prompt_visual = visual
         self.prompt_valid = self.valid
@@ -118,8 +119,9 @@ class Prefill:
         self.uneven = self.plan.uneven or (
             is_static(cache) and takes_keys_by_mask(parts.text.config)
         )
-        self.takes_positions = takes_positions(parts.layers[0].self_attn)
+        self.takes_positions = takes_positions(parts.layers[parts.attending[0]].self_attn)
         self.memory: dict[str, Any] = {}  # the method's own
+        self.counted = parts.attending[0]
         # The layer that may run on the rows asked for alone.
         self.last = len(parts.layers) - 1 if asks_few_rows(parts, arguments) else -1
 
@@ -227,7 +229,6 @@ class Prefill:
 
     def _change(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """What `enter` does at layers that may be unlike the one before."""
-        past = past_length(self.cache, layer) if self.past else 0
         if layer in self.plan.decisions:
             if torch.is_grad_enabled() and hidden.requires_grad:
                 raise RuntimeError(
@@ -238,6 +239,10 @@ class Prefill:
             self.observation = None
             if kept is not None:
                 hidden = self._compact(layer, hidden, arguments, kept)
+        if layer in self.parts.linear:
+            self._before_linear(arguments)
+            return hidden
+        past = past_length(self.cache, layer) if self.past else 0
         if self.past:
             gone, valid = let_go(self.cache, layer, hidden.shape[1]), self._past_valid(layer, past)
             self.past_rows.append((past - gone, None if valid is None else valid[:, gone:]))
@@ -263,6 +268,14 @@ class Prefill:
         if self.packed is not None:
             return self.packed.pack(told)
         return told[:, -1 - self.asked.drafts :] if self.few else told
+
+    def _before_linear(self, arguments: dict[str, Any]) -> None:
+        """Linear attention holds no keys, and is told which rows are padding."""
+        if self.past:
+            self.past_rows.append((0, None))
+        self.layer_keys.append(None)
+        if self.stages:
+            arguments["attention_mask"] = self.valid
 
     def _may_shorten(self, layer: int, hidden: Tensor) -> bool:
         plan, rows = self.plan, hidden.shape[1]
@@ -342,6 +355,7 @@ class Prefill:
             end=self._end,
             letting_go=layers_letting_go(self.cache),
             passive=self.plan.passive,
+            linear=self.parts.linear,
             forgotten=frozenset(self.forgotten),
             memory=self.memory,
         )
@@ -372,6 +386,7 @@ class Prefill:
         state = CacheState(
             layers=self.layer_keys,  # fills as layers are entered
             removed=0,
+            counted=self.counted,
             served=self.at_work,
             prompt=self.past + self.prompt_visual.shape[1] - self.asked.drafts,
             observed=self.plan.observed if put_away(cache) else frozenset(),
@@ -415,7 +430,7 @@ class Prefill:
             rows = KeyRows(columns, self._end, filled is not None or before.filled, before.left)
             for layer in layers:
                 self.layer_keys[layer] = rows
-            if first == 0:
+            if first == self.counted:
                 self._shorten(keys - width)
 
     def _rows(self, layer: int, hidden: Tensor) -> PromptRows:
@@ -503,7 +518,7 @@ class Prefill:
         self.text_now, self.visual_now = kept.text, kept.visual
         if self.positions == "contiguous":
             self._close_up(arguments)
-        if layer == 0 and self.cache is not None:
+        if layer <= self.counted and self.cache is not None:
             self._shorten(rows - width)
         self.stages.append(StageRecord(layer, kept.text, kept.visual, self.origin, self.valid))
         return hidden
@@ -541,12 +556,12 @@ class Prefill:
             (is_text,) = compact_rows((text.rows,), *selection, align="right", backend=self.backend)
             valid = right_aligned(counts, selection.counts, width)
             self.one = OneVisual(selection, valid, Text(is_text, text.counts))
-            if self.cache is not None and not self.layer_keys:  # this is layer 0
+            if self.cache is not None and len(self.layer_keys) == self.counted:
                 self._shorten(first.shape[1] - width)
         return self.one
 
     def _shorten(self, rows: int) -> None:
-        """Note that layer 0 lacks so many rows more."""
+        """Note that the layer the model counts by lacks so many rows more."""
         self.cache.vtp.removed += rows
         self.cache.vtp.prompt -= rows
 

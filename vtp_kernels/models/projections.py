@@ -8,18 +8,24 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .placement import out_features
+
 __all__ = [
     "NORMS",
     "attend",
     "has_these_steps",
+    "is_gated",
     "is_rotated",
+    "out_name",
     "project",
+    "project_all",
+    "put_out",
     "rotate",
     "takes_positions",
 ]
 
-# Some (Qwen3) normalise each head's queries and keys.
-NORMS = {"q_proj": "q_norm", "k_proj": "k_norm"}
+# Some (Qwen3, LFM2) normalise each head's queries and keys.
+NORMS = {"q_proj": ("q_norm", "q_layernorm"), "k_proj": ("k_norm", "k_layernorm")}
 
 
 def has_these_steps(attention: nn.Module) -> bool:
@@ -27,12 +33,35 @@ def has_these_steps(attention: nn.Module) -> bool:
     return hasattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb")
 
 
+def is_gated(attention: nn.Module) -> bool:
+    """Whether q_proj gives, behind the query of each head, a gate for what the head attends to, as
+    in Qwen3.5: it is twice as wide then."""
+    features = out_features(attention.q_proj)
+    return features == 2 * attention.config.num_attention_heads * attention.head_dim
+
+
 def project(attention: nn.Module, name: str, hidden: Tensor) -> Tensor:
     """[B, H, S, D]: the queries ("q_proj"), keys or values of rows hidden [B, S, C]."""
-    states = getattr(attention, name)(hidden)
+    return _project(attention, name, hidden)[0]
+
+
+def project_all(
+    attention: nn.Module, hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Queries, keys and values, and the gate of what the queries attend to: [B, S, H * D]."""
+    (query, gate), (key, _), (value, _) = (
+        _project(attention, name, hidden) for name in ("q_proj", "k_proj", "v_proj")
+    )
+    return query, key, value, gate
+
+
+def _project(attention: nn.Module, name: str, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    states, gate = getattr(attention, name)(hidden), None
     states = states.view(*states.shape[:2], -1, attention.head_dim)
-    norm = getattr(attention, NORMS[name], None) if name in NORMS else None
-    return (states if norm is None else norm(states)).transpose(1, 2)
+    if name == "q_proj" and is_gated(attention):
+        states, gate = states[:, :, 0::2], states[:, :, 1::2].flatten(2)
+    norm = next((getattr(attention, x) for x in NORMS.get(name, ()) if hasattr(attention, x)), None)
+    return (states if norm is None else norm(states)).transpose(1, 2), gate
 
 
 def rotate(
@@ -85,3 +114,16 @@ def attend(
     scale = attention.scaling
     output, _ = implementation(attention, query, key, value, mask, scaling=scale, **given)
     return output.flatten(2)
+
+
+def put_out(attention: nn.Module, attended: Tensor, gate: Tensor | None) -> Tensor:
+    """What the module puts out [B, S, C], given what its rows attend to, [B, S, H * D], and the
+    gate of that."""
+    if gate is not None:
+        attended = attended * gate.sigmoid()
+    return getattr(attention, out_name(attention))(attended)
+
+
+def out_name(attention: nn.Module) -> str:
+    """What a module calls its output projection."""
+    return "o_proj" if hasattr(attention, "o_proj") else "out_proj"

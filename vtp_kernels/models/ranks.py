@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .placement import out_features
+from .projections import is_gated
 
 __all__ = ["AllHeads", "all_heads"]
 
@@ -66,7 +67,7 @@ def all_heads(attention: nn.Module) -> AllHeads:
             "from which to have its queries"
         )
     config, features = attention.config, out_features(query)
-    if features != config.num_attention_heads * attention.head_dim:
+    if features != config.num_attention_heads * attention.head_dim and not is_gated(attention):
         raise NotImplementedError(
             f"a query projection to {features} features for {config.num_attention_heads} "
             f"heads of {attention.head_dim} is not supported; where ranks share the heads, weights "

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from .linear import KINDS as LINEAR
+
 __all__ = [
     "PASSIVE",
     "Blocks",
@@ -27,7 +29,7 @@ __all__ = [
 
 PASSIVE = "where visual tokens are passive rows see all others"  # so no windows there
 MAKES_WINDOWS = "create_sliding_window_causal_mask"  # what a module needs for such masks
-KNOWN_LAYERS = ("full_attention", "sliding_attention")
+KNOWN_LAYERS = ("full_attention", "sliding_attention", *LINEAR)
 
 
 class LayerKind(NamedTuple):

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vtp_kernels.flop_counts.text import is_linear
 from vtp_kernels.flops import Attention, Spans, flops, passive_attention, visual_pairs
 from vtp_kernels.methods.base import Method
 from vtp_kernels.methods.passive import PassiveVisual
@@ -45,7 +44,7 @@ class Report:
         Rows entering each layer: all, and visual tokens.
     kv_tokens_per_layer : [L][B]
         Keys each layer holds after the call; more than its rows where the cache came with some,
-        fewer where it lets go of those out of a sliding window.
+        fewer where it lets go of those out of a sliding window, none where its attention is linear.
     kept : {layer: bool [B, S]}
         For each layer before which rows could leave: the input columns that stayed, text included;
         `kept.visual` bool [B, S] tells the visual ones. On the CPU.
@@ -158,6 +157,8 @@ class PrefillRecord:
     letting_go: frozenset[int]
     """Layers that keep no more in the cache than their window takes."""
     passive: Mapping[int, PassiveVisual]
+    linear: frozenset[int]
+    """Layers with linear attention, which hold no keys."""
     forgotten: frozenset[int]
     """Layers whose cache lost all visual rows."""
     memory: dict[str, Any]
@@ -221,6 +222,9 @@ class PrefillRecord:
         held = _add(text, past)
         for layer, counts in enumerate(visual):
             passive = self.passive.get(layer)
+            if layer in self.linear:
+                held[layer] = [0] * len(counts)
+                continue
             if layer in self.forgotten:
                 continue
             if passive is not None and passive.leaves_one:
@@ -309,7 +313,7 @@ class PrefillRecord:
         pairs, width = 0, self.prompt_visual.shape[1]
         columns = torch.arange(self.end - width, self.end, device=self.prompt_visual.device)
         for layer, counts in enumerate(zip(tokens, text, strict=True)):
-            if is_linear(self.config, layer):
+            if layer in self.linear:
                 continue
             reach = reach_of(
                 self.kinds[layer], columns.expand_as(self.prompt_visual), self.end, self.blocks
@@ -347,7 +351,8 @@ class PrefillRecord:
         head_dim = getattr(config, "head_dim", None)
         head_dim = head_dim or config.hidden_size // config.num_attention_heads
         per_token = 2 * config.num_key_value_heads * head_dim * self.bytes_per_number
-        return per_token * sum(map(sum, keys))
+        held = (sum(counts) for layer, counts in enumerate(keys) if layer not in self.linear)
+        return per_token * sum(held)
 
     def _events(self) -> list[dict[str, Any]]:
         events, before, text_before = [], self.visual, self.text

@@ -31,6 +31,7 @@ from .attention_check import (
     with_attention,
 )
 from .families import WHICH_ARE
+from .linear import linear_layers
 from .projections import has_these_steps
 from .ranks import all_heads
 from .reach import LayerKind, layer_kinds
@@ -40,6 +41,9 @@ from .weightless import Copies, InPlaceOf
 __all__ = ["check_text_model"]
 
 ROWS, START = 5, 3  # and the position of the first
+# What a decoder stack calls the norm behind its layers, and a layer that before its attention.
+NORMS = ("norm", "embedding_norm")
+ENTRY_NORMS = ("input_layernorm", "operator_norm")
 
 # What a text model was like when nothing was found wrong with it.
 _passed: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
@@ -61,7 +65,10 @@ def check_text_model(
     if _passed.get(text) != looks:
         _try(text, row_arguments, may_be_acausal)
         _passed[text] = looks
-    for layer in text.layers:
+    linear = linear_layers(text)
+    for index, layer in enumerate(text.layers):
+        if index in linear:
+            continue
         attention = own(own(layer).self_attn)
         if has_these_steps(attention):
             all_heads(attention)
@@ -89,6 +96,8 @@ class _Trial:
         self, text: nn.Module, row_arguments: Collection[str], may_be_acausal: bool
     ) -> None:
         self.text, self.layers = text, [own(layer) for layer in getattr(text, "layers", ())]
+        self.linear = linear_layers(text)
+        self.first = min(set(range(len(self.layers))) - self.linear, default=0)
         self.kinds = layer_kinds(text)
         self.known = HANDED_ON.union(row_arguments)
         self.copies, self.cache = Copies(), NotingCache()
@@ -101,20 +110,23 @@ class _Trial:
 
     def run(self) -> None:
         text = self.text
-        for name in ("layers", "rotary_emb", "norm"):
+        for name in ("layers", "rotary_emb"):
             demand(hasattr(text, name), f"it has no {name}")
+        norm = next((name for name in NORMS if hasattr(text, name)), None)
+        demand(norm, f"it has no {' or '.join(NORMS)}")
         positional = inspect.signature(type(own(text.rotary_emb)).forward).parameters.values()
         more = [x.name for x in positional if x.default is x.empty][3:]  # itself, rows, positions
         if any(kind.rotary is not None for kind in self.kinds):
             more = [name for name in more if name != "layer_type"]
         demand(not more, f"its rotary_emb asks for {', '.join(more)} besides positions")
         for index, layer in enumerate(self.layers):
-            demand(hasattr(layer, "self_attn"), f"layer {index} has no attention, self_attn")
+            has_attention = index in self.linear or hasattr(layer, "self_attn")
+            demand(has_attention, f"layer {index} has no attention, self_attn")
         trial = self.copies.of(text, ("rotary_emb",))
         trial.config = with_attention(text.config, "eager")
         self.rotary = trial.rotary_emb
         layers = [InPlaceOf(layer, self._layer(i, layer)) for i, layer in enumerate(self.layers)]
-        trial._modules |= {"layers": nn.ModuleList(layers), "norm": nn.Identity()}
+        trial._modules |= {"layers": nn.ModuleList(layers), norm: nn.Identity()}
         width, random = text.config.hidden_size, self.copies.random
         type(text).forward(
             trial,
@@ -134,9 +146,13 @@ class _Trial:
             demand(len(args) < 2, f"layer {index} is given more than its rows by position")
             given = arguments | dict(zip(("hidden_states",), args, strict=False))
             self._check_given(index, layer, given)
-            trial = self.copies.of(layer, ("input_layernorm",))
+            if index in self.linear:  # it is run on the rows that are left, whatever it does
+                self.reached.append(index)
+                return given["hidden_states"]
+            norm = next((name for name in ENTRY_NORMS if hasattr(layer, name)), None)
+            trial = self.copies.of(layer, (norm,))
             attention = own(layer.self_attn)
-            looked_at = self._attention(index, attention, trial, given)
+            looked_at = self._attention(index, attention, trial, norm, given)
             trial._modules["self_attn"] = InPlaceOf(attention, looked_at)
             try:
                 type(layer).forward(trial, *args, **arguments, **{CALL: self})
@@ -161,8 +177,11 @@ class _Trial:
         demand(given.get("past_key_values") is self.cache, f"{here} is not given the KV cache")
         kind = self.kinds[index]
         mask, window = given.get("attention_mask"), kind.window
-        what = "causal" if window is None else f"causal within a window of {window}"
-        demand(_is_causal(mask, window), f"the mask of {here} is not {what}")
+        if index in self.linear:
+            demand(mask is None, f"{here} is given a mask where nothing is padding")
+        else:
+            what = "causal" if window is None else f"causal within a window of {window}"
+            demand(_is_causal(mask, window), f"the mask of {here} is not {what}")
         if self.rows is None:
             self.rows = rows
         demand(torch.equal(rows, self.rows), f"something happens to rows before {here}")
@@ -182,9 +201,14 @@ class _Trial:
         demand(same, "its rotary embeddings are not what its rotary_emb makes of the positions")
 
     def _attention(
-        self, index: int, attention: nn.Module, layer: nn.Module, given: dict[str, Any]
+        self,
+        index: int,
+        attention: nn.Module,
+        layer: nn.Module,
+        norm: str | None,
+        given: dict[str, Any],
     ) -> Callable[..., Any]:
-        """What runs in its place, within `layer` to which `given` was given."""
+        """What runs in its place, behind that norm of `layer`, to which `given` was given."""
 
         def run(*args: Any, **handed: Any) -> Any:
             bound = inspect.signature(type(attention).forward).bind_partial(None, *args)
@@ -198,13 +222,13 @@ class _Trial:
                     handed.get(name) is given[name],
                     f"layer {index} does not hand its {name} to its attention",
                 )
-            norm = getattr(layer, "input_layernorm", None)
+            rows = given["hidden_states"]
             demand(
-                norm is None or torch.equal(handed["hidden_states"], norm(given["hidden_states"])),
-                f"layer {index} attends to something else than rows behind its input_layernorm",
+                norm is None or torch.equal(handed["hidden_states"], getattr(layer, norm)(rows)),
+                f"layer {index} attends to something else than rows behind its {norm}",
             )
             # What somebody put in the place of an attention is left alone.
-            if index == 0 or has_these_steps(attention):
+            if index == self.first or has_these_steps(attention):
                 self.attention.run(index, attention, handed)
             raise _Reached
 

@@ -74,6 +74,7 @@ class Projection(nn.Module):
 
     def __init__(self, features: int, random: torch.Generator) -> None:
         super().__init__()
+        self.out_features = features
         self.matrix = torch.randn(self.INPUTS, features, generator=random, device="cpu")
 
     def forward(self, rows: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from vtp_kernels.machine import multiplies_bfloat16
 from vtp_kernels.models.families import ModelParts, parts_of
-from vtp_kernels.models.masked_run import MaskedRun
+from vtp_kernels.models.masked_run import MaskedRun, check_masks
 from vtp_kernels.models.placement import device_of
 from vtp_kernels.models.text_check import check_text_model
 
@@ -73,10 +73,11 @@ def train(
     ValueError
         If the recipe does not fit the model or the data, or `out` holds another run.
     NotImplementedError
-        If the model is not supported.
+        If the model is not supported, or masking is not removing in its layers.
     """
     recipe = recipe or Recipe()
     parts = parts_of(model)
+    check_masks(parts)
     check_text_model(parts.text, parts.page.row_arguments)
     device = device_of(parts.text)
     _check(parts, dataset, recipe)

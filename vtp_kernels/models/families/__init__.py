@@ -25,15 +25,18 @@ from .granite_docling import GraniteDocling
 from .hyperclovax import HyperClovaX
 from .idefics3 import Idefics2, Idefics3, SmolVLM
 from .internvl import InternVL, QianfanOcr
+from .lfm2_vl import Lfm2VL
 from .llava import Llava
 from .llava_next import LlavaNext
 from .llava_next_video import LlavaNextVideo
 from .llava_onevision import LlavaOnevision
+from .minicpmv import MiniCPMOcr, MiniCPMV46, MiniCPMV47
 from .mistral3 import LightOnOcr, Mistral3
 from .ovis2 import Ovis2
 from .paddleocr_vl import PaddleOcrVL
 from .paligemma import PaliGemma
 from .qwen2_vl import Qwen2VL, Qwen25Omni, Qwen25VL
+from .qwen3_5 import Qwen35, Qwen35Moe
 from .qwen3_vl import Qwen3OmniMoe, Qwen3VL, Qwen3VLMoe
 from .refused import why_refused
 from .video_llama_3 import VideoLlama3
@@ -58,6 +61,12 @@ FAMILIES: dict[str, Family] = {
         Qwen3VL(),
         Qwen3VLMoe(),
         Qwen3OmniMoe(),
+        Qwen35(),
+        Qwen35Moe(),
+        MiniCPMV46(),
+        MiniCPMV47(),
+        MiniCPMOcr(),
+        Lfm2VL(),
         Cosmos3Edge(),
         Glm4v(),
         Glm4vMoe(),

@@ -16,6 +16,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from ..deepstack import Planes
+from ..linear import linear_layers
 from ..looks import Given, Looks
 from ..positions import POSITIONS
 from ..reach import Blocks, LayerKind, layer_kinds
@@ -167,12 +168,14 @@ class ModelParts:
     text: nn.Module
     kinds: tuple[LayerKind, ...]
     """Of the decoder layers."""
+    linear: frozenset[int]
+    """Decoder layers with linear attention: no keys, no weights."""
 
     @classmethod
     def of(cls, page: Family, model: nn.Module) -> ModelParts:
         base = page.base(model)
         text = page.text(base)
-        return cls(page, model, base, text, layer_kinds(text))
+        return cls(page, model, base, text, layer_kinds(text), linear_layers(text))
 
     @property
     def family(self) -> str:
@@ -181,6 +184,11 @@ class ModelParts:
     @property
     def layers(self) -> nn.ModuleList:
         return self.text.layers
+
+    @property
+    def attending(self) -> list[int]:
+        """Layers that have attention: by the first of them the model counts what it was given."""
+        return [layer for layer in range(len(self.layers)) if layer not in self.linear]
 
     @property
     def positions(self) -> tuple[str, ...]:
@@ -199,6 +207,9 @@ class ModelParts:
         return self.page.blocks(self.base, arguments)
 
     def rotary(self, kind: LayerKind, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for layers of a kind, of rows at these positions."""
+        """Cosines and sines for layers of a kind, of rows at these positions, int64 [B, S], which
+        count rows."""
+        if hasattr(self.text.rotary_emb, "mrope_section"):  # takes a time, a row and a column
+            positions = positions.expand(3, -1, -1)
         named = () if kind.rotary is None else (kind.rotary,)
         return self.text.rotary_emb(hidden, positions, *named)

@@ -7,7 +7,7 @@ from typing import Any
 from ..looks import WHOLE, Box, Given, Looks, View, centered
 from .family import Family
 from .rectangles import rectangles
-from .tiny import IMAGE, PIXTRAL, TEXT, Tiny, any_size, clip, square
+from .tiny import EXPERTS, IMAGE, LINEAR, PIXTRAL, SHARED, TEXT, Tiny, any_size, clip, square
 
 __all__ = ["Llava"]
 
@@ -31,6 +31,7 @@ class Llava(Family):
         "mixtral",
         "qwen2_moe",
         "qwen3_moe",
+        "qwen3_next",
         "seed_oss",
         "starcoder2",
     )
@@ -46,13 +47,14 @@ class Llava(Family):
             LlavaForConditionalGeneration,
             MistralConfig,
             PixtralVisionConfig,
+            Qwen3NextConfig,
         )
 
-        def make() -> Any:
+        def make(text: Any = None) -> Any:
             return LlavaForConditionalGeneration(
                 LlavaConfig(
                     vision_config=clip(),
-                    text_config=LlamaConfig(**TEXT),
+                    text_config=text or LlamaConfig(**TEXT),
                     image_token_index=IMAGE,
                     image_seq_length=16,
                 )
@@ -69,7 +71,15 @@ class Llava(Family):
                 )
             )
 
-        return {"llava": Tiny(make, square(56)), "llava_pixtral": Tiny(pixtral, any_size)}
+        return {
+            "llava": Tiny(make, square(56)),
+            "llava_pixtral": Tiny(pixtral, any_size),
+            "llava_qwen3_next": Tiny(
+                lambda: make(Qwen3NextConfig(**TEXT | EXPERTS | LINEAR | SHARED)),
+                square(56),
+                linear=True,
+            ),
+        }
 
 
 def _squares(given: Given) -> list[Looks]:

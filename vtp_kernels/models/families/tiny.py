@@ -14,7 +14,9 @@ import torch
 __all__ = [
     "EXPERTS",
     "IMAGE",
+    "LINEAR",
     "PIXTRAL",
+    "SHARED",
     "TEXT",
     "VIDEO",
     "VISION",
@@ -46,6 +48,15 @@ EXPERTS = {
     "moe_intermediate_size": 64,
     "decoder_sparse_step": 1,
 }
+SHARED = {"shared_expert_intermediate_size": 32}
+LINEAR = {  # layers 1, 3 and 5 have full attention
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "full_attention_interval": 2,
+}
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -61,12 +72,16 @@ several sizes come in three."""
 @dataclass(frozen=True)
 class Tiny:
     """make: the model, 6 decoder layers of 4 query and 2 key heads. types: names of the arguments
-    that tell what kind of token each one is, if the model wants to be told: 0 for words."""
+    that tell what kind of token each one is, if the model wants to be told: 0 for words. linear:
+    whether some layers have linear attention, in which no mask can say of a row that it left.
+    side_by_side: whether pictures lie side by side in one row of pixels."""
 
     make: Callable[[], Any]
     picture: Picture
     types: tuple[str, ...] = ()
     type_of_picture: int = 1
+    linear: bool = False
+    side_by_side: bool = False
 
 
 PIXTRAL = {
