@@ -133,6 +133,46 @@ def test_a_second_turn(family, models, inputs):
         assert_same(pruned, talk(models["eager"]))
 
 
+def test_videos(family, models):
+    """Frames, with timestamps between them where the family has these, beside pictures and text.
+    GLM takes either pictures or videos."""
+    if family.tiny.video is None:
+        return
+    alone = family.tiny.video.token == IMAGE
+    mixed = ((0,),) if alone else (0, (0,), 2)
+    drawn = family.draw(models["sdpa"], (mixed, 4), (((0,),), 9), ((), 5))
+    inputs = family.inputs(models["sdpa"], *drawn)
+    for method, stages in (
+        (vtp.RandomPruning(0, 0.25), {0: None}),
+        (PYRAMID, STAGES),
+    ):
+        with vtp.prune(models["sdpa"], method) as run:
+            pruned = models["sdpa"].generate(**inputs, **GREEDY, **DETAILS)
+        report = run.report()
+        given = report.kept if 0 in stages else None
+        with MaskedReference(models["eager"], stages, given=given) as masked:
+            reference = models["eager"].generate(**inputs, **GREEDY, **DETAILS)
+        for layer, kept in report.kept.items():
+            assert torch.equal(kept, masked.kept[layer])
+        assert_same(pruned, reference)
+    check_units(report, vtp.picture_grids(models["sdpa"], inputs))
+    text = inputs["attention_mask"].bool() & ~report.kept.visual
+    assert all((kept & text == text).all() for kept in report.kept.values())
+
+
+def check_units(report, grids):
+    """What a report tells of pictures and frames is what their grids do."""
+    assert report.units and len(report.units) == len(grids)
+    visual = torch.zeros_like(report.kept.visual)
+    for unit, grid in zip(report.units, grids, strict=True):
+        visual[grid.prompt, grid.columns] = True
+        assert unit["prompt"] == grid.prompt and unit["tokens"] == len(grid.columns)
+        assert unit.get("frames") == (None if grid.frames is None else list(grid.frames))
+        for layer, kept in report.kept.items():
+            assert unit["kept"][layer] == kept[grid.prompt, grid.columns].sum()
+    assert torch.equal(visual, report.kept.visual)
+
+
 def test_every_method(models, inputs, tmp_path):
     """Who stays is taken over from the method's own report."""
     short = DETAILS | {"max_new_tokens": 2, "do_sample": False}

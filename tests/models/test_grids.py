@@ -10,7 +10,13 @@ from tiny_models import ALL, FAMILIES
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import (
+    DeepseekVLImageProcessorPil,
+)
+from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
@@ -18,11 +24,15 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
 )
+from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import (
+    PaddleOCRVLImageProcessorPil,
+)
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 import vtp_kernels as vtp
 from vtp_kernels.models.families import Family
-from vtp_kernels.models.families.qwen2_vl import grid
 from vtp_kernels.models.grids import picture_grids
 
 NEWLINE = -9.0
@@ -30,6 +40,13 @@ PLAIN = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
 CROP = {"crop_size": {"height": 56, "width": 56}}
 SHORT = {"size": {"shortest_edge": 56}}
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
+TILES = {"size": {"longest_edge": 168}, "max_image_size": {"longest_edge": 56}}
+PATCHES = {
+    "patch_size": 4,
+    "merge_size": 2,
+    "size": {"shortest_edge": 64, "longest_edge": 4096},
+    **PLAIN,
+}
 PROCESSORS = {
     "llava": CLIPImageProcessorPil(**SHORT, **CROP, **PLAIN),
     "llava padded": LlavaImageProcessorPil(**SHORT, **CROP, **PLAIN, do_pad=True),
@@ -45,10 +62,30 @@ PROCESSORS = {
     "internvl": GotOcr2ImageProcessorPil(
         size={"height": 112, "width": 112}, **PLAIN, crop_to_patches=True, max_patches=6
     ),
-    "qwen2_5_vl": Qwen2VLImageProcessorPil(
-        patch_size=4, merge_size=2, **PLAIN, size={"shortest_edge": 64, "longest_edge": 4096}
+    "vipllava": CLIPImageProcessorPil(**SHORT, **CROP, **PLAIN),
+    "llava_next_video": LlavaNextImageProcessorPil(
+        **SHORT, **CROP, **PLAIN, image_grid_pinpoints=PINPOINTS
     ),
+    "deepseek_vl": DeepseekVLImageProcessorPil(size={"height": 56, "width": 56}, **PLAIN),
+    "janus": JanusImageProcessorPil(size={"height": 56, "width": 56}, **PLAIN),
+    "got_ocr2": GotOcr2ImageProcessorPil(size={"height": 64, "width": 64}, **PLAIN),
+    "got_ocr2 cropped": GotOcr2ImageProcessorPil(
+        size={"height": 64, "width": 64}, **PLAIN, crop_to_patches=True, max_patches=6
+    ),
+    "idefics3": Idefics3ImageProcessorPil(**TILES, **PLAIN),
+    "idefics3 whole": Idefics3ImageProcessorPil(**TILES, **PLAIN, do_image_splitting=False),
+    "smolvlm": SmolVLMImageProcessorPil(**TILES, **PLAIN),
+    "mistral3": PixtralImageProcessorPil(
+        size={"longest_edge": 112}, patch_size={"height": 28, "width": 28}, **PLAIN
+    ),
+    "qwen2_5_vl": Qwen2VLImageProcessorPil(**PATCHES),
+    "qwen2_vl": Qwen2VLImageProcessorPil(**PATCHES),
+    "qwen3_vl": Qwen2VLImageProcessorPil(**PATCHES),
+    "glm4v": Glm4vImageProcessorPil(**PATCHES),
+    "paddleocr_vl": PaddleOCRVLImageProcessorPil(**PATCHES),
 }
+# Pixels to a token's side, where a model puts its tokens in reading order.
+EDGES = {"deepseek_vl": 14, "janus": 14, "got_ocr2": 16, "mistral3": 28}
 SIZES = ((90, 200), (150, 60), (100, 100), (330, 440))  # height, width
 
 
@@ -64,7 +101,7 @@ class Colours(nn.Module):
     def __init__(self, tower):
         super().__init__()
         self.config = tower.config
-        self.cls = tower.config.model_type != "siglip_vision_model"
+        self.cls = hasattr(tower.config, "projection_dim") or "internvl" in tower.config.model_type
 
     def forward(self, pixel_values, **options):
         seen = nn.functional.avg_pool2d(pixel_values, 14).flatten(2).transpose(1, 2)
@@ -73,19 +110,30 @@ class Colours(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=seen, hidden_states=(seen,) * 8)
 
 
-class MeanOfFour(nn.Module):
+class Mean(nn.Module):
     def forward(self, given):
-        return given.view(*given.shape[:-1], 4, 3).mean(-2)
+        return given.view(*given.shape[:-1], -1, 3).mean(-2)
 
 
 def colours(model, family, pictures):
     """[N, 3]: what the model's visual tokens show, in the order of the text's rows."""
-    if family == "qwen2_5_vl":
-        patches = pictures["pixel_values"].view(-1, 3, 2 * 4 * 4).mean(-1)
-        return patches.view(-1, 4, 3).mean(1)
+    if "image_grid_thw" in pictures:
+        patches = pictures["pixel_values"].flatten(1)
+        return patches.view(len(patches) // 4, 4, 3, -1).mean((1, 3))
+    if family in EDGES:
+        edge, pixels = EDGES[family], pictures["pixel_values"]
+        sizes = pictures.get("image_sizes", [pixels.shape[-2:]] * len(pixels))
+        shown = [
+            picture[:, :high, :wide] for picture, (high, wide) in zip(pixels, sizes, strict=True)
+        ]
+        return torch.cat([nn.functional.avg_pool2d(x, edge).flatten(1).T for x in shown])
     base = model.model
+    if hasattr(base, "connector"):
+        base.vision_model = Colours(base.vision_model)
+        base.connector.modality_projection = Mean()
+        return torch.cat(base.get_image_features(**pictures, return_dict=True).pooler_output)
     base.vision_tower = Colours(base.vision_tower)
-    base.multi_modal_projector = MeanOfFour() if family == "internvl" else nn.Identity()
+    base.multi_modal_projector = Mean()
     if hasattr(base, "image_newline"):
         base.image_newline = nn.Parameter(torch.full((3,), NEWLINE))
     rows = base.get_image_features(**pictures, return_dict=True).pooler_output
@@ -100,8 +148,12 @@ def model_of(family):
 
 
 def processed(kind, images, nested=False):
-    pictures = dict(PROCESSORS[kind]([images] if nested else images, return_tensors="pt"))
+    more = {"return_row_col_info": True} if kind.split()[0] in ("idefics3", "smolvlm") else {}
+    pictures = dict(PROCESSORS[kind]([images] if nested else images, return_tensors="pt", **more))
     counts = pictures.pop("num_patches", None)
+    if "rows" in pictures:  # of tiles, and the whole picture
+        sides = zip(pictures.pop("rows")[0], pictures.pop("cols")[0], strict=True)
+        counts = [int(rows * columns) + 1 for rows, columns in sides]
     if not nested:
         pictures.pop("batch_num_images", None)
     return pictures, counts
@@ -160,10 +212,14 @@ def test_cells_show_their_part_of_the_picture(kind):
 def counted(family, pictures, tiles, total):
     if family == "internvl":
         counts = [16 * n for n in tiles.tolist()]
-    elif family == "qwen2_5_vl":
+    elif "image_grid_thw" in pictures:
         counts = [int(thw.prod()) // 4 for thw in pictures["image_grid_thw"]]
-    elif family == "llava":
-        counts = [16] * 4
+    elif family == "mistral3":
+        counts = [int(size.prod()) // 28**2 for size in pictures["image_sizes"]]
+    elif tiles is not None:
+        counts = [total // sum(tiles) * n for n in tiles]
+    elif "image_sizes" not in pictures:
+        counts = [total // 4] * 4
     else:
         model = model_of(family).model
         features = model.get_image_features(**pictures, return_dict=True).pooler_output
@@ -220,7 +276,7 @@ def test_what_is_not_known_is_refused():
     model = model_of("internvl")
     ids = torch.tensor([[1, *[IMAGE] * 48, 5]])
     pixels = torch.zeros(3, 3, 112, 112)
-    with pytest.raises(NotImplementedError, match="images: how InternVL lays out tiles"):
+    with pytest.raises(NotImplementedError, match="images: how internvl lays out tiles"):
         picture_grids(model, {"input_ids": ids, "pixel_values": pixels})
     with pytest.raises(ValueError, match="images: expected the 1 pictures of inputs, got 2"):
         picture_grids(
@@ -233,8 +289,4 @@ def test_what_is_not_known_is_refused():
         picture_grids(llava, {"input_ids": ids, "pixel_values": torch.zeros(2, 3, 56, 56)})
     with pytest.raises(ValueError, match="no visual tokens for 1 of 4 pictures"):
         picture_grids(llava, {"input_ids": ids, "pixel_values": torch.zeros(4, 3, 56, 56)})
-    generator = torch.Generator().manual_seed(0)
-    videos = grid(generator, 0, "_videos")
-    with pytest.raises(NotImplementedError, match="pixel_values_videos: frames of videos"):
-        picture_grids(model_of("qwen2_5_vl"), {"input_ids": ids, **videos})
     assert picture_grids(llava, {"input_ids": torch.tensor([[1, 5, 6]])}) == []

@@ -43,6 +43,7 @@ def test_fields_are_those_of_the_contract():
         "kv_bytes",
         "dense_kv_bytes",
         "events",
+        "units",
     ]
 
 

@@ -46,7 +46,8 @@ class TinyFamily:
         return self.page.sees_ahead or any(windows(model)[:layers])
 
     def batch(self, model, *prompts, seed=0):
-        """Left-padded inputs: a prompt is (pictures, words of text), the pictures as their indices.
+        """Left-padded inputs: a prompt is (pictures, words of text), the pictures as their indices,
+        and videos as (index,).
 
         Each prompt has <bos> and some text, then per picture its placeholders and a word.
         """
@@ -59,7 +60,9 @@ class TinyFamily:
         for indices, text in prompts:
             parts, pictures = [torch.tensor([1]), words(3, generator)], []
             for index in indices:
-                pictures.append(self.picture(generator, index))
+                make = self.tiny.video.make if isinstance(index, tuple) else self.picture
+                number = index[0] if isinstance(index, tuple) else index
+                pictures.append(make(generator, number))
                 parts += [self.placeholders(model, pictures[-1]), words(2, generator)]
             drawn.append((torch.cat([*parts, words(text, generator)]), pictures))
         return drawn
@@ -75,24 +78,35 @@ class TinyFamily:
             ),
             "attention_mask": torch.stack([(torch.arange(width) >= n).long() for n in pads]),
         }
+        ids = inputs["input_ids"]
         for name in self.types:
-            inputs[name] = (inputs["input_ids"] == IMAGE).int() * self.tiny.type_of_picture
+            inputs[name] = ((ids == IMAGE) * self.tiny.type_of_picture + 2 * (ids == VIDEO)).int()
+        if self.tiny.video:
+            ids[ids == VIDEO] = self.tiny.video.token
         pictures = [picture for _, shown in drawn for picture in shown]
-        for name in pictures[0] if pictures else ():
+        for name in {name: None for picture in pictures for name in picture}:
             side_by_side = self.tiny.side_by_side and name == "pixel_values"
-            given = torch.cat([p[name] for p in pictures], dim=-1 if side_by_side else 0)
+            given = [picture[name] for picture in pictures if name in picture]
+            given = torch.cat(given, dim=-1 if side_by_side else 0)
             inputs[name] = given.to(model.dtype) if given.is_floating_point() else given
         return inputs
 
     def placeholders(self, model, picture):
-        return torch.full((self.tokens(model, picture),), IMAGE)
+        """With what stands between and around the frames of a video."""
+        if "pixel_values" in picture:
+            return torch.full((self.tokens(model, picture),), IMAGE)
+        video, total = self.tiny.video, self.tokens(model, picture)
+        frames = int(picture["video_grid_thw"][0, 0]) if video.before else 1
+        frame = [*video.before, *[VIDEO] * (total // frames), *video.after]
+        return torch.tensor([*video.around[:1], *frame * frames, *video.around[1:]])
 
     @staticmethod
     @torch.no_grad()
     def tokens(model, picture):
-        """How many visual tokens the model makes of a picture."""
+        """How many visual tokens the model makes of a picture or a video."""
         given = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in picture.items()}
-        encode = getattr(model, "get_image_features", None) or model.model.get_image_features
+        method = f"get_{'image' if 'pixel_values' in picture else 'video'}_features"
+        encode = getattr(model, method, None) or getattr(model.model, method)
         output = encode(**given, return_dict=True)
         features = output.pooler_output
         if features is None:  # they come between the layers, each time as many

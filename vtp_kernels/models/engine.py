@@ -33,6 +33,7 @@ from .attention import (
 from .backends import Backends
 from .cache import AtWork, PrunedCache, is_static
 from .continuation import Continuation
+from .encoding import LayoutNotes
 from .families import ModelParts
 from .onlookers import is_known_forward, others_look_into
 from .plan import Plan
@@ -81,6 +82,7 @@ class Engine(StaysBehind):
         unpacked = frozenset(range(self.first_decision))
         self.packed_layers = frozenset(range(depth)) - unpacked - self.plan.passive.keys()
         self._check_forwards()
+        self.notes = LayoutNotes(parts.top, parts.base)
         self.watch: VisionWatch | None = None
         if self.plan.sees_pictures:
             tower = tower_of(parts.family, parts.base)
@@ -119,6 +121,7 @@ class Engine(StaysBehind):
         for module in (parts.top, parts.base):
             before = functools.partial(self._before_model, _parameters(module))
             hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        self.notes.attach()
         if self.watch is not None:
             self.watch.attach()
             before, after = self._before_pictures, self._after_pictures
@@ -144,6 +147,7 @@ class Engine(StaysBehind):
         self._hooks.clear()
         if self.watch is not None:
             self.watch.detach()
+        self.notes.detach()
         for shadow in self.shadows.values():
             shadow.remove()
         self.shadows.clear()

@@ -55,6 +55,7 @@ from .projections import takes_positions
 from .reach import Blocks, LayerKind, reach_of
 from .report import PrefillRecord, StageRecord
 from .rows import Kept, PromptRows, Sight
+from .units import Units
 from .vision import PromptVision, Shown, seen_of
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Prefill:
         self.backends, self.backend = engine.backends, engine.backend
         self.may_pack, self.at_work = engine.may_pack, engine.at_work
         self.placeholders = parts.placeholders(arguments)
+        self.units = Units(parts, arguments, self.placeholders)
         visual = any_of(self.placeholders)
         # Where the tower runs within this call, it adds what it sees.
         self.seen = {} if engine.watch is None else seen_of(arguments, engine.watch.tower)
@@ -358,6 +360,7 @@ class Prefill:
             linear=self.parts.linear,
             forgotten=frozenset(self.forgotten),
             memory=self.memory,
+            units=self.units,
         )
 
     def in_input_rows(self, hidden: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from vtp_kernels.methods.passive import PassiveVisual
 from .counts import Counts, on_host
 from .pairs import pairs_with_visual
 from .reach import Blocks, LayerKind, reach_of
+from .units import Units
 
 __all__ = ["PrefillRecord", "Report", "StageRecord"]
 
@@ -66,6 +67,12 @@ class Report:
         Keys and values of all layers after the call.
     events : list of dict
         What happened at which layer, in order.
+    units : list of dict, or None
+        The pictures and frames of videos, in the order in which they stand in the prompts, and how
+        many of their `tokens` stayed: `kept` {layer: int}, as above. "prompt", and in it "picture"
+        or "video", count from 0; "frames" names those of the video that share the tokens, as Qwen
+        merges two and two. A row whose logits are asked for stays. None where the family, or the
+        call, does not tell whose the tokens are.
     """
 
     method: dict[str, Any]
@@ -82,6 +89,7 @@ class Report:
     kv_bytes: int
     dense_kv_bytes: int
     events: list[dict[str, Any]]
+    units: list[dict[str, Any]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types; `kept` as the list of columns that stayed, per layer and prompt."""
@@ -90,12 +98,15 @@ class Report:
             str(layer): [row.nonzero()[:, 0].tolist() for row in mask]
             for layer, mask in self.kept.items()
         }
+        for unit in plain["units"] or ():
+            unit["kept"] = {str(layer): count for layer, count in unit["kept"].items()}
         return plain
 
     def __str__(self) -> str:
         settings = {key: value for key, value in self.method.items() if key != "method"}
         lines = [" ".join([self.method["method"], *(f"{k}={v}" for k, v in settings.items())])]
-        lines += [self._prompt(b) for b in range(min(len(self.dense_tokens), 4))]
+        for b in range(min(len(self.dense_tokens), 4)):
+            lines += [self._prompt(b), *self._videos(b)]
         if len(self.dense_tokens) > 4:
             lines.append(f"  ... and {len(self.dense_tokens) - 4} more prompts")
         lines.append(
@@ -125,6 +136,41 @@ class Report:
         line += f"{at_start} visual: {_course(at_start, visual)}"
         words = self.dense_tokens[b] - at_start
         return line + (f"; {words} text: {_course(words, text)}" if text[-1] != words else "")
+
+    def _videos(self, b: int) -> list[str]:
+        """A line for each video of a prompt: what its frames have left in the end."""
+        frames: dict[int, list[dict[str, Any]]] = {}
+        for unit in self.units or ():
+            if unit["prompt"] == b and "video" in unit and unit["kept"]:
+                frames.setdefault(unit["video"], []).append(unit)
+        lines = []
+        for video, units in frames.items():
+            layer = max(units[0]["kept"])
+            counts = [unit["kept"][layer] for unit in units]
+            shown = units[-1]["frames"][-1] + 1
+            grids = f" in {len(units)} grids" if shown != len(units) else ""
+            course = f"{counts[0]} each" if len(set(counts)) == 1 else " ".join(map(str, counts))
+            lines.append(
+                f"    video {video + 1}: {shown} frames{grids}; kept from layer {layer}, first to "
+                f"last: {course}"
+            )
+        return lines
+
+
+def _kept_of(units: Units, kept: dict[int, Tensor]) -> list[dict[str, Any]] | None:
+    """Of every picture and frame, how many tokens stayed."""
+    try:
+        found = [unit for of_prompt in units.all for unit in of_prompt]
+    except NotImplementedError:
+        return None
+    described = []
+    for unit in found:
+        where: dict[str, Any] = {"prompt": unit.prompt, "picture": unit.picture}
+        if unit.frames is not None:
+            where = {"prompt": unit.prompt, "video": unit.video, "frames": list(unit.frames)}
+        stayed = {layer: int(mask[unit.prompt, unit.columns].sum()) for layer, mask in kept.items()}
+        described.append(where | {"tokens": len(unit.columns), "kept": stayed})
+    return described
 
 
 class StageRecord(NamedTuple):
@@ -163,8 +209,10 @@ class PrefillRecord:
     """Layers whose cache lost all visual rows."""
     memory: dict[str, Any]
     """What the method noted."""
+    units: Units
 
     def report(self) -> Report:
+        kept = {stage.layer: self._kept(stage) for stage in self.stages}
         batch = len(self.text)
         text, visual = self._per_layer()
         tokens = _add(text, visual)
@@ -184,9 +232,7 @@ class PrefillRecord:
             tokens_per_layer=tokens,
             visual_tokens_per_layer=visual,
             kv_tokens_per_layer=held,
-            kept=KeptColumns(
-                {stage.layer: self._kept(stage) for stage in self.stages}, self.prompt_visual.cpu()
-            ),
+            kept=KeptColumns(kept, self.prompt_visual.cpu()),
             prefill_flops=spent,
             dense_prefill_flops=dense_spent,
             flops_reduction=None if spent is None else 1 - spent / dense_spent,
@@ -197,6 +243,7 @@ class PrefillRecord:
             kv_bytes=self._kv_bytes(held),
             dense_kv_bytes=self._kv_bytes(replace(self, stages=[])._within_windows(dense_keys)),
             events=self._events(),
+            units=_kept_of(self.units, kept),
         )
 
     def _per_layer(self) -> tuple[list[list[int]], list[list[int]]]:

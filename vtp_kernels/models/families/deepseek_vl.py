@@ -8,7 +8,7 @@ import torch
 
 from ..looks import Given, Looks
 from .family import Family
-from .squares import squares
+from .squares import padded, squares
 from .tiny import IMAGE, TEXT, Tiny, siglip, square
 
 __all__ = ["DeepseekVL", "DeepseekVLHybrid", "Janus"]
@@ -21,7 +21,7 @@ class DeepseekVL(Family):
     text_models = ("llama",)
 
     def looks(self, given: Given) -> list[Looks]:
-        return squares(given)
+        return squares(given, padded)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (

@@ -149,6 +149,15 @@ class Family:
         """What the visual tokens of each picture show, in the order of the pictures."""
         raise NotImplementedError(f"what the visual tokens of {self.name} show is not known")
 
+    def frames(self, given: Given) -> list[Looks]:
+        """The same of each frame of each video, in their order. Frames that the model merges are
+        one."""
+        raise NotImplementedError(f"what frames the visual tokens of {self.name} show is not known")
+
+    def lengths(self, given: Given) -> list[int]:
+        """How many visual tokens each picture has: what of `looks` the inputs of a call tell."""
+        return [look.tokens for look in self.looks(given)]
+
     # ---- for tests ----------------------------------------------------------------------------
 
     def tiny(self) -> dict[str, Tiny]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor, nn
+
 from ..looks import Given, Looks
 from .family import Family
-from .qwen2_vl import ROPE, grid, merged
-from .tiny import EXPERTS, IMAGE, TEXT, VIDEO, Tiny
+from .qwen2_vl import ROPE, grid, merged, merged_frames, video
+from .tiny import EXPERTS, IMAGE, TEXT, VIDEO, Tiny, TinyVideo
 
 __all__ = ["Glm4v", "Glm4vMoe", "Glm46v", "GlmOcr"]
 
@@ -20,6 +22,8 @@ VISION = {
     "intermediate_size": 64,
     "out_hidden_size": 64,
 }
+# Each grid of frames as a picture, and behind it its time in words.
+WITH_TIMES = TinyVideo(video, before=(96,), after=(97, 60, 61), around=(94, 95), token=IMAGE)
 GLM_TEXT = TEXT | {"head_dim": 16, "rope_parameters": ROPE | {"partial_rotary_factor": 1.0}}
 TOKENS = {
     "image_token_id": IMAGE,
@@ -41,6 +45,24 @@ class Glm4v(Family):
     def looks(self, given: Given) -> list[Looks]:
         return merged(given)
 
+    def frames(self, given: Given) -> list[Looks]:
+        return merged_frames(given)
+
+    def placeholders(self, base: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        """Frames of videos have the token of pictures, between tokens that begin and end a video.
+        Transformers gives all that have it to what is there, so that only one kind can be."""
+        found = super().placeholders(base, arguments)
+        if "video" in found and arguments.get("input_ids") is not None:
+            if "image" in found:
+                raise NotImplementedError(
+                    "pixel_values, pixel_values_videos: GLM has one token for pictures and frames "
+                    "of videos, and transformers cannot tell which of them is which; give the "
+                    "model pictures or videos"
+                )
+            (picture,) = (modality for modality in self.modalities if modality.name == "image")
+            found["video"] = picture.rows(base, arguments)
+        return found
+
     def tiny(self) -> dict[str, Tiny]:
         from transformers import Glm4vConfig, Glm4vForConditionalGeneration
 
@@ -49,7 +71,7 @@ class Glm4v(Family):
                 Glm4vConfig(vision_config=VISION, text_config=GLM_TEXT, **TOKENS)
             )
 
-        return {"glm4v": Tiny(make, grid, types=("mm_token_type_ids",))}
+        return {"glm4v": Tiny(make, grid, types=("mm_token_type_ids",), video=WITH_TIMES)}
 
 
 class Glm4vMoe(Glm4v):
@@ -73,7 +95,7 @@ class Glm4vMoe(Glm4v):
                 Glm4vMoeConfig(vision_config=VISION, text_config=GLM_TEXT | experts, **TOKENS)
             )
 
-        return {"glm4v_moe": Tiny(make, grid, types=("mm_token_type_ids",))}
+        return {"glm4v_moe": Tiny(make, grid, types=("mm_token_type_ids",), video=WITH_TIMES)}
 
 
 class GlmOcr(Glm4v):
@@ -90,7 +112,7 @@ class GlmOcr(Glm4v):
                 GlmOcrConfig(vision_config=VISION, text_config=GLM_TEXT, **TOKENS)
             )
 
-        return {"glm_ocr": Tiny(make, grid, types=("mm_token_type_ids",))}
+        return {"glm_ocr": Tiny(make, grid, types=("mm_token_type_ids",), video=WITH_TIMES)}
 
 
 class Glm46v(Glm4v):
@@ -109,4 +131,4 @@ class Glm46v(Glm4v):
                 )
             )
 
-        return {"glm46v": Tiny(make, grid, types=("mm_token_type_ids",))}
+        return {"glm46v": Tiny(make, grid, types=("mm_token_type_ids",), video=WITH_TIMES)}

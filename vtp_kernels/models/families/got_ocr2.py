@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..looks import Given, Looks
+from ..looks import Given, Looks, cells, one_size
 from .family import Family
-from .squares import squares
+from .squares import arrangement, side_of, squares, tiles_then_whole
 from .tiny import IMAGE, TEXT, Tiny, square
 
 __all__ = ["GotOcr2"]
@@ -19,7 +19,26 @@ class GotOcr2(Family):
     text_models = ("qwen2",)
 
     def looks(self, given: Given) -> list[Looks]:
-        return squares(given)
+        """A picture that is cut comes as its crops and then the whole of it; pages of one prompt
+        follow upon each other in the same way, and the pictures tell which of both it is."""
+        parts, side = given.told("image").parts, side_of(given)
+        counts = [run // (side * side) for run in given.runs]
+        if parts == len(counts) or (given.sizes is not None and len(given.sizes) == parts):
+            return squares(given)
+        if given.sizes is None:
+            raise NotImplementedError(
+                "images: several squares in one place are the pages, or the crops, of a document, "
+                "and its inputs do not tell which; pass the pictures"
+            )
+        edge = one_size(given.base.config.vision_config.image_size)
+        return [
+            tiles_then_whole(cells(side, side), n - 1, *arrangement(given, index, n - 1, edge))
+            for index, n in enumerate(counts)
+        ]
+
+    def lengths(self, given: Given) -> list[int]:
+        """Those of each place in the prompt, pages or crops."""
+        return given.runs
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import GotOcr2Config, GotOcr2ForConditionalGeneration, Qwen2Config

@@ -6,9 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
+from ..looks import Given, Looks, cells
 from .family import Family
+from .squares import tiles_then_whole
 from .tiny import IMAGE, TEXT, Tiny
 
 __all__ = ["Idefics2", "Idefics3", "SmolVLM", "tile"]
@@ -22,6 +25,13 @@ class Idefics3(Family):
 
     def text(self, base: nn.Module) -> nn.Module:
         return base.text_model
+
+    def looks(self, given: Given) -> list[Looks]:
+        side = given.side // given.base.config.scale_factor
+        return [
+            tiles_then_whole(cells(side, side), rows * columns, rows, columns)
+            for rows, columns in _tiles(given, side * side)
+        ]
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (
@@ -97,6 +107,27 @@ class SmolVLM(Idefics3):
             )
 
         return {"smolvlm": Tiny(make, tile)}
+
+
+def _tiles(given: Given, tokens: int) -> list[tuple[int, int]]:
+    """Rows and columns of tiles of each picture; 0 of one that is not cut. Its processor is asked:
+    the inputs tell how many tiles a prompt has, and not which picture they are of."""
+    shape, features = given.told("image")
+    most = max(count // tokens for count in features) if shape is None else shape[1]
+    if most < 3:  # a picture that is cut has two tiles at least, and comes once more as a whole
+        return [(0, 0)] * (sum(given.runs) // tokens)
+    if given.sizes is None or given.processor is None:
+        raise NotImplementedError(
+            f"images, processor: how {given.base.config.model_type} cuts a picture into tiles "
+            "depends on its shape, which its inputs do not tell; pass the pictures and the "
+            "processor"
+        )
+    tiles = []
+    for height, width in given.sizes:
+        blank = [[Image.new("RGB", (width, height))]]
+        cut = given.processor(blank, return_row_col_info=True, return_tensors="pt")
+        tiles.append((int(cut["rows"][0][0]), int(cut["cols"][0][0])))
+    return tiles
 
 
 VISION = {

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from ..looks import Given, Looks, View, one_size
+from ..looks import Given, Looks, one_size
 from .family import Family
+from .squares import arrangement, tiles_then_whole
 from .tiny import EXPERTS, IMAGE, TEXT, VISION, Tiny, square
 
 __all__ = ["InternVL", "QianfanOcr"]
@@ -23,31 +24,32 @@ class InternVL(Family):
     text_models = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
     def looks(self, given: Given) -> list[Looks]:
-        """Tiles that fill the picture, then the whole picture; or this alone."""
+        """Frames of videos come as pictures of one tile."""
         patches = given.tower._patches(given.side**2)
-        per_tile, side = len(patches), round(len(patches) ** 0.5)
+        side = round(len(patches) ** 0.5)
         # Where a token's patches are, as the model's own shuffling puts them.
         y, x = (patches // given.side).min(1).values, (patches % given.side).min(1).values
         step = given.side // side
         order = torch.empty(side, side, dtype=torch.long)
-        order[y // step, x // step] = torch.arange(per_tile)
-        looks = []
-        for index, run in enumerate(given.runs):
-            count, rest = divmod(run, per_tile)
-            if rest:
+        order[y // step, x // step] = torch.arange(len(patches))
+        edge = one_size(given.base.config.vision_config.image_size)
+        return [
+            tiles_then_whole(order, tiles, *arrangement(given, index, tiles, edge))
+            for index, tiles in enumerate(self._tiles(given, len(patches)))
+        ]
+
+    def lengths(self, given: Given) -> list[int]:
+        return given.runs
+
+    def _tiles(self, given: Given, per_tile: int) -> list[int]:
+        """Those of each picture besides the whole of it."""
+        for run in given.runs:
+            if run % per_tile:
                 raise ValueError(
                     f"input_ids: {run} visual tokens follow upon each other, and tiles of pictures "
                     f"have {per_tile}"
                 )
-            whole = View("whole", order + (count - 1) * per_tile)
-            views = (whole,)
-            if count > 1:
-                rows, columns = _arrangement(given, index, count - 1)
-                tiles = torch.arange(rows * columns).view(rows, columns) * per_tile
-                tokens = tiles[:, None, :, None] + order[None, :, None, :]
-                views = (whole, View("crops", tokens.reshape(rows * side, columns * side)))
-            looks.append(Looks(run, views))
-        return looks
+        return [run // per_tile - 1 for run in given.runs]
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (
@@ -102,22 +104,3 @@ class QianfanOcr(Family):
             )
 
         return {"qianfan_ocr": Tiny(make, square(112))}
-
-
-def _arrangement(given: Given, index: int, tiles: int) -> tuple[int, int]:
-    """Rows and columns of a picture's tiles: those that come nearest to its own shape."""
-    from transformers.models.got_ocr2 import image_processing_pil_got_ocr2 as module
-
-    if given.sizes is None or index >= len(given.sizes):
-        raise NotImplementedError(
-            "images: how InternVL lays out tiles depends on a picture's shape, which its inputs do "
-            "not tell; pass the pictures"
-        )
-    edge = one_size(given.base.config.vision_config.image_size)
-    columns, rows = module.get_optimal_tiled_canvas(given.sizes[index], (edge, edge), tiles, tiles)
-    if rows * columns != tiles:
-        raise NotImplementedError(
-            f"pixel_values: {tiles} tiles and a whole picture are not as InternVL's processor "
-            "cuts pictures"
-        )
-    return rows, columns

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..looks import WHOLE, Box, Given, Looks, View, centered
+from ..looks import WHOLE, Given, Looks, View
 from .family import Family
 from .rectangles import rectangles
+from .squares import shown_by
 from .tiny import EXPERTS, IMAGE, LINEAR, PIXTRAL, SHARED, TEXT, Tiny, any_size, clip, square
 
 __all__ = ["Llava"]
@@ -84,32 +85,13 @@ class Llava(Family):
 
 def _squares(given: Given) -> list[Looks]:
     """Every picture as one square, perhaps with CLS before it."""
-    side, pixels = given.side, given.arguments.get("pixel_values")
+    side, outline = given.side, given.told("image")
     shows = given.tower._shows(given.arguments, 1, side * side)
     (tokens,) = (shows >= 0).nonzero(as_tuple=True)
-    pictures = sum(given.runs) // len(shows) if pixels is None else len(pixels)
     looks = []
-    for index in range(pictures):
+    for index in range(outline.parts):
         box = WHOLE
         if given.sizes is not None and given.processor is not None and index < len(given.sizes):
-            box = _seen(given.processor, *given.sizes[index])
+            box = shown_by(given.processor, *given.sizes[index])
         looks.append(Looks(len(shows), (View("whole", tokens.view(side, side), box),)))
     return looks
-
-
-def _seen(processor: Any, height: int, width: int) -> Box:
-    """What of a picture of that size is shown: processors pad it, resize it and cut its edges."""
-    tall, wide = height, width
-    if getattr(processor, "do_pad", None):
-        tall = wide = max(height, width)
-    scales = 1.0, 1.0
-    if processor.do_resize:
-        size = processor.size
-        if getattr(size, "shortest_edge", None):
-            scales = (size.shortest_edge / min(tall, wide),) * 2
-        else:
-            scales = size.height / tall, size.width / wide
-    if processor.do_center_crop:
-        crop = processor.crop_size
-        tall, wide = crop.height / scales[0], crop.width / scales[1]
-    return centered(tall / height, wide / width)

@@ -47,7 +47,7 @@ def crops_together(given: Given, cut: list[bool] | None = None) -> list[Looks]:
     base, tower, side = given.base, given.tower, given.side
     model, pinpoints = sys.modules[type(base).__module__], base.config.image_grid_pinpoints
     edge = base.config.vision_config.image_size
-    sizes = torch.as_tensor(given.arguments["image_sizes"]).tolist()
+    sizes = given.grid("image_sizes")
     counts = [
         model.image_size_to_num_patches(size, pinpoints, edge) if is_cut else 1
         for size, is_cut in zip(sizes, cut or [True] * len(sizes), strict=True)

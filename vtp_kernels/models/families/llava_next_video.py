@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..looks import Given, Looks
+from ..looks import WHOLE, Box, Given, Looks
 from .family import Family
 from .llava_next import crops_together
-from .tiny import IMAGE, TEXT, VIDEO, Tiny, anyres, clip
+from .pooled import pooled_frames
+from .squares import shown_by
+from .tiny import IMAGE, TEXT, VIDEO, Tiny, TinyVideo, anyres, clip, frames
 
 __all__ = ["LlavaNextVideo"]
 
@@ -20,6 +22,21 @@ class LlavaNextVideo(Family):
 
     def looks(self, given: Given) -> list[Looks]:
         return crops_together(given)
+
+    def frames(self, given: Given) -> list[Looks]:
+        """Frames are pooled; what is left over at their right and their bottom is not seen."""
+        stride = given.base.config.spatial_pool_stride
+        side = given.side // stride
+        share = side * stride / given.side
+
+        def box(size: tuple[int, int] | None) -> Box:
+            shown = WHOLE
+            if given.video_processor is not None and size is not None:
+                shown = shown_by(given.video_processor, *size)
+            left, top, right, bottom = shown
+            return left, top, left + share * (right - left), top + share * (bottom - top)
+
+        return pooled_frames(given, side, box)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (
@@ -39,4 +56,4 @@ class LlavaNextVideo(Family):
                 )
             )
 
-        return {"llava_next_video": Tiny(make, anyres)}
+        return {"llava_next_video": Tiny(make, anyres, video=TinyVideo(frames))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ import torch
 from ..looks import Given, Looks
 from .family import Family
 from .llava_next import crops_together
-from .tiny import IMAGE, TEXT, VIDEO, Tiny, anyres, siglip
+from .pooled import pooled_frames
+from .tiny import IMAGE, TEXT, VIDEO, Tiny, TinyVideo, anyres, frames, siglip
 
 __all__ = ["LlavaOnevision"]
 
@@ -26,6 +28,10 @@ class LlavaOnevision(Family):
             return crops_together(given)
         numbers = torch.as_tensor(counts).tolist()
         return crops_together(given, [n == 1 for n in numbers for _ in range(n)])
+
+    def frames(self, given: Given) -> list[Looks]:
+        """Frames are halved in height and width; behind the last one comes an `image_newline`."""
+        return pooled_frames(given, math.ceil(given.side / 2), newlines=1)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (
@@ -45,4 +51,4 @@ class LlavaOnevision(Family):
                 )
             )
 
-        return {"llava_onevision": Tiny(make, anyres)}
+        return {"llava_onevision": Tiny(make, anyres, video=TinyVideo(frames))}

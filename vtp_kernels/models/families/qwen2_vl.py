@@ -9,7 +9,7 @@ import torch
 
 from ..looks import Given, Looks, View, cells
 from .family import Family
-from .tiny import IMAGE, TEXT, VIDEO, Tiny
+from .tiny import IMAGE, TEXT, VIDEO, Tiny, TinyVideo
 
 __all__ = [
     "AUDIO_TOKENS",
@@ -22,6 +22,8 @@ __all__ = [
     "flat_grid",
     "grid",
     "merged",
+    "merged_frames",
+    "video",
 ]
 
 
@@ -34,6 +36,9 @@ class Qwen2VL(Family):
 
     def looks(self, given: Given) -> list[Looks]:
         return merged(given)
+
+    def frames(self, given: Given) -> list[Looks]:
+        return merged_frames(given)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
@@ -54,7 +59,7 @@ class Qwen2VL(Family):
                 )
             )
 
-        return {"qwen2_vl": Tiny(make, grid, types=("mm_token_type_ids",))}
+        return {"qwen2_vl": Tiny(make, grid, types=("mm_token_type_ids",), video=TinyVideo(video))}
 
 
 class Qwen25VL(Family):
@@ -66,6 +71,9 @@ class Qwen25VL(Family):
 
     def looks(self, given: Given) -> list[Looks]:
         return merged(given)
+
+    def frames(self, given: Given) -> list[Looks]:
+        return merged_frames(given)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -79,7 +87,7 @@ class Qwen25VL(Family):
                 )
             )
 
-        return {"qwen2_5_vl": Tiny(make, grid, types=("mm_token_type_ids",))}
+        return {"qwen2_5_vl": Tiny(make, grid, types=("mm_token_type_ids",), video=TinyVideo(video))}
 
 
 class Qwen25Omni(Family):
@@ -94,6 +102,9 @@ class Qwen25Omni(Family):
 
     def looks(self, given: Given) -> list[Looks]:
         return merged(given)
+
+    def frames(self, given: Given) -> list[Looks]:
+        return merged_frames(given)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (
@@ -112,30 +123,47 @@ class Qwen25Omni(Family):
                         "encoder_ffn_dim": 32,
                         "output_dim": 64,
                     },
-                    text_config=TEXT | {"rope_parameters": ROPE},
+                    text_config=TEXT | {"vocab_size": 104, "rope_parameters": ROPE},
                     image_token_index=IMAGE,
                     video_token_index=VIDEO,
                     audio_token_index=AUDIO_TOKENS["audio_token_id"],
                     vision_start_token_id=96,
                     vision_end_token_id=97,
-                    audio_start_token_id=93,
-                    audio_end_token_id=94,
+                    audio_start_token_id=AUDIO_TOKENS["audio_start_token_id"],
+                    audio_end_token_id=AUDIO_TOKENS["audio_end_token_id"],
                 )
             )
 
-        return {"qwen2_5_omni_thinker": Tiny(make, grid)}
+        return {"qwen2_5_omni_thinker": Tiny(make, grid, video=TinyVideo(timed, around=(96, 97)))}
 
 
 def merged(given: Given) -> list[Looks]:
     """Pictures that keep their shape, with a square of patches to each token."""
-    merge = given.base.config.vision_config.spatial_merge_size
     looks = []
-    for time, height, width in torch.as_tensor(given.arguments["image_grid_thw"]).tolist():
+    for time, height, width in given.grid("image_grid_thw"):
         if time != 1:
             raise NotImplementedError(f"image_grid_thw: {time} frames in one picture are not drawn")
-        rows, columns = height // merge, width // merge
-        looks.append(Looks(rows * columns, (View("whole", cells(rows, columns)),)))
+        looks.append(_square_patches(given, height, width))
     return looks
+
+
+def merged_frames(given: Given) -> list[Looks]:
+    """The same of videos: a grid shows some frames that follow upon each other, two of them in the
+    published models."""
+    together = given.base.config.vision_config.temporal_patch_size
+    return [
+        _square_patches(given, height, width)._replace(
+            video=video, frames=range(t * together, (t + 1) * together)
+        )
+        for video, (time, height, width) in enumerate(given.grid("video_grid_thw"))
+        for t in range(time)
+    ]
+
+
+def _square_patches(given: Given, height: int, width: int) -> Looks:
+    merge = given.base.config.vision_config.spatial_merge_size
+    rows, columns = height // merge, width // merge
+    return Looks(rows * columns, (View("whole", cells(rows, columns)),))
 
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
@@ -147,7 +175,8 @@ QWEN_VISION = {
     "patch_size": 4,
     "out_hidden_size": 64,
 }
-AUDIO_TOKENS = {"audio_token_id": 95, "audio_start_token_id": 93, "audio_end_token_id": 94}
+# Words of prompts, which are random, must not be among them: so they are behind all others.
+AUDIO_TOKENS = {"audio_token_id": 100, "audio_start_token_id": 101, "audio_end_token_id": 102}
 QWEN_TOKENS = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
@@ -156,18 +185,29 @@ QWEN_TOKENS = {
 }
 
 
-def grid(
-    generator: torch.Generator, index: int, suffix: str = "", numbers: int = 96
-) -> dict[str, Any]:
+def grid(generator: torch.Generator, index: int, numbers: int = 96) -> dict[str, Any]:
     """Patches of a Qwen picture, of so many numbers: 16, 12 or 6 tokens of 2 x 2 patches each."""
-    time, height, width = ((1, 8, 8), (1, 4, 12), (1, 6, 4))[index]
-    name = "video" if suffix else "image"
+    height, width = ((8, 8), (4, 12), (6, 4))[index]
     return {
-        "pixel_values" + suffix: torch.randn(time * height * width, numbers, generator=generator),
-        f"{name}_grid_thw": torch.tensor([[time, height, width]]),
+        "pixel_values": torch.randn(height * width, numbers, generator=generator),
+        "image_grid_thw": torch.tensor([[1, height, width]]),
     }
 
 
 def flat_grid(generator: torch.Generator, index: int) -> dict[str, Any]:
     """The same where a patch is of one frame."""
     return grid(generator, index, numbers=48)
+
+
+def video(generator: torch.Generator, index: int) -> dict[str, Any]:
+    """Videos of 2, 3 or 64 grids of 8 or 4 tokens, each of two frames."""
+    time, height, width = ((2, 4, 8), (3, 4, 4), (64, 4, 4))[index]
+    return {
+        "pixel_values_videos": torch.randn(time * height * width, 96, generator=generator),
+        "video_grid_thw": torch.tensor([[time, height, width]]),
+    }
+
+
+def timed(generator: torch.Generator, index: int) -> dict[str, Any]:
+    """With the seconds that a grid lasts."""
+    return video(generator, index) | {"video_second_per_grid": torch.ones(1)}

@@ -8,8 +8,17 @@ from typing import Any
 from ..deepstack import Planes
 from ..looks import Given, Looks
 from .family import Family
-from .qwen2_vl import AUDIO_TOKENS, QWEN_TOKENS, QWEN_VISION, ROPE, grid, merged
-from .tiny import EXPERTS, TEXT, Tiny
+from .qwen2_vl import (
+    AUDIO_TOKENS,
+    QWEN_TOKENS,
+    QWEN_VISION,
+    ROPE,
+    grid,
+    merged,
+    merged_frames,
+    video,
+)
+from .tiny import EXPERTS, TEXT, Tiny, TinyVideo
 
 __all__ = ["Qwen3OmniMoe", "Qwen3VL", "Qwen3VLMoe", "take_deepstack"]
 
@@ -27,6 +36,9 @@ class Qwen3VL(Family):
     def looks(self, given: Given) -> list[Looks]:
         return merged(given)
 
+    def frames(self, given: Given) -> list[Looks]:
+        return merged_frames(given)
+
     def tiny(self) -> dict[str, Tiny]:
         from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -39,7 +51,7 @@ class Qwen3VL(Family):
                 )
             )
 
-        return {"qwen3_vl": Tiny(make, grid, types=("mm_token_type_ids",))}
+        return {"qwen3_vl": Tiny(make, grid, types=("mm_token_type_ids",), video=WITH_TIMES)}
 
 
 class Qwen3VLMoe(Qwen3VL):
@@ -60,7 +72,7 @@ class Qwen3VLMoe(Qwen3VL):
                 )
             )
 
-        return {"qwen3_vl_moe": Tiny(make, grid, types=("mm_token_type_ids",))}
+        return {"qwen3_vl_moe": Tiny(make, grid, types=("mm_token_type_ids",), video=WITH_TIMES)}
 
 
 class Qwen3OmniMoe(Qwen3VL):
@@ -92,7 +104,9 @@ class Qwen3OmniMoe(Qwen3VL):
                 Qwen3OmniMoeThinkerConfig(
                     vision_config=DEEPSTACK_VISION,
                     audio_config=audio,
-                    text_config=TEXT | EXPERTS | {"head_dim": 16, "rope_parameters": ROPE},
+                    text_config=TEXT
+                    | EXPERTS
+                    | {"vocab_size": 104, "head_dim": 16, "rope_parameters": ROPE},
                     **QWEN_TOKENS,
                     **AUDIO_TOKENS,
                 )
@@ -110,6 +124,8 @@ def take_deepstack(arguments: dict[str, Any], first: int) -> Planes | None:
     return Planes(arguments["visual_pos_masks"], dict(enumerate(features, start=1)))
 
 
+# Before each grid of frames its time in words, and where vision starts; behind it where it ends.
+WITH_TIMES = TinyVideo(video, before=(60, 61, 62, 96), after=(97,))
 DEEPSTACK_VISION = QWEN_VISION | {
     "num_position_embeddings": 64,
     "deepstack_visual_indexes": [0, 1],

@@ -21,10 +21,12 @@ __all__ = [
     "VIDEO",
     "VISION",
     "Tiny",
+    "TinyVideo",
     "any_size",
     "anyres",
     "clip",
     "crops",
+    "frames",
     "siglip",
     "square",
 ]
@@ -70,6 +72,19 @@ several sizes come in three."""
 
 
 @dataclass(frozen=True)
+class TinyVideo:
+    """make: as of a picture; the last of three has 64 frames, or grids of them. before, after: the
+    words that stand around every frame, and `around` those around the video. None: frames follow
+    upon each other. token: what stands for a visual token of it."""
+
+    make: Picture
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    around: tuple[int, ...] = ()
+    token: int = VIDEO
+
+
+@dataclass(frozen=True)
 class Tiny:
     """make: the model, 6 decoder layers of 4 query and 2 key heads. types: names of the arguments
     that tell what kind of token each one is, if the model wants to be told: 0 for words. linear:
@@ -82,6 +97,7 @@ class Tiny:
     type_of_picture: int = 1
     linear: bool = False
     side_by_side: bool = False
+    video: TinyVideo | None = None
 
 
 PIXTRAL = {
@@ -127,6 +143,12 @@ def crops(generator: torch.Generator, size: list[int], count: int) -> dict[str, 
 def anyres(generator: torch.Generator, index: int) -> dict[str, Any]:
     """Crops side by side; crops upon each other with some of them padding; four crops."""
     return crops(generator, *(([56, 112], 2), ([112, 40], 2), ([112, 112], 4))[index])
+
+
+def frames(generator: torch.Generator, index: int) -> dict[str, Any]:
+    """Videos of 3, 2 or 64 frames. A batch has videos of one length."""
+    count = (3, 2, 64)[index]
+    return {"pixel_values_videos": torch.randn(1, count, 3, 56, 56, generator=generator)}
 
 
 def any_size(generator: torch.Generator, index: int) -> dict[str, Any]:

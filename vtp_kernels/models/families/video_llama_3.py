@@ -24,8 +24,7 @@ class VideoLlama3(Family):
     def looks(self, given: Given) -> list[Looks]:
         """Every picture says how many patches, side by side and below each other, are a token."""
         looks = []
-        grids = torch.as_tensor(given.arguments["image_grid_thw"]).tolist()
-        merges = torch.as_tensor(given.arguments["image_merge_sizes"]).tolist()
+        grids, merges = given.grid("image_grid_thw"), given.grid("image_merge_sizes")
         for (_, height, width), merge in zip(grids, merges, strict=True):
             rows, columns = height // merge, width // merge
             looks.append(Looks(rows * columns, (View("whole", cells(rows, columns)),)))

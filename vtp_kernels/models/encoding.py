@@ -1,0 +1,66 @@
+"""How pictures are laid out, noted where they are encoded.
+
+generate() encodes pictures and videos before it calls the model, which then gets their features
+alone: how many frames a video has, or how large a picture is, is no longer among its arguments. So
+it is put on the object that is handed on, by a shadow in front of the model's methods that encode.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from .looks import outlined
+from .shadow import Shadow
+
+__all__ = ["LayoutNotes", "outlines_of"]
+
+NOTED = "vtp_layout"  # the attribute of what get_image_features and get_video_features return
+
+
+def outlines_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """How the pictures and videos are laid out that a call brings, as pixels or encoded."""
+    found: dict[str, Any] = {}
+    for output in (arguments.get("mm_encoder_outputs") or {}).values():
+        noted = getattr(output, NOTED, {})
+        found |= {name: value for name, value in noted.items() if name not in ("image", "video")}
+    return found | outlined(arguments)
+
+
+class LayoutNotes:
+    """The shadows in front of a model's `get_image_features` and `get_video_features`."""
+
+    def __init__(self, top: nn.Module, base: nn.Module) -> None:
+        self.shadows = [
+            NotingShadow(owner, name)
+            for name in ("get_image_features", "get_video_features")
+            for owner in [base if hasattr(base, name) else top]
+            if hasattr(owner, name)
+        ]
+
+    def attach(self) -> None:
+        for shadow in self.shadows:
+            shadow.put()
+
+    def detach(self) -> None:
+        for shadow in self.shadows:
+            shadow.remove()
+
+
+class NotingShadow(Shadow):
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__(module, name)
+        self.signature = inspect.signature(self.original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.original(*args, **kwargs)
+        # Within a call of the model its own arguments tell.
+        if isinstance(output, ModelOutput) and not torch.compiler.is_compiling():
+            given = self.signature.bind(*args, **kwargs).arguments
+            setattr(output, NOTED, outlined(given | given.pop("kwargs", {})))
+        return output

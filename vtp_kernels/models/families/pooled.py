@@ -1,0 +1,36 @@
+"""What the tokens of videos show whose frames are squares, made smaller by pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..looks import WHOLE, Box, Given, Looks, View, cells
+
+__all__ = ["pooled_frames"]
+
+
+def pooled_frames(
+    given: Given,
+    side: int,
+    box: Callable[[tuple[int, int] | None], Box] | None = None,
+    newlines: int = 0,
+) -> list[Looks]:
+    """side: tokens in a row of a frame. box: where they lie, of frames of that height and width if
+    these are known; None: over the whole of them. newlines: tokens behind the last frame that show
+    nothing."""
+    shape, features = given.told("video")
+    tokens = side * side
+    if shape is not None:
+        counts = [shape[1]] * shape[0]
+    else:
+        counts = [(length - newlines) // tokens for length in features]
+    looks = []
+    for video, count in enumerate(counts):
+        place = WHOLE
+        if box is not None:
+            place = box(None if given.frame_sizes is None else given.frame_sizes[video])
+        views = (View("whole", cells(side, side), place),)
+        for frame in range(count):
+            more = newlines if frame == count - 1 else 0
+            looks.append(Looks(tokens + more, views, video, range(frame, frame + 1)))
+    return looks

@@ -1,0 +1,132 @@
+"""Pictures and frames of a call: which of them each visual token belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .encoding import outlines_of
+from .families import ModelParts
+from .looks import Given, Looks
+from .towers import tower_of
+
+__all__ = ["Placed", "Unit", "Units", "placed"]
+
+
+class Unit(NamedTuple):
+    """A picture, or a frame of a video, of a prompt; frames that the model merges are one.
+
+    picture, video : which picture or video of its prompt, from 0; the other is None.
+    frames : which frames of the video, from 0.
+    columns : int64 [N], on the CPU: the input columns of its visual tokens, those too that show
+        nothing, as `image_newline`, which belong to what is before them.
+    """
+
+    prompt: int
+    picture: int | None
+    video: int | None
+    frames: range | None
+    columns: Tensor
+
+
+class Placed(NamedTuple):
+    """A picture's place: its number, its prompt, and the columns of its tokens."""
+
+    index: int
+    prompt: int
+    columns: Tensor
+
+
+class Units:
+    """Nothing is computed, and nothing read from the GPU, until somebody asks."""
+
+    def __init__(
+        self, parts: ModelParts, arguments: Mapping[str, Any], placeholders: Mapping[str, Tensor]
+    ) -> None:
+        """`arguments` are those of the model's forward; placeholders bool [B, S] for "image" and
+        "video", as `ModelParts.placeholders` gives them. Of pixels and features only their shapes
+        are remembered."""
+        self._parts, self._placeholders = parts, placeholders
+        self._outlines = outlines_of(arguments)
+
+    @property
+    def videos(self) -> bool:
+        """Whether there are any."""
+        return "video" in self._placeholders
+
+    @cached_property
+    def all(self) -> list[list[Unit]]:
+        """Those of each prompt, in the order in which they stand in it.
+
+        Raises NotImplementedError where the family, or the call, does not tell.
+        """
+        parts = self._parts
+        here = {kind: rows.cpu() for kind, rows in self._placeholders.items()}
+        given = Given(parts.base, tower_of(parts.family, parts.base), self._outlines, here)
+        found: list[list[Unit]] = [[] for _ in next(iter(here.values()))]
+        if "image" in here:
+            numbers = [0] * len(found)
+            for _, prompt, columns in placed(parts.page.lengths(given), here["image"], copied=True):
+                found[prompt].append(Unit(prompt, numbers[prompt], None, None, columns))
+                numbers[prompt] += 1
+        if "video" in here:
+            for unit in _frames(parts.page.frames(given), here["video"]):
+                found[unit.prompt].append(unit)
+        return [sorted(units, key=lambda unit: int(unit.columns[0])) for units in found]
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """int64 [B, S], on the CPU: the number of each column's unit among those of its prompt; -1
+        where there is none."""
+        numbers = torch.full(next(iter(self._placeholders.values())).shape, -1)
+        for prompt, units in enumerate(self.all):
+            for number, unit in enumerate(units):
+                numbers[prompt, unit.columns] = number
+        return numbers
+
+
+def _frames(looks: Sequence[Looks], rows: Tensor) -> list[Unit]:
+    units = []
+    numbers: dict[int, dict[int, int]] = {}  # by prompt, and video of the batch
+    for index, prompt, columns in placed([x.tokens for x in looks], rows, "frames", copied=True):
+        of_prompt = numbers.setdefault(prompt, {})
+        number = of_prompt.setdefault(looks[index].video, len(of_prompt))
+        units.append(Unit(prompt, None, number, looks[index].frames, columns))
+    return units
+
+
+def placed(
+    lengths: list[int], rows: Tensor, what: str = "pictures", copied: bool = False
+) -> list[Placed]:
+    """Pictures of so many tokens fill the placeholders bool [B, S] of the prompts in turn.
+
+    copied: prompts may be there several times, one copy after the other, as generate() repeats
+    them, and copies show the same.
+    """
+    total, once = int(rows.sum()), sum(lengths)
+    copies = total // once if copied and once and total % once == 0 else 1
+    found, first, last = [], 0, 0
+    for prompt, row in enumerate(rows):
+        columns = row.nonzero()[:, 0]
+        if prompt % max(copies, 1) == 0:
+            first = last
+        index = first
+        while len(columns):
+            if index == len(lengths) or lengths[index] > len(columns):
+                raise ValueError(
+                    f"input_ids: the {int(row.sum())} visual tokens of prompt {prompt} are not "
+                    f"those of whole {what}; the {what} have {lengths} tokens"
+                )
+            found.append(Placed(index, prompt, columns[: lengths[index]]))
+            columns = columns[lengths[index] :]
+            index += 1
+        last = index
+    if last < len(lengths):
+        raise ValueError(
+            f"input_ids: no visual tokens for {len(lengths) - last} of {len(lengths)} {what}"
+        )
+    return found
