@@ -221,6 +221,11 @@ def _visual_per_layer(method: Method | None, depth: int, visual: int, course: Co
     if isinstance(method, VisiPruner) and method.schedule is not None:
         method = method.schedule
     if isinstance(method, ScheduledMethod):
+        if method.per == "frame":
+            raise NotImplementedError(
+                f"what {method.name} keeps of each frame depends on how many there are: prune a "
+                "model and ask report()"
+            )
         for stage in method.stages:
             kept = visual_budget(stage.keep, visual)
             counts[stage.layer :] = [min(kept, n) for n in counts[stage.layer :]]

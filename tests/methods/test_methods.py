@@ -43,11 +43,13 @@ def test_to_dict_is_plain():
         "keep": {"2": 0.5, "4": 0.1},
         "score": "last_token",
         "seed": 0,
+        "per": "prompt",
     }
     assert vtp.PyramidDrop().to_dict() == {
         "method": "pyramiddrop",
         "layers": [8, 16, 24],
         "keep": [0.5, 0.25, 0.125],
+        "per": "prompt",
     }
 
 
@@ -61,7 +63,7 @@ def test_to_dict_is_plain():
         ({"method": "fastvv"}, r"no method 'fastvv'.*'fastv', .*'pyramiddrop', 'random'"),
         (
             {"method": "fastv", "ratio": 0.5},
-            r"FastV has no \['ratio'\]; it has \['keep', 'layer'\]",
+            r"FastV has no \['ratio'\]; it has \['keep', 'layer', 'per'\]",
         ),
     ],
 )

@@ -9,12 +9,15 @@ import torch
 
 
 class MaskedReference:
-    """`stages` {layer: keep} as in Schedule, or `given` {layer: bool [B, S]}: sets to take over."""
+    """`stages` {layer: keep} as in Schedule, or `given` {layer: bool [B, S]}: sets to take over.
+    `groups` int64 [B, S]: of each visual token, where budgets are of groups and not of prompts."""
 
-    def __init__(self, model, stages, *, score="last_token", given=None, contiguous=False):
+    def __init__(
+        self, model, stages, *, score="last_token", given=None, contiguous=False, groups=None
+    ):
         assert model.get_decoder().config._attn_implementation == "eager"
         self.model, self.stages, self.score = model, stages, score
-        self.given, self.contiguous = given, contiguous
+        self.given, self.contiguous, self.groups = given, contiguous, groups
         self.keep = {}  # layer -> bool [B, every row seen so far]: columns open from there on
         self.kept = {}  # the same for the last call with images, that call's rows alone
         self.scores = None
@@ -94,10 +97,13 @@ class MaskedReference:
             return self.given[layer] & self.real
         keep = self.stages[layer]
         for b in range(self.visual.shape[0]):
-            left = (self.visual[b] & self.open[b]).nonzero()[:, 0].tolist()
-            count = keep if isinstance(keep, int) else int(keep * int(self.total[b]) + 0.5)
-            best = sorted(left, key=lambda j: (-float(self.scores[b, j]), j))[:count]
-            self.open[b, [j for j in left if j not in best]] = False
+            groups = torch.zeros_like(self.visual[b]) if self.groups is None else self.groups[b]
+            for group in groups[self.visual[b]].unique():
+                within = self.visual[b] & (groups == group)
+                left = (within & self.open[b]).nonzero()[:, 0].tolist()
+                count = keep if isinstance(keep, int) else int(keep * int(within.sum()) + 0.5)
+                best = sorted(left, key=lambda j: (-float(self.scores[b, j]), j))[:count]
+                self.open[b, [j for j in left if j not in best]] = False
         return self.open.clone()
 
     def _before_layer(self, index):

@@ -1,12 +1,14 @@
 """Which visual token shows which part of a picture: read off the colours of a picture whose red is
 how far right and whose green is how far down, through the families' own processors and models."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny_llava import IMAGE, tiny_llava
-from tiny_models import ALL, FAMILIES
+from tiny_models import ALL, FAMILIES, VIDEO
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -89,9 +91,9 @@ EDGES = {"deepseek_vl": 14, "janus": 14, "got_ocr2": 16, "mistral3": 28}
 SIZES = ((90, 200), (150, 60), (100, 100), (330, 440))  # height, width
 
 
-def gradient(height, width):
+def gradient(height, width, blue=1.0):
     y, x = np.mgrid[:height, :width] + 0.5
-    shares = np.stack((x / width, y / height, np.ones_like(x)), -1)
+    shares = np.stack((x / width, y / height, np.full_like(x, blue)), -1)
     return Image.fromarray(np.round(shares * 255).astype(np.uint8))
 
 
@@ -104,7 +106,7 @@ class Colours(nn.Module):
         self.cls = hasattr(tower.config, "projection_dim") or "internvl" in tower.config.model_type
 
     def forward(self, pixel_values, **options):
-        seen = nn.functional.avg_pool2d(pixel_values, 14).flatten(2).transpose(1, 2)
+        seen = nn.functional.avg_pool2d(pixel_values, 14).flatten(2).transpose(1, 2).contiguous()
         if self.cls:
             seen = torch.cat((torch.zeros(len(seen), 1, 3), seen), 1)
         return BaseModelOutputWithPooling(last_hidden_state=seen, hidden_states=(seen,) * 8)
@@ -118,8 +120,13 @@ class Mean(nn.Module):
 def colours(model, family, pictures):
     """[N, 3]: what the model's visual tokens show, in the order of the text's rows."""
     if "image_grid_thw" in pictures:
-        patches = pictures["pixel_values"].flatten(1)
-        return patches.view(len(patches) // 4, 4, 3, -1).mean((1, 3))
+        patches = pictures["pixel_values"].reshape(len(pictures["pixel_values"]), 3, -1).mean(2)
+        if family == "paddleocr_vl":  # merges them behind its tower
+            of_each = patches.split(pictures["image_grid_thw"].prod(1).tolist())
+            grids = zip(of_each, pictures["image_grid_thw"].tolist(), strict=True)
+            squares = [x.view(h // 2, 2, w // 2, 2, 3).transpose(1, 2) for x, (_, h, w) in grids]
+            patches = torch.cat([x.reshape(-1, 3) for x in squares])
+        return patches.view(-1, 4, 3).mean(1)
     if family in EDGES:
         edge, pixels = EDGES[family], pictures["pixel_values"]
         sizes = pictures.get("image_sizes", [pixels.shape[-2:]] * len(pixels))
@@ -159,7 +166,7 @@ def processed(kind, images, nested=False):
     return pictures, counts
 
 
-def check_view(view, seen):
+def check_view(view, seen, blue=1.0):
     """Every cell shows the mean colour of its part of the picture, padding being black."""
     rows, columns = view.tokens.shape
     left, top, right, bottom = view.box
@@ -167,7 +174,7 @@ def check_view(view, seen):
         for j in range(columns):
             x, wide = middle(left + (right - left) * torch.tensor([j, j + 1]) / columns)
             y, high = middle(top + (bottom - top) * torch.tensor([i, i + 1]) / rows)
-            expected = torch.stack((x, y, torch.ones(()))) * wide * high
+            expected = torch.stack((x, y, torch.tensor(blue))) * wide * high
             # Processors pad by whole pixels, of which a cell here is 14 high.
             bound = 0.02 if wide * high == 1 else 1 / 14
             torch.testing.assert_close(seen[view.tokens[i, j]], expected, atol=bound, rtol=0)
@@ -251,6 +258,80 @@ def test_pictures_among_others_are_padded_in_onevision():
         (view,) = picture.views
         assert view.box[1 - index] < 0 < 1 < view.box[3 - index]
         check_view(view, seen[17 * index : 17 * index + 17])
+
+
+def video_of(family, frames):
+    """What the model is given of a video: its processors make it as those of pictures do, and need
+    a package that is not here."""
+    if family != "qwen2_5_vl":
+        processor = PROCESSORS["llava" if family == "llava_next_video" else "llava squeezed"]
+        return {"pixel_values_videos": processor(frames, return_tensors="pt")["pixel_values"][None]}
+    pictures = [PROCESSORS[family](frame, return_tensors="pt") for frame in frames]
+    patches = [p["pixel_values"].view(-1, 3, 2, 16)[:, :, 0] for p in pictures]
+    pairs = [torch.stack(pair, 2) for pair in zip(patches[::2], patches[1::2], strict=True)]
+    _, high, wide = pictures[0]["image_grid_thw"][0].tolist()
+    return {
+        "pixel_values_videos": torch.cat(pairs).flatten(1),
+        "video_grid_thw": torch.tensor([[len(pairs), high, wide]]),
+    }
+
+
+FRAMES = {  # their size, and tokens of the video
+    "qwen2_5_vl": ((48, 64), 2 * 48),
+    "llava_onevision": ((90, 140), 4 * 4 + 1),
+    "llava_next_video": ((90, 140), 4 * 4),
+    "llava_next_video strided": ((90, 140), 4 * 1),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", FRAMES)
+def test_cells_show_their_part_of_the_frame(kind):
+    """Two videos of four frames, a bluer one each, and a picture before them."""
+    family, (size, tokens) = kind.split()[0], FRAMES[kind]
+    frames = [gradient(*size, blue=(i + 1) / 4) for i in range(4)]
+    video, model, parts = video_of(family, frames), model_of(family), model_of(family)
+    for one in (model, parts):
+        if "strided" in kind:  # one column and one row are left over
+            one.config.spatial_pool_stride = 3
+            one.model.vision_resampler.pool = nn.AvgPool2d(3, 3)
+    if family == "qwen2_5_vl":
+        patches = video["pixel_values_videos"].view(-1, 4, 3, 32)
+        seen = patches.mean((1, 3))
+    else:
+        colours(model, family, processed(family, [gradient(56, 112)])[0])  # takes the towers out
+        seen = model.model.get_video_features(**video, return_dict=True).pooler_output[0]
+    assert len(seen) == tokens
+    picture = processed(family, [gradient(56, 112)])[0]
+    (count,) = [len(x) for x in parts.model.get_image_features(**picture).pooler_output]
+    ids = torch.tensor([[1, *[IMAGE] * count, 5, *[VIDEO] * tokens, 6, *[VIDEO] * tokens]])
+    inputs = {k: torch.cat((v, v)) for k, v in video.items()} | picture | {"input_ids": ids}
+    processor = SimpleNamespace(
+        image_processor=PROCESSORS[family], video_processor=PROCESSORS["llava"]
+    )
+    first, *grids = picture_grids(
+        parts, inputs, images=[gradient(56, 112)], videos=[frames, frames], processor=processor
+    )
+    assert first.frames is None and first.columns.tolist() == list(range(1, count + 1))
+    together = 2 if family == "qwen2_5_vl" else 1
+    assert [(grid.video, list(grid.frames)) for grid in grids] == [
+        (video, list(range(i, i + together))) for video in (0, 1) for i in range(0, 4, together)
+    ]
+    assert (
+        torch.cat([grid.columns for grid in grids]).tolist()
+        == (ids[0] == VIDEO).nonzero()[:, 0].tolist()
+    )
+    for index, grid in enumerate(grids[: len(grids) // 2]):
+        (view,) = grid.views
+        shown = seen[grid.columns - grids[0].columns[0]]
+        blue = sum((i + 1) / 4 for i in grid.frames) / together
+        check_view(view, shown, blue)
+        newlines = int(kind == "llava_onevision" and index == 3)
+        assert (shown == NEWLINE).all(1).sum() == newlines
+    with pytest.raises(ValueError, match="videos: expected the 2 videos of inputs, got 1"):
+        picture_grids(parts, inputs, videos=[frames])
+    with pytest.raises(ValueError, match="of whole frames|for 1 of 8 frames"):
+        picture_grids(parts, inputs | {"input_ids": ids[:, :-1]})
 
 
 @torch.no_grad()

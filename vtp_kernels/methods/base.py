@@ -119,6 +119,11 @@ class Method(ABC):
         its tokens to CLS, "attention" that they get from it, or nothing."""
         return None
 
+    def needs_units(self) -> bool:
+        """Whether `decide` asks which picture or frame a visual token is of: `rows.unit`. It is
+        then found out when a call begins, where the host waits anyway."""
+        return False
+
     def forgetful_layers(self, depth: int) -> Sequence[int]:
         """Layers whose KV cache loses all visual rows once the prompt has been read."""
         return ()

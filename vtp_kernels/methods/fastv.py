@@ -19,10 +19,13 @@ class FastV(ScheduledMethod, key="fastv"):
         At least 1: the ranking is the attention of layer - 1, mean over heads.
     keep : int | float
         Count, or share of the prompt's visual tokens.
+    per : "prompt" | "picture" | "frame"
+        What `keep` is of, as in `Schedule`.
     """
 
     layer: int = 2
     keep: int | float = 0.5
+    per: str = "prompt"
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -30,6 +33,6 @@ class FastV(ScheduledMethod, key="fastv"):
 
     @classmethod
     def from_spec(cls, arguments: str) -> FastV:
-        """`LAYER[:KEEP]`"""
-        layer, *keep = arguments.split(":", 1)
-        return cls(int(layer), *map(parse_keep, keep))
+        """`LAYER[:KEEP[:PER]]`"""
+        layer, *rest = arguments.split(":", 2)
+        return cls(int(layer), *map(parse_keep, rest[:1]), *rest[1:])

@@ -22,10 +22,13 @@ class PyramidDrop(ScheduledMethod, key="pyramiddrop"):
         Ascending; the default are the quarters of a 32-layer model.
     keep : tuple of int | float
         One per layer; shares are of the tokens the prompt came with, not of the stage before.
+    per : "prompt" | "picture" | "frame"
+        What `keep` is of, as in `Schedule`.
     """
 
     layers: tuple[int, ...] = (8, 16, 24)
     keep: tuple[int | float, ...] = (0.5, 0.25, 0.125)
+    per: str = "prompt"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", as_tuple(self.layers, "PyramidDrop.layers"))
@@ -47,6 +50,7 @@ class PyramidDrop(ScheduledMethod, key="pyramiddrop"):
 
     @classmethod
     def from_spec(cls, arguments: str) -> PyramidDrop:
-        """`8=0.5,16=0.25,24=0.125`"""
-        pairs = parse_pairs(arguments)
-        return cls(tuple(pairs), tuple(pairs.values()))
+        """`8=0.5,16=0.25,24=0.125[:PER]`"""
+        text, *per = arguments.split(":", 1)
+        pairs = parse_pairs(text)
+        return cls(tuple(pairs), tuple(pairs.values()), *per)

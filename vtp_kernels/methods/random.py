@@ -23,11 +23,14 @@ class RandomPruning(ScheduledMethod, key="random"):
     keep : int | float
         Count, or share of the prompt's visual tokens.
     seed : int
+    per : "prompt" | "picture" | "frame"
+        What `keep` is of, as in `Schedule`.
     """
 
     layer: int = 0
     keep: int | float = 0.5
     seed: int = 0
+    per: str = "prompt"
     score: ClassVar[str] = "random"
 
     @property
@@ -36,7 +39,7 @@ class RandomPruning(ScheduledMethod, key="random"):
 
     @classmethod
     def from_spec(cls, arguments: str) -> RandomPruning:
-        """`KEEP[:LAYER[:SEED]]`"""
-        keep, *rest = arguments.split(":")
-        layer, seed = [*map(int, rest), *(0, 0)[len(rest) :]]
-        return cls(layer, parse_keep(keep), seed)
+        """`KEEP[:LAYER[:SEED[:PER]]]`"""
+        keep, *rest = arguments.split(":", 3)
+        layer, seed = [*map(int, rest[:2]), *(0, 0)[len(rest) :]]
+        return cls(layer, parse_keep(keep), seed, *rest[2:])

@@ -12,6 +12,7 @@ from vtp_kernels._shown import shown
 from .base import Method
 from .budget import check_keep, check_layer, visual_budget
 from .checks import check_depth
+from .per import check_per, groups
 from .scorers import SCORERS
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ __all__ = ["Schedule", "ScheduledMethod", "Stage"]
 
 
 class Stage(NamedTuple):
-    """From `layer` on, `keep` of the prompt's visual tokens are left.
+    """From `layer` on, `keep` of the visual tokens are left, of a prompt's or of each picture's.
 
     The fields are the settings these came from, for error messages.
     """
@@ -35,11 +36,13 @@ class Stage(NamedTuple):
 class ScheduledMethod(Method):
     """A method whose layers and counts are known beforehand; only which tokens stay is not.
 
-    Subclasses give `stages`, and may set `score` (a key of SCORERS) and `seed`.
+    Subclasses give `stages`, and may set `score` (a key of SCORERS), `seed` and `per` (what each
+    budget is for, one of PER).
     """
 
     score: str = "last_token"
     seed: int = 0
+    per: str = "prompt"
 
     @property
     @abstractmethod
@@ -54,6 +57,7 @@ class ScheduledMethod(Method):
             )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"{owner}.seed: expected an int, got {shown(self.seed)}")
+        check_per(self.per, f"{owner}.per")
         before: Stage | None = None
         for stage in self.stages:
             check_layer(stage.layer, stage.layer_field)
@@ -80,8 +84,13 @@ class ScheduledMethod(Method):
         for stage in self.stages:
             check_depth(stage.layer, depth, stage.layer_field)
 
+    def needs_units(self) -> bool:
+        return self.per != "prompt"
+
     def decide(self, layer: int, rows: PromptRows) -> Kept:
         keep = next(stage.keep for stage in self.stages if stage.layer == layer)
+        if self.per != "prompt":
+            return self._of_each(rows, keep)
         pairs = list(zip(rows.visual_at_start, rows.visual_now, strict=True))
         counts = [min(visual_budget(keep, at_start), now) for at_start, now in pairs]
         if all(count in (0, now) for count, (_, now) in zip(counts, pairs, strict=True)):
@@ -90,6 +99,22 @@ class ScheduledMethod(Method):
         if scorer.attending is not None:
             return rows.keep_attended(counts, *scorer.attending(rows))
         return rows.keep_visual(counts, scorer.score(rows, self.seed))
+
+    def _of_each(self, rows: PromptRows, keep: int | float) -> Kept:
+        group, at_start = groups(rows, self.per)
+        there = rows.memory.get("left of each", at_start)
+        counts = [
+            [min(visual_budget(keep, n), now) for n, now in zip(*of_prompt, strict=True)]
+            for of_prompt in zip(at_start, there, strict=True)
+        ]
+        rows.memory["left of each"] = counts
+        choice = any(
+            0 < count < now
+            for of_prompt in zip(counts, there, strict=True)
+            for count, now in zip(*of_prompt, strict=True)
+        )
+        scores = SCORERS[self.score].score(rows, self.seed) if choice else None
+        return rows.keep_of_each(group, there, counts, scores)
 
 
 @dataclass(frozen=True)
@@ -108,11 +133,18 @@ class Schedule(ScheduledMethod, key="schedule"):
         prompt token; or chance.
     seed : int
         For score="random".
+    per : "prompt" | "picture" | "frame"
+        What `keep` is of: all visual tokens of the prompt; those of each picture, and of each
+        video, by itself; or those of each picture and each frame, so that every moment of a video
+        keeps equally much. Every budget is rounded by itself, halves up. Frames that the model
+        merges (two and two in Qwen) are one. Frames of InternVL and SmolVLM come as pictures. The
+        methods' papers rank the tokens of a whole prompt; the other two are ours.
     """
 
     keep: Mapping[int, int | float]
     score: str = "last_token"
     seed: int = 0
+    per: str = "prompt"
 
     def __post_init__(self) -> None:
         if not isinstance(self.keep, Mapping):
@@ -131,9 +163,10 @@ class Schedule(ScheduledMethod, key="schedule"):
 
     @classmethod
     def from_spec(cls, arguments: str) -> Schedule:
-        """`2=0.5,4=0.1[:score]`"""
-        pairs, _, score = arguments.partition(":")
-        return cls(parse_pairs(pairs), score=score or "last_token")
+        """`2=0.5,4=0.1[:SCORE[:PER]]`"""
+        pairs, *rest = arguments.split(":")
+        score, per = [*rest, *("last_token", "prompt")[len(rest) :]]
+        return cls(parse_pairs(pairs), score=score or "last_token", per=per)
 
 
 def parse_pairs(text: str) -> dict[int, int | float]:

@@ -14,16 +14,17 @@ __all__ = ["load_method", "method", "method_from_spec", "method_of"]
 
 FORMS = """\
   none                                the model as it is
-  fastv[:LAYER[:KEEP]]                fastv:2:0.5
+  fastv[:LAYER[:KEEP[:PER]]]          fastv:2:0.5
   lvpruning[:FOLDER[:RATIO,...]]      lvpruning:deciders:0.6,0.4,0.2
-  pyramiddrop[:LAYER=KEEP,...]        pyramiddrop:8=0.5,16=0.25,24=0.125
-  random[:KEEP[:LAYER[:SEED]]]        random:0.22
-  schedule:LAYER=KEEP,...[:SCORE]     schedule:2=0.5,4=0.1
+  pyramiddrop[:LAYER=KEEP,...[:PER]]  pyramiddrop:8=0.5,16=0.25,24=0.125
+  random[:KEEP[:LAYER[:SEED[:PER]]]]  random:0.22
+  schedule:LAYER=KEEP,...[:SCORE[:PER]]
+                                      schedule:2=0.5,4=0.1:text:frame
   visipruner[:FIELD=VALUE,...]        visipruner:fusion_threshold=0.99,stages=middle+deep
   inflection[:FIELD=VALUE,...]        inflection:source=attention,llm_layers=2+4,visual_keep=knee
   PATH.json                           a file written by method.save(path)
   MODULE:CLASS[:FIELD=VALUE,...]      one of your own: my_package.my_methods:KeepLongest:keep=64
-KEEP is a count (64) or a share of the visual tokens (0.5)."""
+KEEP is a count (64) or a share (0.5) of the visual tokens, PER prompt, picture or frame."""
 
 
 def load_method(path: str | Path) -> Method:

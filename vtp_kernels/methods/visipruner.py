@@ -180,6 +180,9 @@ class VisiPruner(Method, key="visipruner"):
     def forgetful_layers(self, depth: int) -> tuple[int, ...]:
         return tuple(range(self.shallow_layers)) if self.drop_shallow_kv else ()
 
+    def needs_units(self) -> bool:
+        return self.schedule is not None and self.schedule.needs_units()
+
     def check_model(self, depth: int) -> None:
         if self.shallow_layers and ("shallow" in self.stages or self.drop_shallow_kv):
             check_depth(self.shallow_layers - 1, depth, "VisiPruner.shallow_layers")

@@ -31,6 +31,8 @@ class Plan(NamedTuple):
     makes them, has fewer than others."""
     sees_pictures: bool
     """Whether decisions look at what the vision tower saw."""
+    needs_units: bool
+    """Whether they ask which picture or frame a visual token is of."""
 
     @classmethod
     def of(cls, method: Method, depth: int, linear: frozenset[int]) -> Plan:
@@ -48,4 +50,5 @@ class Plan(NamedTuple):
             changing=decisions | forgetful | passive.keys() | linear | behind | {0},
             uneven=bool(forgetful) or any(x.leaves_one for x in passive.values()),
             sees_pictures=method.vision_source() is not None,
+            needs_units=method.needs_units(),
         )

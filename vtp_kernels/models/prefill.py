@@ -113,6 +113,8 @@ class Prefill:
         self.blocks: Blocks | None = parts.blocks(arguments)
         self._read(visual, valid, past_valid)
         check_further_turn(parts, self.past, batch, self.valid is not None)
+        if self.plan.needs_units:
+            self._tell_units_apart(visual)
 
         self.visual = self.prompt_visual = visual
         self.prompt_valid = self.valid
@@ -178,6 +180,16 @@ class Prefill:
         self.visual_now: Counts = list(self.visual_at_start)
         self.text: Text | None = None
         self.one: OneVisual | None = None
+
+    def _tell_units_apart(self, visual: Tensor) -> None:
+        """Here, before anything runs, and right behind the one read, for this reads too."""
+        try:
+            self.units.counts(visual)
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                f"{self.parts.family} cannot run {self.method} on this input, which asks which "
+                f"picture or frame a visual token is of: {error}"
+            ) from error
 
     # ---- called by the hooks, layer by layer --------------------------------------------------
 
@@ -456,6 +468,7 @@ class Prefill:
             past_valid=past_valid,
             sight=self._sight(layer - 1, past) if self.observation is not None else None,
             vision=self._vision(layer),
+            units=self.units,
             backends=self.backends,
         )
 

@@ -16,17 +16,18 @@ from vtp_kernels.ops import (
     select_topk,
     token_contribution,
 )
-from vtp_kernels.ops._checks import BOOL, integer, tensor
+from vtp_kernels.ops._checks import BOOL, INT64, integer, tensor
 from vtp_kernels.ops._dispatch import FLOATS
 from vtp_kernels.ops.attention_topk import run as run_attention_topk
 from vtp_kernels.selection import Selection
 
 from .backends import Backends
-from .counts import Counts, added, on_device, on_host
+from .counts import Counts, added, moved, on_device, on_host
 from .facts import Fact, asked_stay, check_fit, demand, equal, host_counts
 from .masks import valid_keys
 from .observation import Observation
 from .reach import Reach
+from .units import Unit, Units
 from .vision import PromptVision
 
 __all__ = ["KINDS", "Kept", "PromptRows", "Sight", "rows_of"]
@@ -101,6 +102,15 @@ class PromptRows:
         Keys that came before these rows, in the layer that was observed.
     vision : PromptVision or None
         What the vision tower saw, for methods that ask for it.
+    units : list of lists of Unit
+        The pictures and frames of each prompt, in the order in which they stand in it.
+    unit : int64 [B, S]
+        For visual rows: which of these they are of; -1 for all others.
+    unit_counts : list of lists of int
+        Visual rows of each when the prompt came in.
+
+    Whoever asks for the last three says so by `needs_units`; else the first to ask waits for the
+    GPU. They raise NotImplementedError where a family's inputs do not tell.
     """
 
     def __init__(
@@ -123,6 +133,7 @@ class PromptRows:
         past_valid: Tensor | None,
         sight: Sight | None,
         vision: PromptVision | None,
+        units: Units,
         backends: Backends,
     ) -> None:
         self.hidden = hidden
@@ -141,6 +152,7 @@ class PromptRows:
         self.memory = memory
         self.past = past
         self.vision = vision
+        self._units = units
         self.asker = "decide"  # who is at fault where something cannot be
         self.made: list[Kept] = []  # what is known to be possible
         self._past_valid, self._sight = past_valid, sight
@@ -150,6 +162,23 @@ class PromptRows:
     @property
     def visual_ordinal(self) -> Tensor:
         return (self._prompt_visual.cumsum(1) - 1).gather(1, self.origin)
+
+    def moved(self, x: Tensor) -> Tensor:
+        """A tensor of the CPU where the rows are, without waiting for the GPU."""
+        return moved(x, self.visual.device)
+
+    @property
+    def units(self) -> list[list[Unit]]:
+        return self._units.all
+
+    @property
+    def unit(self) -> Tensor:
+        numbers = self._units.numbers(self.origin.device).gather(1, self.origin)
+        return numbers.masked_fill(~self.visual, -1)
+
+    @property
+    def unit_counts(self) -> list[list[int]]:
+        return self._units.counts(self._prompt_visual)
 
     def attention_scores(
         self,
@@ -421,6 +450,64 @@ class PromptRows:
             backend=self._backend,
         )
         return self._made(Kept(selection, text, counts))
+
+    def keep_of_each(
+        self, group: Tensor, there: list[list[int]], counts: list[list[int]], scores: Tensor | None
+    ) -> Kept:
+        """Keep all text, and of each group of visual tokens the best: of group g of prompt b, which
+        has `there[b][g]` rows, `counts[b][g]`.
+
+        group int64 [B, S]: of every visual row, by the number that it has in these lists. scores:
+        float32 [B, S]; None where no group has a choice to make. Equal scores: the earlier token
+        stays; what is not a number ranks last. Raises ValueError for counts that exceed what is
+        there; what of it the host cannot know stops the GPU.
+        """
+        where = f"{self.asker}: keep_of_each"
+        batch, width = self.visual.shape
+        tensor(f"{where}: group", group, "B, S", (batch, width), INT64, self.visual.device)
+        total = [sum(of_prompt) for of_prompt in counts]
+        for b, (some, most) in enumerate(zip(counts, there, strict=True)):
+            check_fit(f"{where}, prompt {b}, group", KINDS[1], some, most)
+        sizes = [n for of_prompt in there for n in of_prompt]
+        if not any(total) or counts == there:
+            return self.keep_visual(total, None)
+        if scores is None:
+            scores = torch.zeros(batch, width, device=group.device)
+        rows = self._rows_of_groups(where, group, there)
+        here = torch.arange(max(sizes), device=group.device)
+        here = here < moved(torch.tensor(sizes), group.device)[:, None]
+        best = select_topk(
+            scores.flatten()[rows],
+            on_device([n for of_prompt in counts for n in of_prompt], group.device),
+            candidates=here,
+            capacity=max(n for of_prompt in counts for n in of_prompt),
+            backend=self._backend,
+        )
+        chosen = rows_of(best, max(sizes))
+        stays = self.visual.new_zeros(batch * width + 1)
+        stays[torch.where(chosen, rows, batch * width)] = True
+        return self.keep_where(stays[:-1].view(batch, width) & self.visual, total)
+
+    def _rows_of_groups(self, where: str, group: Tensor, there: list[list[int]]) -> Tensor:
+        """int64 [G, N]: the rows of each group of each prompt, in order, counted over the batch;
+        behind the last of them any."""
+        batch, width = self.visual.shape
+        # Sorted by group each is a stretch, with what is in none behind the last.
+        most = max(map(len, there))
+        key = torch.where(self.visual, group, most)
+        order = key.argsort(dim=1, stable=True)
+        found = torch.zeros(batch, most + 1, dtype=torch.int64, device=group.device)
+        found.scatter_add_(1, key.clamp(0, most), torch.ones_like(key))
+        said = torch.tensor([[*some, *[0] * (most - len(some))] for some in there])
+        same = (found[:, :most] == moved(said, group.device)).all(1)
+        demand(where, Fact(same, lambda b: f"groups have not {there[b]} rows"))
+        starts = [
+            b * width + sum(some[:g]) for b, some in enumerate(there) for g in range(len(some))
+        ]
+        order = order + torch.arange(batch, device=group.device)[:, None] * width
+        place = torch.arange(max(map(max, filter(None, there))), device=group.device)
+        place = moved(torch.tensor(starts), group.device)[:, None] + place
+        return order.flatten()[place.clamp(max=batch * width - 1)]
 
     def keep_attended(
         self, counts: list[int], rows: slice, query_valid: Tensor | None = None

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .counts import moved
 from .encoding import outlines_of
 from .families import ModelParts
 from .looks import Given, Looks
@@ -52,6 +53,8 @@ class Units:
         are remembered."""
         self._parts, self._placeholders = parts, placeholders
         self._outlines = outlines_of(arguments)
+        self._counts: list[list[int]] | None = None
+        self._numbers: Tensor | None = None
 
     @property
     def videos(self) -> bool:
@@ -78,6 +81,16 @@ class Units:
                 found[unit.prompt].append(unit)
         return [sorted(units, key=lambda unit: int(unit.columns[0])) for units in found]
 
+    def counts(self, visual: Tensor) -> list[list[int]]:
+        """How many visual rows each unit of each prompt has, of the prompts' own bool [B, S]. A row
+        whose logits are asked for is none of them. The first to ask reads these."""
+        if self._counts is None:
+            rows = visual.cpu()
+            self._counts = [
+                [int(rows[unit.prompt, unit.columns].sum()) for unit in units] for units in self.all
+            ]
+        return self._counts
+
     @cached_property
     def columns(self) -> Tensor:
         """int64 [B, S], on the CPU: the number of each column's unit among those of its prompt; -1
@@ -87,6 +100,12 @@ class Units:
             for number, unit in enumerate(units):
                 numbers[prompt, unit.columns] = number
         return numbers
+
+    def numbers(self, device: torch.device) -> Tensor:
+        """`columns` on a device."""
+        if self._numbers is None:
+            self._numbers = moved(self.columns, device)
+        return self._numbers
 
 
 def _frames(looks: Sequence[Looks], rows: Tensor) -> list[Unit]:

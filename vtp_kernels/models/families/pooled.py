@@ -28,7 +28,8 @@ def pooled_frames(
     for video, count in enumerate(counts):
         place = WHOLE
         if box is not None:
-            place = box(None if given.frame_sizes is None else given.frame_sizes[video])
+            sizes = given.frame_sizes
+            place = box(sizes[video] if sizes is not None and video < len(sizes) else None)
         views = (View("whole", cells(side, side), place),)
         for frame in range(count):
             more = newlines if frame == count - 1 else 0
