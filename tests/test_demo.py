@@ -124,6 +124,18 @@ def test_run_says_what_is_wrong_in_one_line(capsys, tmp_path, arguments, message
     assert code == 2 and len(lines) == 1 and message in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "--image, --video: expected at least one of them"),
+        (["--video", "none"], "video: no such file or folder: 'none'"),
+    ],
+)
+def test_run_wants_a_picture_or_a_video(capsys, files, message):
+    code, _, error = run(capsys, "run", "--model", "none", "--prompt", "what", *files)
+    assert code == 2 and error.splitlines()[-1] == f"vtp-kernels run: {message}"
+
+
 def test_info(capsys):
     code, text, _ = run(capsys, "info")
     assert code == 0 and "attention_scores" in text

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vtp_kernels.pictures import check_writable, load_image
+from vtp_kernels.pictures import check_writable, load_frames, load_image
 
 HALVES = Image.new("RGB", (40, 20), "red")
 HALVES.paste("blue", (20, 0, 40, 20))  # red on the left, blue on the right
@@ -176,3 +176,49 @@ def test_where_a_picture_can_be_written(tmp_path):
         with pytest.raises(kind) as error:
             check_writable(path, "--out")
         one_line(error, "--out: ", words, os.fspath(path))
+
+
+# --- frames of videos ---------------------------------------------------------------------------
+
+
+def shades(frames):
+    return [frame.getpixel((0, 0))[0] for frame in frames]
+
+
+GREYS = [Image.new("L", (8, 8), 20 * i) for i in range(12)]
+
+
+def test_frames_of_a_folder_come_by_their_numbers(tmp_path):
+    for index, frame in enumerate(GREYS):
+        frame.save(tmp_path / f"frame{index}.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    frames = load_frames(tmp_path)
+    assert shades(frames) == [20 * i for i in range(12)]
+    assert all(frame.mode == "RGB" for frame in frames)
+    assert shades(load_frames(tmp_path, most=4)) == [20, 80, 140, 200]
+    assert len(load_frames(tmp_path, most=12)) == len(load_frames(tmp_path, most=99)) == 12
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
+def test_frames_of_a_picture_that_moves(tmp_path, suffix):
+    path = tmp_path / f"moving.{suffix}"
+    lossless = {"lossless": True} if suffix == "webp" else {}
+    GREYS[0].save(path, save_all=True, append_images=GREYS[1:], **lossless)
+    assert shades(load_frames(path)) == [20 * i for i in range(12)]
+    assert shades(load_frames(str(path), most=3)) == [40, 120, 200]
+
+
+def test_what_is_no_video_is_refused_in_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="video: no such file or folder"):
+        load_frames(tmp_path / "none.gif")
+    (tmp_path / "film.mp4").write_bytes(b"\0\0\0\x18ftypmp42 and so on")
+    with pytest.raises(
+        ValueError, match=r"film.mp4' is no moving picture .* write its frames into"
+    ):
+        load_frames(tmp_path / "film.mp4")
+    GREYS[0].save(tmp_path / "still.png")
+    with pytest.raises(ValueError, match=r"expected frames, .*still.png' has 1; one is a picture"):
+        load_frames(tmp_path / "still.png")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"expected frames, .*empty' has 0"):
+        load_frames(tmp_path / "empty")

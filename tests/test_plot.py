@@ -3,6 +3,7 @@
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -160,6 +161,66 @@ def test_pictures_that_do_not_fit_are_refused(white, wide):
         with pytest.raises(ValueError, match="image: the visual tokens stand in 3 places"):
             plot.tokens(images, {2: kept[2][:1]}, visual=visual)
     assert plot.tokens([white] * 3, {2: kept[2][:1]}, visual=visual).height > 3 * plot.PANEL
+
+
+@pytest.fixture
+def moving():
+    """A picture of four tokens, then ten frames of four in five grids, in prompt 1."""
+    corners = View("whole", torch.arange(4).view(2, 2))
+    grids = [PictureGrid(1, torch.arange(1, 5), (corners,))]
+    for t in range(5):
+        columns = torch.arange(6 + 5 * t, 10 + 5 * t)  # a timestamp before each
+        grids.append(PictureGrid(1, columns, (corners,), 0, range(2 * t, 2 * t + 2)))
+    return grids
+
+
+def test_frames_are_drawn_on_a_sheet_for_each_layer(white, moving):
+    kept = torch.ones(2, 30, dtype=torch.bool)
+    kept[1, 7] = kept[1, 28] = False  # second cell of the first grid, third of the last
+    frames = [Image.new("RGB", (64, 32), "white")] * 10
+    layers = {2: torch.ones(2, 30, dtype=torch.bool), 3: kept}
+    drawn = plot.tokens([white, frames], layers, grids=moving, sample=1)
+    panels, sheet = plot.PANEL + plot.CAPTION + plot._GAP, 2 * plot.CAPTION + 56 + plot._GAP
+    assert drawn.height == panels + 2 * sheet
+    for number, mask in enumerate(layers.values()):
+        for index in range(5):
+            for cell, stays in enumerate(mask[1, moving[1 + index].columns].tolist()):
+                x = index * (plot.FRAME + plot._GAP) + (cell % 2 + 0.5) * plot.FRAME / 2
+                y = panels + number * sheet + 2 * plot.CAPTION + (cell // 2 + 0.5) * 28
+                assert (drawn.getpixel((int(x), int(y)))[0] == 255) == stays
+    # Frames that are left over, or all of them: the first of each pair is drawn.
+    assert plot.tokens([white, frames[:9]], layers, grids=moving, sample=1).size == drawn.size
+
+
+def test_frames_that_do_not_fit_are_refused(white, moving):
+    kept = {2: torch.ones(2, 30, dtype=torch.bool)}
+    for pictures, message in (
+        ([white, [white] * 8], "number 2 in the prompt is a video of 10 frames, got 8 frames"),
+        ([white, [white] * 11], "number 2 in the prompt is a video of 10 frames, got 11 frames"),
+        ([white, white], "number 2 in the prompt is a video of 10 frames, got a picture"),
+        ([[white] * 9, [white] * 9], "number 1 in the prompt is a picture, got frames"),
+        ([white] * 11, "expected the 2 pictures of the prompt, got 11; a video is a sequence"),
+    ):
+        with pytest.raises(ValueError, match=f"image: {message}"):
+            plot.tokens(pictures, kept, grids=moving, sample=1)
+    with pytest.raises(ValueError, match="grids: which token shows which frame"):
+        plot.tokens([white, [white] * 10], kept)
+
+
+def test_tokens_kept_over_time(tmp_path):
+    units = [
+        {"prompt": 0, "video": 0, "frames": [f], "tokens": 8, "kept": {2: 8 - f, 4: f}}
+        for f in range(8)
+    ]
+    report = SimpleNamespace(units=units, kept={2: None, 4: None})
+    drawn = plot.over_time(report, tmp_path / "time.png")
+    assert Image.open(tmp_path / "time.png").size == drawn.size
+    dark = np.asarray(drawn.convert("L")) < 40  # the last layer's line alone, and the words
+    rows = [dark[plot.CAPTION + 4 :, x].nonzero()[0] for x in range(20, drawn.width - 20, 54)]
+    heights = [int(found.mean()) for found in rows]
+    assert heights == sorted(heights, reverse=True) and heights[0] > heights[-1] + 100
+    with pytest.raises(ValueError, match="report: no frames of a video 1 in prompt 0"):
+        plot.over_time(report, video=1)
 
 
 def test_errors_name_the_argument(white, tmp_path):

@@ -3,14 +3,23 @@
 import torch
 
 
-def chat_inputs(processor, images: list, prompts: list[str]):
+def chat_inputs(
+    processor,
+    images: list,
+    prompts: list[str],
+    videos: list | None = None,
+    frames_a_second: float | None = None,
+):
     """Model inputs, one question a row, padded on the left as generation needs it.
 
-    `images` has one picture a row, or a list of those that come before the question. The
-    processor's own chat template is used, or LLaVA-1.5's "USER: <image> ... ASSISTANT:".
+    `images` has one picture a row, or a list of those that come before the question; `videos` a
+    list of videos a row, which come behind these, each a list of frames. `frames_a_second` is for
+    models that are told when a frame was; None: what the processor takes it for. The processor's
+    own chat template is used, or LLaVA-1.5's "USER: <image> ... ASSISTANT:".
     """
     rows = [list(row) if isinstance(row, (list, tuple)) else [row] for row in images]
-    asked = list(zip(rows, prompts, strict=True))
+    clips = [[] for _ in rows] if videos is None else videos
+    asked = list(zip(rows, clips, prompts, strict=True))
     if getattr(processor, "chat_template", None):
         texts = [
             processor.apply_chat_template(
@@ -18,24 +27,42 @@ def chat_inputs(processor, images: list, prompts: list[str]):
                     {
                         "role": "user",
                         "content": [{"type": "image"}] * len(row)
+                        + [{"type": "video"}] * len(clip)
                         + [{"type": "text", "text": prompt}],
                     }
                 ],
                 add_generation_prompt=True,
             )
-            for row, prompt in asked
+            for row, clip, prompt in asked
         ]
     else:
-        line = f"{processor.image_token}\n"
-        texts = [f"USER: {line * len(row)}{prompt} ASSISTANT:" for row, prompt in asked]
+        texts = [
+            f"USER: {_lines(processor, 'image', row)}{_lines(processor, 'video', clip)}{prompt} "
+            "ASSISTANT:"
+            for row, clip, prompt in asked
+        ]
     processor.tokenizer.padding_side = "left"
-    single = all(len(row) == 1 for row in rows)
-    return processor(
-        images=[row[0] for row in rows] if single else rows,
-        text=texts,
-        return_tensors="pt",
-        padding=True,
-    )
+    given = {}
+    if any(rows):
+        single = all(len(row) == 1 for row in rows)
+        given["images"] = [row[0] for row in rows] if single else rows
+    if any(clips):
+        # The frames are those that the model is to see.
+        shown = [video for clip in clips for video in clip]
+        given |= {"videos": shown, "do_sample_frames": False}
+        given["video_metadata"] = [
+            {
+                "total_num_frames": len(frames),
+                "fps": frames_a_second,
+                "frames_indices": list(range(len(frames))),
+            }
+            for frames in shown
+        ]
+    return processor(**given, text=texts, return_tensors="pt", padding=True)
+
+
+def _lines(processor, kind: str, shown: list) -> str:
+    return f"{getattr(processor, f'{kind}_token')}\n" * len(shown) if shown else ""
 
 
 @torch.no_grad()

@@ -46,9 +46,27 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--image",
         type=Path,
-        required=True,
         action="append",
+        default=[],
         help="may be given several times: all of them come before each question",
+    )
+    run.add_argument(
+        "--video",
+        type=Path,
+        action="append",
+        default=[],
+        help="a folder of frames, or a picture that moves (GIF, WebP, PNG); several as --image",
+    )
+    run.add_argument(
+        "--frames",
+        type=_positive,
+        default=64,
+        help="of a longer video so many frames are taken, evenly (default: 64)",
+    )
+    run.add_argument(
+        "--frames-a-second",
+        type=float,
+        help="of those taken, for models that are told when a frame was",
     )
     run.add_argument(
         "--prompt", required=True, action="append", help="may be given several times: one batch"
@@ -164,10 +182,13 @@ def _demo(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace) -> None:
     from vtp_kernels import demo
     from vtp_kernels.methods import method_from_spec
-    from vtp_kernels.pictures import check_writable, load_image
+    from vtp_kernels.pictures import check_writable, load_frames, load_image
 
     # What can be wrong without the model is found out before it is loaded.
+    if not args.image and not args.video:
+        raise ValueError("--image, --video: expected at least one of them")
     method, images = method_from_spec(args.method), [load_image(path) for path in args.image]
+    videos = [load_frames(path, args.frames) for path in args.video]
     check_writable(args.out, "--out")
     demo.device_of(args.device)
     model, processor = demo.load(args.model, device=args.device, dtype=args.dtype)
@@ -180,6 +201,8 @@ def _run(args: argparse.Namespace) -> None:
         max_new_tokens=args.max_new_tokens,
         repeats=args.repeats,
         picture=args.out,
+        videos=videos,
+        frames_a_second=args.frames_a_second,
     )
     _print(comparison, args.json)
 

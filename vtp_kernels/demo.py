@@ -10,6 +10,7 @@ import os
 import statistics
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -96,6 +97,8 @@ def compare(
     max_new_tokens: int = 32,
     repeats: int = 9,
     picture: str | os.PathLike | None = None,
+    videos: Sequence = (),
+    frames_a_second: float | None = None,
 ) -> Comparison:
     """Answers every prompt about the same pictures in one batch, dense and with each method.
 
@@ -113,10 +116,14 @@ def compare(
             ratios to the dense prefill of the same turn.
         picture: where to write the PNG of what was kept for the first prompt. Where it is not known
             which token shows what, none is written, and the comparison says why.
+        videos: sequences of frames, paths or PIL images: all of them come behind the pictures, of
+            which there may then be none.
+        frames_a_second: of the videos, for models that are told when a frame was; None: what the
+            processor takes it for.
 
     Raises:
         ValueError, TypeError, NotImplementedError: the model, or one of the methods in it, is not
-            supported; there is no question, or no picture.
+            supported; there is no question, or no picture and no video.
         OSError: a picture cannot be read, or `picture` cannot be written.
     """
     if not prompts:
@@ -126,14 +133,18 @@ def compare(
     for method in (Schedule({}), *methods.values()):
         prune(model, method).remove()
     images = image if isinstance(image, (list, tuple)) else [image]
-    if not images:
-        raise ValueError("image: expected at least one picture, got none")
+    if not images and not videos:
+        raise ValueError("image: expected at least one picture or video, got none")
     loaded = [load_image(one) for one in images]
-    inputs = chat_inputs(processor, [loaded] * len(prompts), prompts).to(model.device)
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    clips = [[load_image(frame) for frame in video] for video in videos]
+    asked = [loaded] * len(prompts), prompts, [clips] * len(prompts)
+    inputs = chat_inputs(processor, *asked, frames_a_second).to(model.device)
+    for name in ("pixel_values", "pixel_values_videos"):
+        if inputs.get(name) is not None:
+            inputs[name] = inputs[name].to(model.dtype)
     grids, not_drawn = None, None
     if picture is not None and methods:
-        grids, not_drawn = _grids(model, processor, inputs, loaded * len(prompts))
+        grids, not_drawn = _grids(model, processor, inputs, loaded, clips, len(prompts))
     rows, drawings = [], []
     for label, method in tqdm(
         {DENSE: None, **methods}.items(), desc="answering", leave=False, disable=None
@@ -143,7 +154,9 @@ def compare(
             if run is not None:
                 report = run.report()
                 if grids is not None:
-                    drawings.append(plot.tokens(loaded, report, grids=grids, title=label))
+                    drawings.append(
+                        plot.tokens([*loaded, *clips], report, grids=grids, title=label)
+                    )
         if run is None:
             report = _dense_report(model, inputs)
         rows.append(_row(label, answers, report, expected))
@@ -295,12 +308,30 @@ def pruned(model, method, **settings):
     return contextlib.nullcontext() if method is None else prune(model, method, **settings)
 
 
-def _grids(model, processor, inputs, images: list) -> tuple[list[PictureGrid] | None, str | None]:
-    """The grids of all pictures, or why they are not known."""
+def _grids(
+    model, processor, inputs, images: list, videos: list, copies: int
+) -> tuple[list[PictureGrid] | None, str | None]:
+    """The grids of all pictures and frames of prompts that have the same, or why they are not
+    known."""
+    come_as_pictures = bool(videos) and inputs.get("pixel_values_videos") is None
+    frames = [frame for video in videos for frame in video]
+    given = {"images": (images + frames if come_as_pictures else images) * copies or None}
+    if videos and not come_as_pictures:
+        given["videos"] = videos * copies
     try:
-        return picture_grids(model, inputs, images=images, processor=processor), None
+        grids = picture_grids(model, inputs, **given, processor=processor)
     except (NotImplementedError, ValueError) as error:
         return None, str(error)
+    if come_as_pictures:
+        of_video = [(v, f) for v, video in enumerate(videos) for f in range(len(video))]
+        number_of = [None] * len(images) + of_video
+        grids = [
+            grid
+            if place is None
+            else grid._replace(video=place[0], frames=range(place[1], place[1] + 1))
+            for grid, place in zip(grids, number_of * copies, strict=True)
+        ]
+    return grids, None
 
 
 def _dense_report(model, inputs):

@@ -1,15 +1,17 @@
-"""Picture files: read as vision towers expect them, upright RGB; and where one can be written."""
+"""Picture files: read as vision towers expect them, upright RGB; frames of videos; and where one
+can be written."""
 
 from __future__ import annotations
 
 import os
+import re
 import struct
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-__all__ = ["check_writable", "load_image"]
+__all__ = ["check_writable", "load_frames", "load_image"]
 
 #: Modes of grey pictures with more than 8 bits a pixel.
 _DEEP = ("I", "F")
@@ -47,6 +49,67 @@ def load_image(image) -> Image.Image:
         raise ValueError(_cannot_be_read(name, error)) from error
     with opened:
         return _read(opened, name)
+
+
+def load_frames(video: str | os.PathLike, most: int | None = None) -> list[Image.Image]:
+    """The frames of a video, each as `load_image` reads a picture.
+
+    Args:
+        video: a folder of pictures, in the order of the numbers in their names; or a picture that
+            moves: GIF, WebP or PNG. Other videos are for a program that writes their frames into a
+            folder: nothing here decodes them.
+        most: of more frames than that, so many are taken, evenly over the video.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: it has fewer than two frames, or cannot be read.
+    """
+    path = Path(video)
+    if path.is_dir():
+        files = sorted((x for x in path.iterdir() if _is_picture(x)), key=_number_in_name)
+        _check_several(len(files), path)
+        return [load_image(file) for file in _evenly(files, most)]
+    try:
+        opened = Image.open(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"video: no such file or folder: {str(path)!r}") from None
+    except _BROKEN as error:
+        raise ValueError(
+            f"video: {str(path)!r} is no moving picture that can be read here (GIF, WebP, PNG); "
+            "write its frames into a folder, and give that: ffmpeg -i VIDEO FOLDER/%04d.png"
+        ) from error
+    with opened:
+        count = getattr(opened, "n_frames", 1)
+        _check_several(count, path)
+        frames = []
+        for index in _evenly(range(count), most):
+            try:
+                opened.seek(index)
+                frames.append(_read(opened.copy(), f"frame {index} of {str(path)!r}"))
+            except _BROKEN as error:
+                raise ValueError(f"video: frame {index} of {str(path)!r}: {error}") from error
+        return frames
+
+
+def _is_picture(path: Path) -> bool:
+    return Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN
+
+
+def _number_in_name(path: Path) -> list[tuple[int, int | str]]:
+    """frame2 comes before frame10."""
+    parts = re.split(r"(\d+)", path.name)
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
+
+
+def _check_several(count: int, path: Path) -> None:
+    if count < 2:
+        raise ValueError(f"video: expected frames, {str(path)!r} has {count}; one is a picture")
+
+
+def _evenly(frames, most: int | None) -> list:
+    if most is None or len(frames) <= most:
+        return list(frames)
+    return [frames[int((i + 0.5) * len(frames) / most)] for i in range(most)]
 
 
 def check_writable(path: str | os.PathLike, what: str = "out") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image, ImageDraw
@@ -21,6 +21,8 @@ PANEL = 224  # pixels; the longer side of one panel
 CAPTION = 18
 _GAP = 6
 _MARGIN = 10  # around a curve
+FRAME = 112  # pixels; the longer side of a frame on a sheet of them
+FRAMES_IN_A_ROW = 8
 _DIM = 0.22  # what is left of a patch whose token is gone: the rest is black
 
 
@@ -47,11 +49,13 @@ def tokens(
     """Draws which visual tokens were kept, one panel per layer at which some left.
 
     Every picture has a row of panels; two where the model looks at it twice, as a whole and in
-    crops. What of a picture the model is not shown at all is white.
+    crops. What of a picture the model is not shown at all is white. Every video has a sheet of its
+    frames per layer, with the number of each and the share of its tokens that was kept.
 
     Args:
         image: a `PIL.Image.Image` or a path: the picture the tokens came from. A sequence of them
-            for a prompt with several, in their order.
+            for a prompt with several, in their order; a video among them is a sequence of its
+            frames, and needs `grids`. Of frames that share their tokens the first is drawn.
         kept: a report, or its `kept`: layer -> bool [B, S] over the original sequence; or bool
             [B, N] / [N] over the visual tokens alone.
         path: where to write the PNG; None writes nothing.
@@ -73,18 +77,25 @@ def tokens(
             or `sample` is not in the batch.
         OSError: the image cannot be read.
     """
-    pictures = [load_image(one) for one in _listed(image)]
+    pictures = [_loaded(one) for one in _listed(image)]
     grids = getattr(kept, "grids", None) if grids is None else grids
     kept = getattr(kept, "kept", kept)
     visual = getattr(kept, "visual", None) if visual is None else visual
     masks = {layer: _row(mask, sample) for layer, mask in sorted(kept.items())}
     if grids is None:
+        if any(isinstance(one, list) for one in pictures):
+            raise ValueError(
+                "grids: which token shows which frame of a video only the grids of "
+                "picture_grids(model, inputs) tell; pass them"
+            )
         looks = _looks_by_order(
             pictures, masks, None if visual is None else _row(visual, sample), grid
         )
+        drawn = stack([_panels_of(look, title) for look in looks])
     else:
-        looks = _looks_by_grids(pictures, masks, [x for x in grids if x.prompt == sample])
-    drawn = stack([_panels_of(look, title) for look in looks])
+        drawn = stack(
+            _drawn_by_grids(pictures, masks, [x for x in grids if x.prompt == sample], title)
+        )
     if path is not None:
         drawn.save(Path(path))
     return drawn
@@ -130,6 +141,56 @@ def curve(
     pen.line([place(rank, score) for rank, score in enumerate(scores)], fill="black", width=2)
     note = f"{count} of {selection[1].shape[1]}, {low:.3g} to {high:.3g}"
     pen.text((PANEL - _MARGIN - 6 * len(note), _MARGIN + 4), note, fill="black")
+    if path is not None:
+        sheet.save(Path(path))
+    return sheet
+
+
+def over_time(
+    report,
+    path: str | os.PathLike | None = None,
+    *,
+    sample: int = 0,
+    video: int = 0,
+) -> Image.Image:
+    """Draws how many tokens of each frame of a video were kept, a line per layer at which some
+    left, the later the darker. The left end is the first frame, the top all of a frame's tokens.
+
+    Args:
+        report: of a call with a video.
+        path: where to write the PNG; None writes nothing.
+        sample: row of the batch.
+        video: which of its videos, from 0.
+
+    Raises:
+        ValueError: the prompt has no such video, the family does not tell its frames, or nothing
+            left.
+    """
+    frames = [
+        unit
+        for unit in report.units or ()
+        if unit["prompt"] == sample and unit.get("video") == video
+    ]
+    if not frames or not report.kept:
+        raise ValueError(
+            f"report: no frames of a video {video} in prompt {sample} that tokens left, as far as "
+            "it tells"
+        )
+    sheet = Image.new("RGB", (2 * PANEL, PANEL), "white")
+    pen, wide, high = ImageDraw.Draw(sheet), 2 * (PANEL - _MARGIN), PANEL - 2 * _MARGIN - CAPTION
+    bottom = PANEL - _MARGIN
+    pen.rectangle((_MARGIN, bottom - high, _MARGIN + wide, bottom), outline="gainsboro")
+    layers = sorted(frames[0]["kept"])
+    for rank, layer in enumerate(layers):
+        points = []
+        for index, unit in enumerate(frames):  # each has a stretch of its own
+            y = bottom - high * unit["kept"][layer] / unit["tokens"]
+            points += [(_MARGIN + wide * (index + end) / len(frames), y) for end in (0, 1)]
+        shade = 160 - 160 * (rank + 1) // len(layers)
+        pen.line(points, fill=(shade, shade, shade), width=2)
+    names = ", ".join(map(str, layers))
+    shown = frames[-1]["frames"][-1] + 1
+    pen.text((_MARGIN, 4), f"{shown} frames, kept at layer {names}", fill="black")
     if path is not None:
         sheet.save(Path(path))
     return sheet
@@ -186,6 +247,13 @@ def _listed(image) -> list:
     return list(image) if isinstance(image, (list, tuple)) else [image]
 
 
+def _loaded(image) -> Image.Image | list[Image.Image]:
+    """A picture, or the frames of a video."""
+    if isinstance(image, (list, tuple)):
+        return [load_image(frame) for frame in image]
+    return load_image(image)
+
+
 def _row(mask: Tensor, sample: int) -> Tensor:
     if mask.dim() == 1:
         mask = mask[None]
@@ -194,13 +262,77 @@ def _row(mask: Tensor, sample: int) -> Tensor:
     return mask[sample].cpu()
 
 
-def _looks_by_grids(
-    pictures: list[Image.Image], masks: dict[int, Tensor], grids: list[PictureGrid]
-) -> list[_Look]:
-    if len(pictures) != len(grids):
+def _drawn_by_grids(
+    pictures: list, masks: dict[int, Tensor], grids: list[PictureGrid], title: str
+) -> list[Image.Image]:
+    """A row of panels for each look at each picture, and a sheet for each video and layer."""
+    shown: dict[tuple, list[PictureGrid]] = {}
+    for index, grid in enumerate(grids):
+        key = ("picture", index) if grid.frames is None else ("video", grid.video)
+        shown.setdefault(key, []).append(grid)
+    if len(pictures) != len(shown):
         raise ValueError(
-            f"image: expected the {len(grids)} pictures of the prompt, got {len(pictures)}"
+            f"image: expected the {len(shown)} pictures of the prompt, got {len(pictures)}; a "
+            "video is a sequence of frames"
         )
+    _check_width(masks, grids)
+    drawn, videos = [], 0
+    for index, (picture, of_it) in enumerate(zip(pictures, shown.values(), strict=True)):
+        if of_it[0].frames is None:
+            if isinstance(picture, list):
+                raise ValueError(
+                    f"image: number {index + 1} in the prompt is a picture, got frames"
+                )
+            name = _number(index - videos, len(pictures))
+            drawn += [_panels_of(look, title) for look in _looks_at(picture, name, of_it[0], masks)]
+        else:
+            _check_frames(picture, of_it, index)
+            name, videos = f"video {videos + 1}", videos + 1
+            for layer, mask in masks.items():
+                drawn.append(_sheet(picture, of_it, mask, f"{title}: {name}, layer {layer}"))
+    return drawn
+
+
+def _check_frames(frames: Any, grids: list[PictureGrid], index: int) -> None:
+    first, last = grids[-1].frames[0], grids[-1].frames[-1]
+    if not isinstance(frames, list) or not first < len(frames) <= last + 1:
+        got = f"{len(frames)} frames" if isinstance(frames, list) else "a picture"
+        raise ValueError(
+            f"image: number {index + 1} in the prompt is a video of {last + 1} frames, got {got}"
+        )
+
+
+def _sheet(
+    frames: list[Image.Image], grids: list[PictureGrid], mask: Tensor, title: str
+) -> Image.Image:
+    """The frames of a video, each with its number, from 1, and the share of its tokens kept."""
+    cells, kept, tokens = [], 0, 0
+    for grid in grids:
+        view = grid.views[0]
+        stayed = mask[grid.columns[view.tokens]]
+        kept, tokens = kept + int(stayed.sum()), tokens + stayed.numel()
+        numbers = f"{grid.frames[0] + 1}"
+        if len(grid.frames) > 1:
+            numbers += f"-{grid.frames[-1] + 1}"
+        share = round(100 * int(stayed.sum()) / stayed.numel())
+        frame = _fitted(frames[grid.frames[0]], size=FRAME)
+        cells.append((f"{numbers}: {share} %", _dim(frame, stayed, view.box)))
+    high = max(cell.height for _, cell in cells) + CAPTION
+    in_a_row = min(len(cells), FRAMES_IN_A_ROW)
+    rows = -(-len(cells) // in_a_row)
+    size = (in_a_row * (FRAME + _GAP) - _GAP, CAPTION + rows * high + _GAP)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((2, 2), f"{title}: {kept} of {tokens}", fill="black")
+    for index, (caption, cell) in enumerate(cells):
+        left = index % in_a_row * (FRAME + _GAP)
+        top = CAPTION + index // in_a_row * high
+        pen.text((left + 2, top + 2), caption, fill="black")
+        sheet.paste(cell, (left, top + CAPTION))
+    return sheet
+
+
+def _check_width(masks: dict[int, Tensor], grids: list[PictureGrid]) -> None:
     needed = max((int(grid.columns.max()) + 1 for grid in grids), default=0)
     for mask in masks.values():
         if len(mask) < needed:
@@ -208,13 +340,17 @@ def _looks_by_grids(
                 f"kept: with grids expected bool [B, S] over the whole sequence, at least {needed} "
                 f"columns, got {len(mask)}"
             )
+
+
+def _looks_at(
+    picture: Image.Image, name: str, grid: PictureGrid, masks: dict[int, Tensor]
+) -> list[_Look]:
     looks = []
-    for index, (picture, grid) in enumerate(zip(pictures, grids, strict=True)):
-        for view in grid.views:
-            names = [_number(index, len(pictures)), view.name if len(grid.views) > 1 else ""]
-            columns = grid.columns[view.tokens]
-            stayed = {layer: mask[columns] for layer, mask in masks.items()}
-            looks.append(_Look(picture, ", ".join(filter(None, names)), stayed, view.box))
+    for view in grid.views:
+        names = [name, view.name if len(grid.views) > 1 else ""]
+        columns = grid.columns[view.tokens]
+        stayed = {layer: mask[columns] for layer, mask in masks.items()}
+        looks.append(_Look(picture, ", ".join(filter(None, names)), stayed, view.box))
     return looks
 
 
@@ -270,9 +406,9 @@ def _panels_of(look: _Look, title: str) -> Image.Image:
     return panels(row)
 
 
-def _fitted(picture: Image.Image, resample: int | None = None) -> Image.Image:
+def _fitted(picture: Image.Image, resample: int | None = None, size: int = PANEL) -> Image.Image:
     """As large as a panel has room for."""
-    scale = PANEL / max(picture.size)
+    scale = size / max(picture.size)
     return picture.resize([max(round(side * scale), 1) for side in picture.size], resample)
 
 

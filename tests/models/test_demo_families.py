@@ -86,6 +86,26 @@ def test_two_pictures_and_a_batch(family, tmp_path):
     assert Image.open(tmp_path / "kept.png").height == expected
 
 
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "internvl"])
+def test_a_video_behind_a_picture(family, tmp_path):
+    """Frames of InternVL come as pictures, and are drawn as frames all the same."""
+    frames = [picture(90, 60, seed) for seed in range(10)]
+    given = (model_of(family), PROCESSORS[family](), [picture(90, 60)], ["w5 w6", "w7"])
+    out = tmp_path / "kept.png"
+    more = {"videos": [frames], "frames_a_second": 2.0}
+    comparison = demo.compare(*given, SCHEDULE, max_new_tokens=2, repeats=1, picture=out, **more)
+    assert comparison.not_drawn is None and len(comparison.rows[1].answers) == 2
+    high = round(plot.FRAME * 60 / 90) + plot.CAPTION
+    rows = 1 if family == "qwen2_5_vl" else 2  # two frames to a grid
+    sheet = plot.CAPTION + rows * high + plot._GAP
+    panels = round(plot.PANEL * 60 / 90) + plot.CAPTION + plot._GAP
+    lines = 2 if family == "internvl" else 1  # crops, of a prompt's only picture and of each
+    lines = 2 if family == "llava_onevision" else lines
+    assert Image.open(out).height == lines * panels + 2 * sheet  # two layers
+    alone = demo.compare(given[0], given[1], [], ["w5"], {}, repeats=1, **more)
+    assert len(alone.rows) == 1
+
+
 def test_a_layout_that_is_not_known_leaves_the_answers(tmp_path, monkeypatch):
     """It is found out before an answer is computed; the picture is left out."""
 
@@ -105,7 +125,7 @@ def test_what_cannot_be_is_refused_before_any_answer(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "greedy_answers", lambda *given: pytest.fail("an answer"))
     for change, kind, message in (
         ({"methods": {"late": vtp.FastV(layer=77)}}, ValueError, "there is no layer 77"),
-        ({"image": []}, ValueError, "image: expected at least one picture"),
+        ({"image": []}, ValueError, "image: expected at least one picture or video"),
         ({"picture": tmp_path / "no" / "kept.png"}, OSError, "picture: cannot write"),
     ):
         given = {"image": picture(80, 80), "methods": SCHEDULE} | change

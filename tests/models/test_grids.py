@@ -330,7 +330,7 @@ def test_cells_show_their_part_of_the_frame(kind):
         assert (shown == NEWLINE).all(1).sum() == newlines
     with pytest.raises(ValueError, match="videos: expected the 2 videos of inputs, got 1"):
         picture_grids(parts, inputs, videos=[frames])
-    with pytest.raises(ValueError, match="of whole frames|for 1 of 8 frames"):
+    with pytest.raises(ValueError, match=r"of whole frames|for 1 of 8 frames"):
         picture_grids(parts, inputs | {"input_ids": ids[:, :-1]})
 
 
