@@ -54,7 +54,12 @@ class MaskedReference:
                 config = self.model.config
                 token = getattr(config, f"{kind}_token_id", None)
                 token = getattr(config, f"{kind}_token_index") if token is None else token
-                if config.model_type in ("glm4v", "glm4v_moe", "glm46v"):  # frames are as pictures
+                if config.model_type in (
+                    "glm4v",
+                    "glm4v_moe",
+                    "glm46v",
+                    "glm_ocr",
+                ):  # frames are as pictures
                     token = config.image_token_id
                 self.visual |= ids == token
         self.with_images = bool(self.visual.any())

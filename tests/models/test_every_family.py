@@ -133,11 +133,15 @@ def test_a_second_turn(family, models, inputs):
         assert_same(pruned, talk(models["eager"]))
 
 
+@pytest.mark.parametrize(
+    "family",
+    [name for name in FAMILIES if FAMILIES[name].tiny.video],
+    indirect=True,
+    scope="module",
+)
 def test_videos(family, models):
     """Frames, with timestamps between them where the family has these, beside pictures and text.
     GLM takes either pictures or videos."""
-    if family.tiny.video is None:
-        return
     alone = family.tiny.video.token == IMAGE
     mixed = ((0,),) if alone else (0, (0,), 2)
     drawn = family.draw(models["sdpa"], (mixed, 4), (((0,),), 9), ((), 5))

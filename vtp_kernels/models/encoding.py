@@ -25,11 +25,14 @@ NOTED = "vtp_layout"  # the attribute of what get_image_features and get_video_f
 
 def outlines_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """How the pictures and videos are laid out that a call brings, as pixels or encoded."""
-    found: dict[str, Any] = {}
-    for output in (arguments.get("mm_encoder_outputs") or {}).values():
-        noted = getattr(output, NOTED, {})
-        found |= {name: value for name, value in noted.items() if name not in ("image", "video")}
-    return found | outlined(arguments)
+    found = outlined(arguments)
+    for kind, output in (arguments.get("mm_encoder_outputs") or {}).items():
+        noted = dict(getattr(output, NOTED, {}))
+        outline = noted.pop(kind, None)
+        if outline is not None and kind in found:  # features are repeated with their prompts
+            found[kind] = found[kind]._replace(shape=outline.shape)
+        found = noted | found
+    return found
 
 
 class LayoutNotes:

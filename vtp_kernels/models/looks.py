@@ -69,7 +69,7 @@ class Outline(NamedTuple):
 
     @property
     def parts(self) -> int:
-        return len(self.features) if self.shape is None else self.shape[0]
+        return self.shape[0] if self.features is None else len(self.features)
 
 
 #: What pixels come in.
@@ -95,9 +95,10 @@ def outlined(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for kind, names in PIXELS.items():
         here = [arguments[name] for name in names if arguments.get(name) is not None]
         pixels, features = next(iter(here), None), encoded.get(kind)
+        features = getattr(features, "pooler_output", None)
         if pixels is not None or features is not None:
             shape = None if pixels is None else tuple(getattr(pixels, "shape", (len(pixels),)))
-            rows = None if features is None else [len(part) for part in features.pooler_output]
+            rows = None if features is None else [len(part) for part in features]
             found[kind] = Outline(shape, rows)
     return found
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from ..looks import Given, Looks
 from .family import Family
-from .qwen2_vl import QWEN_TOKENS, ROPE, flat_grid, merged
-from .tiny import TEXT, VISION, Tiny
+from .qwen2_vl import QWEN_TOKENS, ROPE, flat_grid, flat_video, merged, merged_frames
+from .tiny import TEXT, VISION, Tiny, TinyVideo
 
 __all__ = ["Cosmos3Edge"]
 
@@ -21,6 +21,9 @@ class Cosmos3Edge(Family):
 
     def looks(self, given: Given) -> list[Looks]:
         return merged(given)
+
+    def frames(self, given: Given) -> list[Looks]:
+        return merged_frames(given)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (
@@ -39,4 +42,7 @@ class Cosmos3Edge(Family):
                 )
             )
 
-        return {"cosmos3_edge": Tiny(make, flat_grid, types=("mm_token_type_ids",))}
+        # Before each frame its time in words, and where vision starts.
+        frames = TinyVideo(flat_video, before=(60, 61, 62, 96), after=(97,))
+        types = ("mm_token_type_ids",)
+        return {"cosmos3_edge": Tiny(make, flat_grid, types=types, video=frames)}

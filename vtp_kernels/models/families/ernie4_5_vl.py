@@ -6,8 +6,8 @@ from typing import Any
 
 from ..looks import Given, Looks
 from .family import Family
-from .qwen2_vl import ROPE, flat_grid, merged
-from .tiny import IMAGE, TEXT, VIDEO, Tiny
+from .qwen2_vl import ROPE, flat_grid, flat_video, merged, merged_frames
+from .tiny import IMAGE, TEXT, VIDEO, Tiny, TinyVideo
 
 __all__ = ["Ernie45VL"]
 
@@ -22,6 +22,9 @@ class Ernie45VL(Family):
 
     def looks(self, given: Given) -> list[Looks]:
         return merged(given)
+
+    def frames(self, given: Given) -> list[Looks]:
+        return merged_frames(given, given.base.config.vision_config.temporal_merge_size)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import Ernie4_5_VLMoeConfig, Ernie4_5_VLMoeForConditionalGeneration
@@ -44,5 +47,6 @@ class Ernie45VL(Family):
                 )
             )
 
+        frames = TinyVideo(flat_video, around=(94, 95))
         types = ("mm_token_type_ids", "moe_mm_token_type_ids")
-        return {"ernie4_5_vl_moe": Tiny(make, flat_grid, types=types)}
+        return {"ernie4_5_vl_moe": Tiny(make, flat_grid, types=types, video=frames)}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..deepstack import Planes
+from .family import Family
 from .idefics3 import Idefics3, tile
 from .qwen3_vl import take_deepstack
 from .tiny import IMAGE, TEXT, VISION, Tiny
@@ -20,6 +21,7 @@ class GraniteDocling(Idefics3):
     example = "ibm-granite/granite-for-docling-500m"
     since = "5.23"
     text_models = ("granite_docling_text",)
+    looks = Family.looks  # not known
 
     def take_planes(self, arguments: dict[str, Any], first: int) -> Planes | None:
         return take_deepstack(arguments, first)

@@ -6,8 +6,8 @@ from typing import Any
 
 from ..looks import Given, Looks
 from .family import Family
-from .qwen2_vl import QWEN_VISION, grid, merged
-from .tiny import IMAGE, TEXT, VIDEO, Tiny
+from .qwen2_vl import QWEN_VISION, grid, merged, merged_frames, video
+from .tiny import IMAGE, TEXT, VIDEO, Tiny, TinyVideo
 
 __all__ = ["HyperClovaX"]
 
@@ -21,6 +21,9 @@ class HyperClovaX(Family):
 
     def looks(self, given: Given) -> list[Looks]:
         return merged(given)
+
+    def frames(self, given: Given) -> list[Looks]:
+        return merged_frames(given)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (
@@ -40,4 +43,4 @@ class HyperClovaX(Family):
                 )
             )
 
-        return {"hyperclovax_vision_v2": Tiny(make, grid)}
+        return {"hyperclovax_vision_v2": Tiny(make, grid, video=TinyVideo(video))}

@@ -60,6 +60,7 @@ class Idefics2(Idefics3):
     architectures = ("Idefics2ForConditionalGeneration",)
     example = "HuggingFaceM4/idefics2-8b"
     text_models = ("mistral",)
+    looks = Family.looks  # not known
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (

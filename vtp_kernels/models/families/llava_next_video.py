@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..looks import WHOLE, Box, Given, Looks
+from ..looks import Box, Given, Looks
 from .family import Family
 from .llava_next import crops_together
 from .pooled import pooled_frames
-from .squares import shown_by
+from .squares import shown_frames
 from .tiny import IMAGE, TEXT, VIDEO, Tiny, TinyVideo, anyres, clip, frames
 
 __all__ = ["LlavaNextVideo"]
@@ -30,10 +30,7 @@ class LlavaNextVideo(Family):
         share = side * stride / given.side
 
         def box(size: tuple[int, int] | None) -> Box:
-            shown = WHOLE
-            if given.video_processor is not None and size is not None:
-                shown = shown_by(given.video_processor, *size)
-            left, top, right, bottom = shown
+            left, top, right, bottom = shown_frames(given, size)
             return left, top, left + share * (right - left), top + share * (bottom - top)
 
         return pooled_frames(given, side, box)

@@ -13,13 +13,14 @@ def pooled_frames(
     given: Given,
     side: int,
     box: Callable[[tuple[int, int] | None], Box] | None = None,
+    first: int = 0,
     newlines: int = 0,
 ) -> list[Looks]:
     """side: tokens in a row of a frame. box: where they lie, of frames of that height and width if
-    these are known; None: over the whole of them. newlines: tokens behind the last frame that show
-    nothing."""
+    these are known; None: over the whole of them. first, newlines: tokens before those of each
+    frame, as CLS, and behind the last frame, that show nothing."""
     shape, features = given.told("video")
-    tokens = side * side
+    tokens = first + side * side
     if shape is not None:
         counts = [shape[1]] * shape[0]
     else:
@@ -30,7 +31,7 @@ def pooled_frames(
         if box is not None:
             sizes = given.frame_sizes
             place = box(sizes[video] if sizes is not None and video < len(sizes) else None)
-        views = (View("whole", cells(side, side), place),)
+        views = (View("whole", first + cells(side, side), place),)
         for frame in range(count):
             more = newlines if frame == count - 1 else 0
             looks.append(Looks(tokens + more, views, video, range(frame, frame + 1)))

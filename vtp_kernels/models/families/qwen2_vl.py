@@ -20,9 +20,11 @@ __all__ = [
     "Qwen25Omni",
     "Qwen25VL",
     "flat_grid",
+    "flat_video",
     "grid",
     "merged",
     "merged_frames",
+    "timed",
     "video",
 ]
 
@@ -87,7 +89,9 @@ class Qwen25VL(Family):
                 )
             )
 
-        return {"qwen2_5_vl": Tiny(make, grid, types=("mm_token_type_ids",), video=TinyVideo(video))}
+        return {
+            "qwen2_5_vl": Tiny(make, grid, types=("mm_token_type_ids",), video=TinyVideo(video))
+        }
 
 
 class Qwen25Omni(Family):
@@ -147,16 +151,16 @@ def merged(given: Given) -> list[Looks]:
     return looks
 
 
-def merged_frames(given: Given) -> list[Looks]:
-    """The same of videos: a grid shows some frames that follow upon each other, two of them in the
-    published models."""
-    together = given.base.config.vision_config.temporal_patch_size
+def merged_frames(given: Given, merge: int = 1) -> list[Looks]:
+    """The same of videos: a patch may be of some frames that follow upon each other, two of them in
+    Qwen's models. `merge`: how many such grids a token shows."""
+    together = merge * getattr(given.base.config.vision_config, "temporal_patch_size", 1)
     return [
         _square_patches(given, height, width)._replace(
             video=video, frames=range(t * together, (t + 1) * together)
         )
         for video, (time, height, width) in enumerate(given.grid("video_grid_thw"))
-        for t in range(time)
+        for t in range(time // merge)
     ]
 
 
@@ -199,13 +203,18 @@ def flat_grid(generator: torch.Generator, index: int) -> dict[str, Any]:
     return grid(generator, index, numbers=48)
 
 
-def video(generator: torch.Generator, index: int) -> dict[str, Any]:
-    """Videos of 2, 3 or 64 grids of 8 or 4 tokens, each of two frames."""
-    time, height, width = ((2, 4, 8), (3, 4, 4), (64, 4, 4))[index]
+def video(generator: torch.Generator, index: int, numbers: int = 96) -> dict[str, Any]:
+    """Videos of 2, 4 or 64 grids of 8 or 4 tokens, each of two frames."""
+    time, height, width = ((2, 4, 8), (4, 4, 4), (64, 4, 4))[index]
     return {
-        "pixel_values_videos": torch.randn(time * height * width, 96, generator=generator),
+        "pixel_values_videos": torch.randn(time * height * width, numbers, generator=generator),
         "video_grid_thw": torch.tensor([[time, height, width]]),
     }
+
+
+def flat_video(generator: torch.Generator, index: int) -> dict[str, Any]:
+    """The same where a patch is of one frame."""
+    return video(generator, index, numbers=48)
 
 
 def timed(generator: torch.Generator, index: int) -> dict[str, Any]:

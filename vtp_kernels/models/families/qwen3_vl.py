@@ -16,6 +16,7 @@ from .qwen2_vl import (
     grid,
     merged,
     merged_frames,
+    timed,
     video,
 )
 from .tiny import EXPERTS, TEXT, Tiny, TinyVideo
@@ -112,7 +113,8 @@ class Qwen3OmniMoe(Qwen3VL):
                 )
             )
 
-        return {"qwen3_omni_moe_thinker": Tiny(make, grid)}
+        around = TinyVideo(timed, around=(96, 97))
+        return {"qwen3_omni_moe_thinker": Tiny(make, grid, video=around)}
 
 
 def take_deepstack(arguments: dict[str, Any], first: int) -> Planes | None:

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from ..looks import WHOLE, Box, Given, Looks, View, cells, centered
 
-__all__ = ["arrangement", "padded", "shown_by", "side_of", "squares", "tiles_then_whole"]
+__all__ = [
+    "arrangement",
+    "cropped_squares",
+    "padded",
+    "shown_by",
+    "shown_frames",
+    "side_of",
+    "squares",
+    "tiles_then_whole",
+]
 
 
 def squares(given: Given, box: Callable[[int, int], Box] | None = None) -> list[Looks]:
@@ -23,6 +32,20 @@ def squares(given: Given, box: Callable[[int, int], Box] | None = None) -> list[
             place = box(*given.sizes[index])
         looks.append(Looks(side * side, (View("whole", cells(side, side), place),)))
     return looks
+
+
+def cropped_squares(given: Given) -> list[Looks]:
+    """The same where processors cut off what is not square."""
+    processor = given.processor
+    if processor is None:
+        return squares(given)
+    return squares(given, lambda height, width: shown_by(processor, height, width))
+
+
+def shown_frames(given: Given, size: tuple[int, int] | None) -> Box:
+    """What of frames of that height and width is shown: all, as far as is known."""
+    processor = given.video_processor
+    return WHOLE if processor is None or size is None else shown_by(processor, *size)
 
 
 def side_of(given: Given) -> int:

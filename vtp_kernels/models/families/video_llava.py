@@ -6,8 +6,9 @@ from typing import Any
 
 from ..looks import Given, Looks
 from .family import Family, Modality
-from .squares import squares
-from .tiny import IMAGE, TEXT, VIDEO, Tiny, clip, square
+from .pooled import pooled_frames
+from .squares import cropped_squares, shown_frames
+from .tiny import IMAGE, TEXT, VIDEO, Tiny, TinyVideo, clip, frames, square
 
 __all__ = ["VideoLlava"]
 
@@ -24,7 +25,10 @@ class VideoLlava(Family):
     )
 
     def looks(self, given: Given) -> list[Looks]:
-        return squares(given)
+        return cropped_squares(given)
+
+    def frames(self, given: Given) -> list[Looks]:
+        return pooled_frames(given, given.side, lambda size: shown_frames(given, size), first=1)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (
@@ -44,4 +48,4 @@ class VideoLlava(Family):
                 )
             )
 
-        return {"video_llava": Tiny(make, square(56))}
+        return {"video_llava": Tiny(make, square(56), video=TinyVideo(frames))}

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..looks import Given, Looks
 from .family import Family
-from .squares import shown_by, squares
+from .squares import cropped_squares
 from .tiny import IMAGE, TEXT, Tiny, clip, square
 
 __all__ = ["VipLlava"]
@@ -19,11 +19,7 @@ class VipLlava(Family):
     text_models = ("llama",)
 
     def looks(self, given: Given) -> list[Looks]:
-        """Its processors cut off what is not square, as LLaVA's."""
-        processor = given.processor
-        if processor is None:
-            return squares(given)
-        return squares(given, lambda height, width: shown_by(processor, height, width))
+        return cropped_squares(given)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import LlamaConfig, VipLlavaConfig, VipLlavaForConditionalGeneration
