@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--frames-a-second",
-        type=float,
+        type=_rate,
         help="of those taken, for models that are told when a frame was",
     )
     run.add_argument(
@@ -161,6 +161,13 @@ def _port(text: str) -> int:
 
 def _positive(text: str) -> int:
     return _count(text, least=1)
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected more than 0, got {text}")
+    return value
 
 
 def _count(text: str, least: int = 0) -> int:

@@ -263,55 +263,6 @@ def test_bfloat16(family, inputs):
     torch.testing.assert_close(pruned.logits[0], reference.logits[0], rtol=0.02, atol=0.25)
 
 
-# --- videos -------------------------------------------------------------------------------------
-
-
-def video_inputs(name, model):
-    """A video of three frames (onevision), or two times two frames (Qwen)."""
-    generator = torch.Generator().manual_seed(4)
-    if name == "llava_onevision":
-        video = {"pixel_values_videos": torch.randn(1, 3, 3, 56, 56, generator=generator)}
-    elif name == "qwen2_5_vl":
-        video = {
-            "pixel_values_videos": torch.randn(2 * 4 * 8, 96, generator=generator),
-            "video_grid_thw": torch.tensor([[2, 4, 8]]),
-        }
-    else:  # Qwen3-VL has a timestamp before each frame: two videos of one frame to the model
-        video = {
-            "pixel_values_videos": torch.randn(4 * 8, 96, generator=generator),
-            "video_grid_thw": torch.tensor([[1, 4, 8]]),
-        }
-    with torch.no_grad():
-        features = model.get_video_features(**video, return_dict=True).pooler_output
-    tokens = sum(len(part) for part in features)
-    return tokens, video
-
-
-@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl", "qwen3_vl"])
-@pytest.mark.parametrize("with_picture", [False, True])
-def test_videos_are_visual_tokens(name, with_picture):
-    family = FAMILIES[name]
-    models = {kind: family.model(kind) for kind in ("sdpa", "eager")}
-    inputs = family.batch(models["sdpa"], ((0,) if with_picture else (), 4))
-    tokens, video = video_inputs(name, models["sdpa"])
-    ids = torch.cat(
-        (inputs["input_ids"], torch.full((1, tokens), VIDEO), torch.tensor([[5, 6, 7]])), dim=1
-    )
-    inputs |= video | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if family.types:
-        inputs["mm_token_type_ids"] = ((ids == IMAGE) + 2 * (ids == VIDEO)).int()
-    method = vtp.PyramidDrop((2, 4), (0.5, 0.25))
-    with vtp.prune(models["sdpa"], method) as run:
-        pruned = models["sdpa"].generate(**inputs, **GREEDY, **DETAILS)
-    with MaskedReference(models["eager"], {2: 0.5, 4: 0.25}) as masked:
-        reference = models["eager"].generate(**inputs, **GREEDY, **DETAILS)
-    report = run.report()
-    assert report.visual_tokens_per_layer[0] == [int(((ids == IMAGE) | (ids == VIDEO)).sum())]
-    for layer in report.kept:
-        assert torch.equal(report.kept[layer], masked.kept[layer])
-    assert_same(pruned, reference)
-
-
 # --- what a family cannot do ----------------------------------------------------------------------
 
 

@@ -198,6 +198,33 @@ def test_beams_share_their_prompts_units(name, models):
     assert all(unit["kept"][2] == 1 for unit in units)
 
 
+@pytest.mark.parametrize("name", ["qwen3_vl", "glm4v"], scope="module")
+@pytest.mark.parametrize("text_keep", [0.0, 0.5, "knee"])
+def test_timestamps_stay_where_text_leaves(name, text_keep):
+    """Before the frames (Qwen3-VL) or behind them (GLM), the first and the last among them."""
+    family = FAMILIES[name]
+    models = {kind: family.model(kind) for kind in ("sdpa", "eager")}
+    shown = ((1,),) if name == "glm4v" else (0, (1,))
+    inputs = family.batch(models["sdpa"], (shown, 9), (((1,),), 4), ((), 5))
+    method = vtp.InflectionPruning(
+        None, llm_layers=(2, 4), visual_keep=0.5, text_keep=text_keep, protect_template=False
+    )
+    with vtp.prune(models["sdpa"], method) as run:
+        pruned = models["sdpa"].generate(**inputs, **GREEDY, **DETAILS)
+    kept, ids = run.report().kept, inputs["input_ids"]
+    with MaskedReference(models["eager"], {2: None, 4: None}, given=kept):
+        assert_same(pruned, models["eager"].generate(**inputs, **GREEDY, **DETAILS))
+    video, left = family.tiny.video, 0
+    for b, row in enumerate(ids.tolist()):
+        text = kept[4][b] & ~kept.visual[b]
+        for at in range(len(row)):
+            for marks in filter(None, (video.before, video.after)):
+                if tuple(row[at : at + len(marks)]) == marks:
+                    assert kept[4][b, at : at + len(marks)].all()
+        left += int((inputs["attention_mask"][b].bool() & ~kept.visual[b] & ~text).sum())
+    assert left > 0 or text_keep == "knee"
+
+
 # --- what is not told ---------------------------------------------------------------------------
 
 
@@ -216,6 +243,18 @@ def test_tiles_among_words_are_of_no_known_picture():
     with vtp.prune(model, vtp.FastV(2, 0.5)) as run:
         model.generate(**inputs, **GREEDY)
     assert run.report().units is None and run.report().to_dict()["units"] is None
+
+
+def test_glm_takes_pictures_or_videos():
+    """It has one token for both."""
+    family = FAMILIES["glm4v"]
+    model = family.model("sdpa")
+    inputs = family.batch(model, ((0, (0,)), 4))
+    with (
+        vtp.prune(model, vtp.FastV(2, 0.5)),
+        pytest.raises(NotImplementedError, match="pixel_values, pixel_values_videos: GLM has one"),
+    ):
+        model.generate(**inputs, **GREEDY)
 
 
 @pytest.mark.skipif(not ENCODES_FIRST, reason="takes no encoded pictures")

@@ -43,7 +43,8 @@ class InflectionPruning(Method, key="inflection"):
     last prompt token, half each, by a softmax over the text that may leave. Visual tokens stand
     before the text that asks about them and could not see it, so they score without the causal
     mask. The last prompt token, drafts of assisted decoding and each prompt's first text token
-    (BOS) never leave, nor does any text of a prompt without a picture.
+    (BOS) never leave, nor does what stands between the frames of a video (timestamps), nor any text
+    of a prompt without a picture.
 
     Every prompt of a batch decides for itself. On a model whose tower has no CLS token the mean of
     all its tokens stands in for it, and the attention that all of them pay. That is a makeshift:
@@ -218,6 +219,8 @@ class Course:
             for text, visual, head in zip(self.text, self.visual, before, strict=True)
         ]
         self.may_leave = self._may_leave(rows, last)  # bool [B, columns]
+        if method.text_keep != 1.0 and rows.between_frames is not None:
+            self._keep_timestamps(rows.between_frames)
 
     def _may_leave(self, rows: PromptRows, last: int) -> Tensor:
         rank = rows.text.cumsum(1)
@@ -226,6 +229,13 @@ class Course:
         if self.method.protect_template:
             free &= rows.visual.cumsum(1) > 0
         return free
+
+    def _keep_timestamps(self, between: Tensor) -> None:
+        """What stands between frames stays. Of a call with videos the host reads what may leave."""
+        may_leave = self.may_leave.cpu()
+        more = (may_leave & between).sum(1).tolist()
+        self.stays = [stay + count for stay, count in zip(self.stays, more, strict=True)]
+        self.may_leave = (may_leave & ~between).to(self.may_leave.device)
 
     # ---- stage 1 ------------------------------------------------------------------------------
 

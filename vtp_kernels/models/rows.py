@@ -109,7 +109,11 @@ class PromptRows:
     unit_counts : list of lists of int
         Visual rows of each when the prompt came in.
 
-    Whoever asks for the last three says so by `needs_units`; else the first to ask waits for the
+    between_frames : bool [B, columns], on the CPU, or None
+        Input columns between the frames of videos that show none, such as timestamps; None where
+        there are no videos.
+
+    Whoever asks for the three before says so by `needs_units`; else the first to ask waits for the
     GPU. They raise NotImplementedError where a family's inputs do not tell.
     """
 
@@ -175,6 +179,10 @@ class PromptRows:
     def unit(self) -> Tensor:
         numbers = self._units.numbers(self.origin.device).gather(1, self.origin)
         return numbers.masked_fill(~self.visual, -1)
+
+    @property
+    def between_frames(self) -> Tensor | None:
+        return self._units.between_frames if self._units.videos else None
 
     @property
     def unit_counts(self) -> list[list[int]]:

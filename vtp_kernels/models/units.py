@@ -101,6 +101,24 @@ class Units:
                 numbers[prompt, unit.columns] = number
         return numbers
 
+    @cached_property
+    def between_frames(self) -> Tensor:
+        """bool [B, S], on the CPU: columns that stand between frames of videos and show none, as
+        timestamps do; and as many before the first frame and behind the last. What stands between
+        two videos is among them."""
+        shows = torch.stack([rows.cpu() for rows in self._placeholders.values()]).any(0)
+        between = torch.zeros_like(shows)
+        for row, stays in zip(self._placeholders["video"].cpu(), between, strict=True):
+            columns = row.nonzero()[:, 0]
+            gaps = columns.diff() - 1
+            gaps = gaps[gaps > 0]
+            if not len(gaps):
+                continue
+            around = int(gaps[gaps <= 2 * gaps.min()].max())  # longer ones are between two videos
+            first, last = int(columns[0]) - around, int(columns[-1]) + around
+            stays[max(first, 0) : last + 1] = True
+        return between & ~shows
+
     def numbers(self, device: torch.device) -> Tensor:
         """`columns` on a device."""
         if self._numbers is None:
