@@ -72,7 +72,7 @@ class Report:
         many of their `tokens` stayed: `kept` {layer: int}, as above. "prompt", and in it "picture"
         or "video", count from 0; "frames" names those of the video that share the tokens, as Qwen
         merges two and two. A row whose logits are asked for stays. None where the family, or the
-        call, does not tell whose the tokens are.
+        call, does not tell whose the tokens are, or the model is gone.
     """
 
     method: dict[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -50,8 +51,9 @@ class Units:
     ) -> None:
         """`arguments` are those of the model's forward; placeholders bool [B, S] for "image" and
         "video", as `ModelParts.placeholders` gives them. Of pixels and features only their shapes
-        are remembered."""
-        self._parts, self._placeholders = parts, placeholders
+        are remembered, and the model is not kept."""
+        self._page, self._base = parts.page, weakref.ref(parts.base)
+        self._placeholders = placeholders
         self._outlines = outlines_of(arguments)
         self._counts: list[list[int]] | None = None
         self._numbers: Tensor | None = None
@@ -65,19 +67,22 @@ class Units:
     def all(self) -> list[list[Unit]]:
         """Those of each prompt, in the order in which they stand in it.
 
-        Raises NotImplementedError where the family, or the call, does not tell.
+        Raises NotImplementedError where the family, or the call, does not tell, and where the model
+        is gone.
         """
-        parts = self._parts
+        page, base = self._page, self._base()
+        if base is None:
+            raise NotImplementedError("the model is gone that tells whose its visual tokens are")
         here = {kind: rows.cpu() for kind, rows in self._placeholders.items()}
-        given = Given(parts.base, tower_of(parts.family, parts.base), self._outlines, here)
+        given = Given(base, tower_of(page.name, base), self._outlines, here)
         found: list[list[Unit]] = [[] for _ in next(iter(here.values()))]
         if "image" in here:
             numbers = [0] * len(found)
-            for _, prompt, columns in placed(parts.page.lengths(given), here["image"], copied=True):
+            for _, prompt, columns in placed(page.lengths(given), here["image"], copied=True):
                 found[prompt].append(Unit(prompt, numbers[prompt], None, None, columns))
                 numbers[prompt] += 1
         if "video" in here:
-            for unit in _frames(parts.page.frames(given), here["video"]):
+            for unit in _frames(page.frames(given), here["video"]):
                 found[unit.prompt].append(unit)
         return [sorted(units, key=lambda unit: int(unit.columns[0])) for units in found]
 
