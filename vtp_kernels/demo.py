@@ -123,7 +123,8 @@ def compare(
 
     Raises:
         ValueError, TypeError, NotImplementedError: the model, or one of the methods in it, is not
-            supported; there is no question, or no picture and no video.
+            supported; there is no question, or no picture and no video; the processor takes no
+            videos.
         OSError: a picture cannot be read, or `picture` cannot be written.
     """
     if not prompts:
@@ -135,6 +136,10 @@ def compare(
     images = image if isinstance(image, (list, tuple)) else [image]
     if not images and not videos:
         raise ValueError("image: expected at least one picture or video, got none")
+    if videos and getattr(processor, "video_processor", None) is None:
+        raise ValueError(
+            f"videos: a {type(processor).__name__} takes none; give the frames as pictures"
+        )
     loaded = [load_image(one) for one in images]
     clips = [[load_image(frame) for frame in video] for video in videos]
     asked = [loaded] * len(prompts), prompts, [clips] * len(prompts)

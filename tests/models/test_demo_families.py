@@ -126,6 +126,7 @@ def test_what_cannot_be_is_refused_before_any_answer(tmp_path, monkeypatch):
     for change, kind, message in (
         ({"methods": {"late": vtp.FastV(layer=77)}}, ValueError, "there is no layer 77"),
         ({"image": []}, ValueError, "image: expected at least one picture or video"),
+        ({"videos": [[picture(8, 8)] * 2]}, ValueError, "videos: a LlavaProcessor takes none"),
         ({"picture": tmp_path / "no" / "kept.png"}, OSError, "picture: cannot write"),
     ):
         given = {"image": picture(80, 80), "methods": SCHEDULE} | change
