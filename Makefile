@@ -8,6 +8,8 @@ KERNELS := $(VENV)/.kernels
 VLLM_VENV  ?= .venv-vllm
 VLLM_BIN   := $(VLLM_VENV)/bin
 VLLM_READY := $(VLLM_VENV)/.ready
+DOCS_VENV  ?= .venv-docs
+DOCS_READY := $(DOCS_VENV)/.ready
 GPU_VENV   ?= .venv-gpu
 GPU_PYTHON ?= python3.12
 GPU_READY  := $(GPU_VENV)/.ready
@@ -22,7 +24,7 @@ METHODS ?= none fastv:2:0.5 fastv:2:0.22 pyramiddrop:2=0.5,4=0.25,6=0.125 schedu
 	random:0.5 random:0.22
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-compare bench-model bench-vllm gpu-check \
+.PHONY: help demo test lint docs bench bench-compare bench-model bench-vllm gpu-check \
 	gpu-rehearsal triton-cache evaluate wheel wheel-check vllm-check clean
 
 help: ## this list
@@ -53,6 +55,12 @@ $(VLLM_READY): tests/vllm_check/requirements.txt tests/vllm_check/make_importabl
 	VTP_BUILD=none $(VLLM_BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
+# Pages are made from docstrings that are read, not imported: no torch here.
+$(DOCS_READY): docs/requirements.txt
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --no-compile --requirement docs/requirements.txt
+	touch $@
+
 # What a machine with a GPU may be expected to have, and no more. The library is that of the tree.
 $(GPU_READY): tests/gpu/requirements.txt
 	@test -x $(GPU_VENV)/bin/python || $(GPU_PYTHON) --version >/dev/null 2>&1 || \
@@ -65,7 +73,7 @@ $(GPU_READY): tests/gpu/requirements.txt
 demo: $(BUILT) ## a trained small LLaVA answers about a picture, dense and pruned
 	$(BIN)/python -m vtp_kernels demo
 
-test: lint $(KERNELS) ## lint, then every test this machine can run
+test: lint docs $(KERNELS) ## lint, then every test this machine can run
 	$(if $(TEST_ARGS),$(BIN)/python -m pytest $(TEST_ARGS),$(ALL_TESTS))
 
 # Side by side, each on one core; what the interpreted ones said is shown at the end.
@@ -83,6 +91,9 @@ endef
 lint: $(READY) ## style and common mistakes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(DOCS_READY) ## the documentation as pages, in build/docs; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
 
 bench: $(BUILT) ## every op beside what would be used instead
 	$(BIN)/python -m benchmarks --compile --json out/bench.json --plot out/bench.png
@@ -119,4 +130,4 @@ bench-vllm: $(BUILT) $(VLLM_READY) ## the small LLaVA in vLLM, dense and pruned
 	$(VLLM_BIN)/python -m benchmarks.serving --json out/vllm.json
 
 clean: ## everything that was built, the virtual environment too
-	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) build dist out vtp_kernels/*.so *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) $(DOCS_VENV) build dist out vtp_kernels/*.so *.egg-info

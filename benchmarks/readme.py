@@ -1,13 +1,15 @@
-"""Fills the README's measured blocks from the result files: `python -m benchmarks.readme`.
+"""Fills the measured blocks of README.md and docs/ from the result files, and the list of families
+from their pages: `python -m benchmarks.readme`.
 
-A block stands between `<!-- name -->` and `<!-- /name -->`. `--check` only tells whether the README
-holds what the files say; a test runs it.
+A block stands between `<!-- name -->` and `<!-- /name -->`. `--check` only tells whether the pages
+hold what the files say; a test runs it.
 """
 
 import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.end_to_end import Row as EndToEndRow
@@ -16,9 +18,11 @@ from benchmarks.harness import Timing, summary
 from benchmarks.pocket_llava.evaluate import table as accuracy_table
 from benchmarks.serving import Row as ServingRow
 from benchmarks.serving import table as serving_table
-from vtp_kernels.demo import Comparison, Row
+from vtp_kernels.demo import Comparison, Row, pocket_methods
+from vtp_kernels.methods import Method, method_from_spec
+from vtp_kernels.models import supported_models
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 FILES = {
     "accuracy.json": "intel-xeon-2-cores",
@@ -30,6 +34,58 @@ FILES = {
     "visipruner.json": "intel-xeon-2-cores",
     "vllm.json": "intel-xeon-2-cores",
 }
+BATCH = 8  # prompts, of the README's first table
+SHOWN = {
+    "dense": "no pruning",
+    "Inflection": "**InflectionPruning**",
+    "VisiPruner": "**VisiPruner**",
+    "LVPruning": "**LVPruning**, mean of 3 trainings",
+    "FastV": "FastV, half of the tokens",
+    "random": "22 % of the tokens, by chance",
+}
+
+
+def summary_of_methods() -> str:
+    """At the demo's settings: how often the answer is right, what is saved, and what that gains."""
+    methods = pocket_methods()
+    ratios = ",".join(map(str, methods["LVPruning"].ratios))
+    right = {
+        "dense": _row("accuracy.json", lambda name: name == "none"),
+        "LVPruning": _row("lvpruning.json", lambda name: name.startswith(f"lvpruning, {ratios} ")),
+    }
+    files = {"Inflection": "inflection.json", "VisiPruner": "visipruner.json"}
+    for name in ("Inflection", "VisiPruner", "FastV", "random"):
+        file = files.get(name, "accuracy.json")
+        right[name] = _row(file, lambda spec, name=name: _method(spec) == methods[name])
+    times = {
+        row["method"]: row["speedup"]
+        for row in _read("end_to_end.json")["rows"]
+        if row["batch"] == BATCH
+    }
+    lines = [
+        "| method | right answers, % | tokens left, % | prefill FLOPs saved, % "
+        "| first token, times faster |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, shown in SHOWN.items():
+        keys = ("exact_match", "visual_tokens_share", "prefill_flops_reduction")
+        shares = " | ".join(f"{100 * right[name][key]:.1f}" for key in keys)
+        lines.append(f"| {shown} | {shares} | {times[name]:.2f} |")
+    return "\n".join(lines)
+
+
+def _row(file: str, wanted: Callable[[str], bool]) -> dict:
+    """The one row of a result file whose method is the wanted one."""
+    (row,) = (row for row in _read(file)["rows"] if wanted(row["method"]))
+    return row
+
+
+def _method(spec: str) -> Method | None:
+    """What a row was made with; None for rows that are named in words."""
+    try:
+        return method_from_spec(spec)
+    except ValueError:
+        return None
 
 
 def accuracy() -> str:
@@ -83,27 +139,52 @@ def ops() -> str:
     return summary([Timing(**row) for row in _read("bench.json")["rows"]])
 
 
-def machine() -> str:
-    methods = ("inflection.json", "lvpruning.json", "visipruner.json")
-    described = [_read(x) for x in ("accuracy.json", "bench.json", "end_to_end.json", *methods)]
-    where = {
-        f"{d['machine']['cpu']}, {d['machine']['cores']} cores, torch {d['versions']['torch']}, "
-        f"transformers {d['versions']['transformers']}"
-        for d in described
-    }
-    return "\n".join(sorted(where))
+def machines() -> str:
+    """Every result file, and what it was measured on."""
+    lines = [
+        "| file | processor | cores | threads | torch | transformers |",
+        "| --- | --- | ---: | ---: | --- | --- |",
+    ]
+    for name, folder in FILES.items():
+        stored = _read(name)
+        versions = (stored.get("info") or stored)["versions"]
+        machine = stored.get("machine") or {"cpu": stored["info"]["devices"]["cpu"]}
+        counted = " | ".join(str(machine.get(key, "")) for key in ("cpu", "cores", "threads"))
+        lines.append(
+            f"| `{folder}/{name}` | {counted} | {versions['torch']} | {versions['transformers']} |"
+        )
+    return "\n".join(lines)
 
 
-BLOCKS = {
-    "accuracy": accuracy,
-    "demo": demo,
-    "end_to_end": end_to_end,
-    "inflection": inflection,
-    "ops": ops,
-    "lvpruning": lvpruning,
-    "machine": machine,
-    "visipruner": visipruner,
-    "vllm": vllm,
+def families() -> str:
+    """What is taken, by the pages of vtp_kernels.models.families."""
+    lines = [
+        "| family | such as | tested around | positions | tower scores | transformers | but |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, family in supported_models().items():
+        lists = (family[key] for key in ("text_models", "positions", "tower_scores"))
+        texts, positions, scores = (", ".join(words) for words in lists)
+        lines.append(
+            f"| `{name}` | {family['example']} | {texts} | {positions} | {scores or 'none'} "
+            f"| {family['transformers']} | {'; '.join(family['limits'])} |"
+        )
+    return "\n".join(lines)
+
+
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"summary": summary_of_methods, "demo": demo},
+    "docs/results.md": {
+        "accuracy": accuracy,
+        "end_to_end": end_to_end,
+        "inflection": inflection,
+        "lvpruning": lvpruning,
+        "machines": machines,
+        "ops": ops,
+        "visipruner": visipruner,
+    },
+    "docs/families.md": {"families": families},
+    "docs/vllm.md": {"vllm": vllm},
 }
 
 
@@ -111,31 +192,36 @@ def _read(name: str) -> dict:
     return json.loads((RESULTS / FILES[name] / name).read_text())
 
 
-def filled(text: str) -> str:
-    """The README with every block replaced; a block it lacks is an error."""
-    for name, make in BLOCKS.items():
+def filled(page: str, text: str) -> str:
+    """The text of a page with every block replaced; a block it lacks is an error."""
+    for name, make in PAGES[page].items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         body = make() + "\n"
         text, found = pattern.subn(lambda match, body=body: match[1] + body + match[2], text)
         if found != 1:
-            raise ValueError(f"README.md: expected one block {name!r}, found {found}")
+            raise ValueError(f"{page}: expected one block {name!r}, found {found}")
     return text
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "--check", action="store_true", help="change nothing; 1 if it is out of date"
+        "--check", action="store_true", help="change nothing; 1 if a page is out of date"
     )
     args = parser.parse_args()
-    text = README.read_text()
-    if filled(text) == text:
-        return 0
-    if args.check:
-        print("README.md is out of date: run python -m benchmarks.readme", file=sys.stderr)
-        return 1
-    README.write_text(filled(text))
-    return 0
+    outdated = 0
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text()
+        new = filled(page, text)
+        if new == text:
+            continue
+        outdated = 1
+        if args.check:
+            print(f"{page} is out of date: run python -m benchmarks.readme", file=sys.stderr)
+        else:
+            path.write_text(new)
+    return outdated if args.check else 0
 
 
 if __name__ == "__main__":
