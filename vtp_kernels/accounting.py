@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import asdict, dataclass
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vtp_kernels.flop_counts.text import DecoderLayer, decoder_layers
 from vtp_kernels.flops import Attention, Spans, flops, passive_attention, visual_pairs
@@ -14,13 +13,15 @@ from vtp_kernels.methods.budget import visual_budget
 from vtp_kernels.methods.passive import PassiveVisual
 from vtp_kernels.methods.schedule import ScheduledMethod
 
+if TYPE_CHECKING:
+    from vtp_kernels.models.families import ModelParts
+
 __all__ = [
     "MODELS",
     "Account",
     "Course",
     "account",
     "accounts",
-    "check_model",
     "table",
     "text_config",
 ]
@@ -110,22 +111,19 @@ def text_config(model: str) -> Any:
     return getattr(config, "text_config", config)
 
 
-def check_model(config: Any, method: Method | None) -> None:
-    """Raise as `vtp_kernels.apply` does where the family of a model cannot run `method`."""
-    from vtp_kernels.models.families import FAMILIES
-    from vtp_kernels.models.limits import check_method
+def weightless_parts(config: Any) -> ModelParts | None:
+    """The parts of a model of that configuration, none of whose weights exist. None for a language
+    model alone. Raises NotImplementedError for models that are not supported."""
+    import torch
+    import transformers
 
-    family = FAMILIES.get(config.model_type)
-    if family is None or method is None:
-        return
-    text = config.text_config
-    parts = SimpleNamespace(
-        family=config.model_type,
-        layers=range(text.num_hidden_layers),
-        text=SimpleNamespace(config=text),
-        positions=family.positions,
-    )
-    check_method(parts, method, "original")
+    from vtp_kernels.models.families import FAMILIES, parts_of
+
+    page = FAMILIES.get(config.model_type)
+    if page is None:
+        return None
+    with torch.device("meta"):
+        return parts_of(getattr(transformers, page.architectures[0])._from_config(config))
 
 
 def accounts(
@@ -135,12 +133,16 @@ def accounts(
 
     `config` is the whole model's or its language model's, `prompt` as for `account`.
     """
+    from vtp_kernels.models.limits import check_method
+
     text = getattr(config, "text_config", config)
+    parts = weightless_parts(config)
     counted: dict[str, Account | str] = {}
     for name, method in methods.items():
         try:
-            check_model(config, method)
-            if method is not None:
+            if method is not None and parts is not None:
+                check_method(parts, method, "original")
+            elif method is not None:
                 method.check_model(text.num_hidden_layers)
         except (NotImplementedError, ValueError) as error:
             counted[name] = str(error)
