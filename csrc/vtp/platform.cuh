@@ -1,6 +1,6 @@
 // What kernels need from whoever compiles them: nvcc, or a C++ compiler with the emulator in
 // tests/emulator, which runs the same source on a CPU. Nothing else tells the two apart, but for
-// the instructions in async_copy.cuh and mma.cuh that only PTX can name.
+// the instructions in async_copy.cuh, mma.cuh and wgmma.cuh that only PTX can name.
 #pragma once
 
 #include <cuda_bf16.h>

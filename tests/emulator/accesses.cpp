@@ -65,6 +65,15 @@ void note_landing(const void* data, size_t bytes, const void* place) {
   races::note(Access::write, first, bytes, offset_of(place));
 }
 
+void note_operand(const void* data, size_t bytes, const void* place) {
+  races::note_operand(reinterpret_cast<uintptr_t>(data), bytes, offset_of(place));
+}
+
+void note_request(const void* data, size_t bytes, const void* place) {
+  const auto first = reinterpret_cast<uintptr_t>(data);
+  traffic::note(Access::read, first, bytes, true, offset_of(place));
+}
+
 // Of the call that returns to the place and, if its function was inlined there, where from:
 // "inner:1 < outer:2". The emulator's own functions are left out.
 std::string source(uint32_t place) {

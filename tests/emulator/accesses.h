@@ -30,6 +30,10 @@ void note(Access, const void* data, size_t bytes, bool is_aligned, const void* p
 // What a copy to shared memory brings lands: a write, but no request, which its issue was.
 void note_landing(const void* data, size_t bytes, const void* place);
 
+// A read by products of a warpgroup, of what several threads share; and what one of them asks for.
+void note_operand(const void* data, size_t bytes, const void* place);
+void note_request(const void* data, size_t bytes, const void* place);
+
 // "file:line" of the code at a place, which is told as its distance from the module's start.
 std::string source(uint32_t place);
 
@@ -42,6 +46,8 @@ inline void run(unsigned, unsigned, const void*, size_t) {}
 inline bool track(bool) { return false; }
 inline void note(Access, const void*, size_t, bool, const void*) {}
 inline void note_landing(const void*, size_t, const void*) {}
+inline void note_operand(const void*, size_t, const void*) {}
+inline void note_request(const void*, size_t, const void*) {}
 inline const void* this_place() { return nullptr; }
 
 #endif
@@ -62,6 +68,12 @@ class Untracked {
   }
   void note_landing(const void* data, size_t bytes, const void* place) const {
     if (before_) accesses::note_landing(data, bytes, place);
+  }
+  void note_operand(const void* data, size_t bytes, const void* place) const {
+    if (before_) accesses::note_operand(data, bytes, place);
+  }
+  void note_request(const void* data, size_t bytes, const void* place) const {
+    if (before_) accesses::note_request(data, bytes, place);
   }
 
  private:

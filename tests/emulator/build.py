@@ -46,7 +46,7 @@ KERNEL_FLAGS = {"races": "-fsanitize=thread", "traffic": "-fsanitize=thread"}
 # They take most of the time that such a build runs for.
 DETECTORS = ("accesses.cpp", "races.cpp", "traffic.cpp")
 DETECTOR_FLAGS = "-O2"
-KERNELS_OF_TESTS = ("defects.cpp", "primitives.cpp", "requests.cpp")
+KERNELS_OF_TESTS = ("defects.cpp", "primitives.cpp", "requests.cpp", "warpgroup.cpp")
 ORDERS = ("forward", "reverse", "random")  # in which threads can run
 TORCH_TARGET = "0x020a000000000000"  # as in CMakeLists.txt
 

@@ -79,6 +79,21 @@ __attribute__((always_inline)) inline void copy_async(void* shared, const void* 
   multiprocessor.copy_async(shared, source, accesses::this_place());
 }
 
+// See csrc/vtp/wgmma.cuh.
+inline uint32_t shared_address(const void* place) { return multiprocessor.shared_address(place); }
+inline void fence_operands(Site site = Site::here()) { multiprocessor.fence_operands(site); }
+inline void begin_products(Site site = Site::here()) { multiprocessor.begin_products(site); }
+inline void commit_products(Site site = Site::here()) { multiprocessor.commit_products(site); }
+template <unsigned Count>
+__attribute__((always_inline)) inline void wgmma(float (&sums)[Count], unsigned columns, uint64_t a,
+                                                 uint64_t b, bool accumulate, WidenElement widen,
+                                                 Site site = Site::here()) {
+  multiprocessor.wgmma(sums, Count, columns, a, b, accumulate, widen, site, accesses::this_place());
+}
+__attribute__((always_inline)) inline void wait_products(Site site = Site::here()) {
+  multiprocessor.wait_products(site, accesses::this_place());
+}
+
 inline void commit_copies() { multiprocessor.commit_copies(); }
 
 __attribute__((always_inline)) inline void wait_copies(int pending) {

@@ -77,6 +77,8 @@ PYBIND11_MODULE(vtp_kernels_emulated, m) {
   m.def("source", &accesses::source, py::arg("place"), "The source line of a place in the code.");
   bind_requests(m.def_submodule("requests"));
 #endif
-  bind_primitives(m.def_submodule("primitives"));
-  bind_defects(m.def_submodule("defects"));
+  py::module_ primitives = m.def_submodule("primitives"), defects = m.def_submodule("defects");
+  bind_primitives(primitives);
+  bind_defects(defects);
+  bind_warpgroup(primitives, defects);
 }

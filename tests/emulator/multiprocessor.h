@@ -18,6 +18,7 @@
 #include "cuda/vector_types.h"
 #include "fiber.h"
 #include "order.h"
+#include "products.h"
 #include "races.h"
 #include "shared_memory.h"
 #include "site.h"
@@ -70,13 +71,21 @@ struct Warp : Rendezvous {
   uint32_t ballot[2];
 };
 
+// Four warps that multiply together.
+struct Warpgroup : Rendezvous {
+  static constexpr unsigned kThreads = 4 * kLanes;
+  std::shared_ptr<Product> product;  // of the current or the last meeting
+};
+
 // One of the blocks that run at a time. Its threads have consecutive numbers, whole warps of them.
 struct Block {
   unsigned rank = 0;  // in the cluster
   uint3 index = {};
   Barrier barrier;
   std::vector<Warp> warps;
+  std::vector<Warpgroup> warpgroups;
   SharedMemory shared;
+  unsigned fenced = 0;         // threads, since the last barrier
   unsigned exited = 0;         // threads
   unsigned mapped_before = 0;  // the cluster barrier before which others have mapped its memory
 };
@@ -84,6 +93,7 @@ struct Block {
 class Multiprocessor {
  public:
   static constexpr unsigned kMaxThreads = 1024, kMaxBlocks = 8;
+  static constexpr int kProductArchitecture = 90;  // has products of a warpgroup, and no other
   static_assert(kMaxThreads * kMaxBlocks <= ReadySet::kThreads);
 
   // Body: a callable that runs the kernel for the running thread.
@@ -165,6 +175,7 @@ class Multiprocessor {
     votes.all &= vote;
     if (barrier.arrived == threads_) {
       leave(barrier);
+      end_fences(block());
       traffic::barrier(block().rank);
       races::barrier(block().rank, site, std::strcmp(kind, "__syncthreads") != 0);
       ready_.add_range(block().rank * slots_, threads_);
@@ -262,6 +273,60 @@ class Multiprocessor {
     meet(warp(), {kind, site}, mask, true);
   }
 
+  // ---- Products of a warpgroup ----
+
+  // What the hardware calls a place in shared memory.
+  uint32_t shared_address(const void* place) const {
+    const Untracked untracked;
+    const uint32_t address = block().shared.address(place);
+    if (address == SharedMemory::kNoAddress) fail("an operand is no shared memory of the block");
+    return address;
+  }
+
+  // What the thread has written is published by the next barrier, if all threads have fenced.
+  void fence_operands(Site site) {
+    const Untracked untracked;
+    Thread& thread = *current_;
+    if (!thread.fenced) ++block().fenced;
+    thread.fenced = true;
+    races::fence_operands(site);
+  }
+
+  void begin_products(Site site) {
+    const Untracked untracked;
+    meet(warp(), {"begin_products", site}, ~0u, false);
+    current_->products.begin();
+  }
+
+  void wgmma(float* sums, unsigned count, unsigned columns, uint64_t a, uint64_t b,
+             bool accumulate, WidenElement widen, Site site, const void* place) {
+    const Untracked untracked;
+    const unsigned thread = current_->number % slots_;
+    const auto product = meet_to_multiply(columns, a, b, accumulate, widen, {"wgmma", site});
+    const std::string complaint = current_->products.issue(product, sums, count);
+    if (!complaint.empty()) fail(complaint);
+    note_operands(*product, thread % kLanes == 0, untracked, place);
+    request_operands(*product, thread % Warpgroup::kThreads, untracked, place);
+  }
+
+  void commit_products(Site site) {
+    const Untracked untracked;
+    meet(warp(), {"commit_products", site}, ~0u, false);
+    current_->products.commit();
+  }
+
+  void wait_products(Site site, const void* place) {
+    const Untracked untracked;
+    meet(warp(), {"wait_products", site}, ~0u, false);
+    const unsigned thread = current_->number % slots_ % Warpgroup::kThreads;
+    current_->products.for_committed([&](const Product& product) {
+      if (thread % kLanes == 0) check_operands(product, "is changed while a product runs");
+      note_operands(product, thread % kLanes == 0, untracked, place);
+    });
+    const std::string complaint = current_->products.wait(thread);
+    if (!complaint.empty()) fail(complaint);
+  }
+
   // In a dependent launch: from here on the thread may touch what earlier kernels wrote.
   void await_earlier_kernels(Site site) {
     const Untracked untracked;
@@ -301,6 +366,8 @@ class Multiprocessor {
     // Whether it has waited for earlier kernels, and whether that orders memory accesses.
     bool awaited = false, ordered_after_earlier = false;
     AsyncCopies copies;
+    RunningProducts products;
+    bool fenced = false;  // since the block's last barrier
   };
 
   inline static const std::string kPrefix = "emulator: kernel ";
@@ -366,13 +433,16 @@ class Multiprocessor {
     block.shared.begin_block(dynamic_bytes_, ++begun_);
     static_cast<Rendezvous&>(block.barrier) = {};
     for (Warp& warp : block.warps) static_cast<Rendezvous&>(warp) = {};
-    block.exited = block.mapped_before = 0;
+    for (Warpgroup& group : block.warpgroups) group = {};
+    block.exited = block.mapped_before = block.fenced = 0;
     const unsigned first = block.rank * slots_;
     for (unsigned i = 0; i < threads_; ++i) {
       Thread& thread = *all_threads_[first + i];
       thread.arrivals = thread.waits = thread.ordered = 0;
       thread.awaited = thread.ordered_after_earlier = !is_dependent_;
       thread.copies.clear();
+      thread.products.clear();
+      thread.fenced = false;
     }
     ready_.add_range(first, threads_);
   }
@@ -399,6 +469,7 @@ class Multiprocessor {
     const dim3 size = position.block_size;
     for (unsigned rank = 0; rank < cluster_; ++rank) {
       blocks_[rank]->warps.resize(slots_ / kLanes);
+      blocks_[rank]->warpgroups.resize(slots_ / Warpgroup::kThreads);
       for (unsigned i = 0; i < threads_; ++i) {
         Thread& thread = *all_threads_[rank * slots_ + i];
         thread.block = blocks_[rank].get();
@@ -490,6 +561,98 @@ class Multiprocessor {
     wait();
   }
 
+  void end_fences(Block& block) {
+    if (block.fenced == 0) return;
+    if (block.fenced == threads_) block.shared.publish();
+    block.fenced = 0;
+    for (unsigned i = 0; i < threads_; ++i) all_threads_[block.rank * slots_ + i]->fenced = false;
+  }
+
+  // Waits for all threads of the warpgroup, which name the same operands; these are read now.
+  std::shared_ptr<const Product> meet_to_multiply(unsigned columns, uint64_t a, uint64_t b,
+                                                  bool accumulate, WidenElement widen,
+                                                  const Meeting& meeting) {
+    if (architecture_ != kProductArchitecture) fail("there are no products of a warpgroup");
+    if (threads_ % Warpgroup::kThreads != 0) fail("a block of products is whole warpgroups");
+    const unsigned number = current_->number % slots_ / Warpgroup::kThreads;
+    Warpgroup& group = block().warpgroups[number];
+    come_to(group, meeting);
+    if (group.arrived == 1) {
+      group.product = std::make_shared<Product>(Product{columns, {a}, {b}, accumulate, {}, {}});
+    } else if (!group.product->is_same(columns, a, b, accumulate)) {
+      fail("the threads of a warpgroup name different operands");
+    }
+    const auto product = group.product;
+    if (group.arrived == Warpgroup::kThreads) {
+      leave(group);
+      read_operands(*product, widen);
+      ready_.add_range(block().rank * slots_ + number * Warpgroup::kThreads, Warpgroup::kThreads);
+    }
+    wait();
+    return product;
+  }
+
+  SharedMemory::Bytes unit_at(const OperandDescriptor& operand, unsigned row, unsigned unit) const {
+    return block().shared.at(operand.address(row, unit), OperandDescriptor::kUnitBytes);
+  }
+
+  // Its bytes must be those that were published.
+  void check_operands(const Product& product, const char* otherwise) const {
+    for (const OperandDescriptor* operand : {&product.a, &product.b}) {
+      const std::string complaint = operand->complaint();
+      if (!complaint.empty()) fail(complaint);
+    }
+    product.for_units([&](const OperandDescriptor& operand, unsigned row, unsigned unit) {
+      const SharedMemory::Bytes bytes = unit_at(operand, row, unit);
+      const std::string which = "row " + std::to_string(row) + " of operand " +
+                                (&operand == &product.a ? "A " : "B ");
+      if (!bytes.now) fail(which + "is no shared memory of the block");
+      if (!bytes.published ||
+          std::memcmp(bytes.now, bytes.published, OperandDescriptor::kUnitBytes) != 0) {
+        fail(which + otherwise);
+      }
+    });
+  }
+
+  void read_operands(Product& product, WidenElement widen) const {
+    check_operands(product, "was not fenced, by all threads, before a barrier");
+    product.for_units([&](const OperandDescriptor& operand, unsigned row, unsigned unit) {
+      uint16_t elements[OperandDescriptor::kUnitBytes / 2];
+      std::memcpy(elements, unit_at(operand, row, unit).now, sizeof elements);
+      std::vector<float>& to = &operand == &product.a ? product.x : product.y;
+      for (const uint16_t element : elements) to.push_back(widen(element));
+    });
+  }
+
+  // For a warp by one thread: any of it may read any of an operand, until it has waited.
+  void note_operands([[maybe_unused]] const Product& product, [[maybe_unused]] bool is_noted,
+                     [[maybe_unused]] const Untracked& untracked,
+                     [[maybe_unused]] const void* place) const {
+#ifdef VTP_EMULATOR_RACES
+    if (!is_noted) return;
+    product.for_units([&](const OperandDescriptor& operand, unsigned row, unsigned unit) {
+      untracked.note_operand(unit_at(operand, row, unit).now, OperandDescriptor::kUnitBytes, place);
+    });
+#endif
+  }
+
+  // Every unit once a warpgroup, eight rows of a column of units by eight lanes.
+  void request_operands([[maybe_unused]] const Product& product, [[maybe_unused]] unsigned thread,
+                        [[maybe_unused]] const Untracked& untracked,
+                        [[maybe_unused]] const void* place) const {
+#ifdef VTP_EMULATOR_TRAFFIC
+    const auto ask = [&](const OperandDescriptor& operand, unsigned rows) {
+      for (unsigned i = thread; i < rows * OperandDescriptor::kUnits; i += Warpgroup::kThreads) {
+        const unsigned row = i / 16 * OperandDescriptor::kPeriod + i % OperandDescriptor::kPeriod;
+        const SharedMemory::Bytes bytes = unit_at(operand, row, i / 8 % OperandDescriptor::kUnits);
+        untracked.note_request(bytes.now, OperandDescriptor::kUnitBytes, place);
+      }
+    };
+    ask(product.a, Product::kRows);
+    ask(product.b, product.columns);
+#endif
+  }
+
   void come_to(Rendezvous& rendezvous, const Meeting& meeting) {
     if (rendezvous.arrived++ == 0) {
       rendezvous.meeting = meeting;
@@ -549,6 +712,10 @@ class Multiprocessor {
       add(block.barrier.arrived, of, block.barrier);
       for (size_t i = 0; i < block.warps.size(); ++i) {
         add(block.warps[i].arrived, of + " of warp " + std::to_string(i), block.warps[i]);
+      }
+      for (size_t i = 0; i < block.warpgroups.size(); ++i) {
+        const std::string group = of + " of warpgroup " + std::to_string(i);
+        add(block.warpgroups[i].arrived, group, block.warpgroups[i]);
       }
     }
     add(cluster_waiting_.size(), " of the cluster", cluster_barrier_);

@@ -10,6 +10,8 @@
 // what a thread does after its n-th arrival is ordered before what others do once they have waited
 // for barrier n + 1. And a dependent launch comes after those before it in a thread that has waited
 // for them.
+// Products of a warpgroup read shared memory in an order of their own: a write comes before them only
+// if the thread that wrote then fenced it, and then came to a barrier.
 #include "races.h"
 
 #include "pages.h"
@@ -53,7 +55,9 @@ struct State {
   uint32_t plain_launch = 0, launch = 0, cluster = 0;
   std::vector<uint32_t> barriers;  // of each block
   std::vector<uint32_t> warp_barriers;
-  unsigned warps = 0;  // of a block
+  std::vector<uint32_t> fences;     // of each thread, its last
+  std::vector<uint32_t> published;  // the same before the block's last barrier
+  unsigned warps = 0;               // of a block
   std::map<std::pair<std::string_view, int>, bool> sites;  // of barriers; whether to be ignored
   std::string ignored;  // which of them
   // The running thread.
@@ -61,6 +65,7 @@ struct State {
   bool after_earlier_kernels = true;
 
   unsigned warp() const { return thread / kLanes; }
+  unsigned number(unsigned block, unsigned thread) const { return block * warps * kLanes + thread; }
   uint32_t barrier() const { return barriers[block]; }
   uint32_t& warp_barrier() { return warp_barriers[block * warps + warp()]; }
 };
@@ -146,6 +151,20 @@ void report(Access access, uint32_t place, Access other, const Latest& latest) {
                 (same_block ? " " : " of another block ") + second + "nothing orders them";
 }
 
+// Whether products that read what was last written might not see it.
+bool is_unfenced(const Latest& written) {
+  if (written.time < state.cluster) return false;  // never, by this cluster
+  return written.other_warps || written.other_lanes ||
+         written.time >= state.published[state.number(written.block, written.thread)];
+}
+
+void report_unfenced(uint32_t place, const Latest& written) {
+  if (!state.found.empty()) return;
+  state.found = "a data race: a product of thread " + std::to_string(state.thread) + " reads (" +
+                source_of(place) + ") what thread " + std::to_string(written.thread) + " writes (" +
+                source_of(written.place) + "), and has not fenced for it before a barrier";
+}
+
 void note(Access access, Cell& cell, uint32_t place) {
   // Reads agree with reads, atomics with atomics.
   for (const Access other : {Access::read, Access::write, Access::atomic}) {
@@ -175,6 +194,8 @@ void begin_cluster(unsigned blocks, unsigned warps) {
   state.warps = warps;
   state.barriers.assign(blocks, state.clock);
   state.warp_barriers.assign(blocks * warps, state.clock);
+  state.fences.assign(blocks * warps * kLanes, 0);
+  state.published = state.fences;
 }
 
 bool orders(const Site& site) {
@@ -184,7 +205,14 @@ bool orders(const Site& site) {
 }
 
 void barrier(unsigned block, const Site& site, bool is_vote) {
-  if (is_vote || orders(site)) state.barriers[block] = ++state.clock;
+  if (!is_vote && !orders(site)) return;
+  state.barriers[block] = ++state.clock;
+  const auto first = state.fences.begin() + state.number(block, 0);
+  std::copy(first, first + state.warps * kLanes, state.published.begin() + state.number(block, 0));
+}
+
+void fence_operands(const Site& site) {
+  if (orders(site)) state.fences[state.number(state.block, state.thread)] = ++state.clock;
 }
 
 void warp_barrier(const Site& site) {
@@ -237,6 +265,15 @@ void forget(const void* data, size_t bytes) {
 void note(Access access, uintptr_t first, size_t bytes, uint32_t place) {
   for (uintptr_t at = first; at < first + bytes; ++at) {
     emulator::note(access, state.shadow.at(at), place);
+  }
+}
+
+void note_operand(uintptr_t first, size_t bytes, uint32_t place) {
+  for (uintptr_t at = first; at < first + bytes; ++at) {
+    Cell& cell = state.shadow.at(at);
+    const Latest& written = cell.latest[static_cast<int>(Access::write)];
+    if (is_unfenced(written)) report_unfenced(place, written);
+    emulator::note(Access::read, cell, place);
   }
 }
 

@@ -26,6 +26,8 @@ VTP_RACES(void begin_cluster(unsigned /*blocks*/, unsigned /*warps of each*/))
 // All threads of the block have met, or the running warp's lanes.
 VTP_RACES(void barrier(unsigned /*block*/, const Site&, bool /*is_vote*/))
 VTP_RACES(void warp_barrier(const Site&))
+// What the running thread has written to shared memory can be read by products behind a barrier.
+VTP_RACES(void fence_operands(const Site&))
 
 // A thread of a block of the cluster runs from now on.
 VTP_RACES(void run(unsigned /*block*/, unsigned /*thread*/))
@@ -40,6 +42,8 @@ VTP_RACES(void forget(const void* /*data*/, size_t /*bytes*/))
 
 // The running thread's access.
 VTP_RACES(void note(Access, uintptr_t /*first*/, size_t /*bytes*/, uint32_t /*place*/))
+// A read of shared memory by products of its warpgroup.
+VTP_RACES(void note_operand(uintptr_t /*first*/, size_t /*bytes*/, uint32_t /*place*/))
 
 #undef VTP_RACES
 

@@ -57,6 +57,41 @@ class SharedMemory {
 
   size_t static_bytes() const { return static_bytes_; }
 
+  // What the hardware calls a place: all shared memory lies in one window, and the last ten bits of
+  // an address are those of the pointer.
+  static constexpr uint32_t kNoAddress = ~0u;
+
+  uint32_t address(const void* place) const {
+    for (const Object& object : objects_) {
+      const size_t offset = static_cast<const unsigned char*>(place) - object.data;
+      if (offset < object.bytes) return object.address + static_cast<uint32_t>(offset);
+    }
+    return kNoAddress;
+  }
+
+  // The bytes there, in the view of products of a warpgroup too: as they were published last, null if
+  // never. Both null where nothing of the block's lies.
+  struct Bytes {
+    const unsigned char *now, *published;
+  };
+
+  Bytes at(uint32_t address, size_t bytes) const {
+    for (const Object& object : objects_) {
+      const uint32_t offset = address - object.address;
+      if (offset >= object.bytes || object.bytes - offset < bytes) continue;
+      const bool is_published = !object.published.empty();
+      return {object.data + offset, is_published ? &object.published[offset] : nullptr};
+    }
+    return {};
+  }
+
+  // From now on products see all there is.
+  void publish() {
+    for (Object& object : objects_) {
+      object.published.assign(object.data, object.data + object.bytes);
+    }
+  }
+
   // Where another block has what lies at this place here; null where nothing of this block's lies.
   unsigned char* same_place(const void* place, SharedMemory& other) const {
     for (const Object& object : objects_) {
@@ -104,6 +139,7 @@ class SharedMemory {
     }
     objects_.clear();
     static_bytes_ = 0;
+    next_address_ = 0;
   }
 
  private:
@@ -120,6 +156,8 @@ class SharedMemory {
     void* memory;  // with canaries
     unsigned char* data;
     size_t bytes, alignment;
+    uint32_t address;
+    std::vector<unsigned char> published;
   };
 
   static bool is_canary(const unsigned char* at) {
@@ -142,13 +180,20 @@ class SharedMemory {
     void* memory;
     if (alignment < 16) alignment = 16;
     if (kCanaryBytes && alignment < kCanaryBytes) alignment = kCanaryBytes;
-    if (posix_memalign(&memory, alignment, bytes + 2 * kCanaryBytes) != 0) throw std::bad_alloc();
-    auto* data = static_cast<unsigned char*>(memory) + kCanaryBytes;
-    std::memset(memory, kCanary, kCanaryBytes);
+    const size_t before = kCanaryBytes ? alignment : 0;
+    if (posix_memalign(&memory, alignment, before + bytes + kCanaryBytes) != 0) {
+      throw std::bad_alloc();
+    }
+    auto* data = static_cast<unsigned char*>(memory) + before;
+    std::memset(data - kCanaryBytes, kCanary, kCanaryBytes);
     std::memset(data + bytes, kCanary, kCanaryBytes);
     fill_with_garbage(data, bytes, salt_ * 0x9e3779b9u + id);
     traffic::shared_object(data, bytes);
-    objects_.push_back({id, type, memory, data, bytes, alignment});
+    constexpr uint32_t kKept = 1024;  // of which addresses keep the remainder
+    const auto remainder = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(data) % kKept);
+    const uint32_t address = (next_address_ + kKept - 1) / kKept * kKept + remainder;
+    next_address_ = address + static_cast<uint32_t>(bytes);
+    objects_.push_back({id, type, memory, data, bytes, alignment, address, {}});
     if (id >= 0) static_bytes_ += bytes;
     return data;
   }
@@ -156,6 +201,7 @@ class SharedMemory {
   std::vector<Object> objects_;
   unsigned char* dynamic_ = nullptr;
   size_t static_bytes_ = 0;
+  uint32_t next_address_ = 0;
   uint64_t salt_ = 0;
 };
 

@@ -32,10 +32,18 @@ TOO_EARLY = {  # what the kernel does, and what an earlier one does
     "dependent_writes": (WRITE, "(?:reads|writes)"),
     "dependent_overwrites": (WRITE, "(?:reads|writes)"),
 }
+# What products of a warpgroup read: not fenced, or written while others may still multiply.
+UNFENCED = r"a product of thread \d+ reads \(.*\) what thread \d+ writes \(.*\), and has not fenced"
+REWRITTEN = (
+    r"thread \d+ (?:writes|reads) \(.*warpgroup.cpp.*\) what thread \d+ (?:reads|writes) .*"
+    "nothing orders them"
+)
+PRODUCTS = {"product_fence_before_writes": UNFENCED, "product_rewritten": REWRITTEN}
 ENDS_BEFORE = ("a data race", "defects.cpp:", " of another block ", "(at the end of its block)")
 CLEAN = (
     "cluster_right",
     "dependent_right",
+    "product_none",
     "neighbour_is_right",
     "lane_neighbour_is_right",
     "slots",
@@ -63,7 +71,8 @@ def run_racing():
 @pytest.mark.parametrize("order", build.ORDERS)
 def test_planted_races_are_found_in_every_order_of_threads(run_racing, order):
     run = run_racing(
-        order, "planted.py", "races", *RACES, *TOO_EARLY, "cluster_ends_before", *CLEAN
+        *(order, "planted.py", "races"),
+        *(*RACES, *TOO_EARLY, *PRODUCTS, "cluster_ends_before", *CLEAN),
     )
     assert run.returncode == 0, run.stderr
     reports = json.loads(run.stdout)
@@ -76,6 +85,8 @@ def test_planted_races_are_found_in_every_order_of_threads(run_racing, order):
         pattern = rf"a data race: thread \d+ {does} \(.*defects.cpp:\d+\) what an earlier kernel "
         pattern += rf"{earlier} \(.*defects.cpp:\d+\), and has not waited for it"
         assert re.search(pattern, reports[name]), (name, reports[name])
+    for name, pattern in PRODUCTS.items():
+        assert re.search(f"a data race: {pattern}", reports[name]), (name, reports[name])
     assert all(part in reports["cluster_ends_before"] for part in ENDS_BEFORE)
     assert [reports[name] for name in CLEAN] == [""] * len(CLEAN)
 

@@ -22,6 +22,8 @@
 //               for all lanes of a word at once.
 //               That of another block of a cluster is no different.
 //   Matrix load The rows its lanes name, 16 bytes each.
+//   Product     Of a warpgroup: 16 bytes of an operand at a time, each once for all four warps, a
+//               lane of eight for each of eight rows.
 //   Async copy  A read of global and a write of shared memory by the lane that issues it.
 //   Load phase  A stretch between two meetings in which a warp loads from global memory: round trips
 //               that are likely to follow each other. Products of the tensor cores end none.
@@ -456,7 +458,8 @@ void cluster_barrier() {
 }
 
 void collective(const char* kind) {
-  if (std::strcmp(kind, "all_lanes") == 0) return flush(state.warp());
+  const bool multiplies = std::strcmp(kind, "all_lanes") == 0 || std::strstr(kind, "products");
+  if (multiplies) return flush(state.warp());
   ++state.launch.collectives;
   end_phase(state.warp());
 }
