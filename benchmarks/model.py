@@ -37,7 +37,7 @@ class Device:
     multiprocessors: int
     clock: float  # Hz
     has_goals: bool = False
-    has_clusters: bool = False
+    is_hopper: bool = False  # has clusters, and products of a warpgroup
     sorted_keys: int = 16384  # that fit into the shared memory of a block
     dram_cycles: float = 700  # of a round trip
     l2_cycles: float = 300
@@ -46,7 +46,7 @@ class Device:
 
 
 DEVICES = (
-    Device("H200", 4.8e12, 132, 1.8e9, has_goals=True, has_clusters=True, sorted_keys=32768),
+    Device("H200", 4.8e12, 132, 1.8e9, has_goals=True, is_hopper=True, sorted_keys=32768),
     Device("RTX 4090", 1.008e12, 128, 2.52e9),
 )
 
@@ -103,37 +103,43 @@ def require(x: torch.Tensor, dim: int | None = None) -> None:
 
 KEYS = 128  # of a block of key_pass, 32 a warp
 QUERIES = 16  # rows that key_pass multiplies at a time
+WARPGROUP_QUERIES = 64  # and warpgroup_pass
 FEW_ROWS = 16  # of query heads and rows on one KV head, whose logits are kept
 CLUSTER, CLUSTER_WARPS, CLUSTER_KEYS = 8, 16, 2048  # blocks for a row; warps and keys of a block
 BLOCK_KEYS = 4096  # of which one block makes the scores and selects
 BLOCK_LOGITS = 1 << 16  # that a block reads for them
 
 
-def attention_parts(query, key, merged: bool = True) -> list[Launch]:
+def attention_parts(device, query, key, merged: bool = True) -> list[Launch]:
     """`merged`: a kernel of its own merges the rows' statistics, where there are many."""
     require(query, DIM)
     batch, heads, rows, _ = query.shape
     kv_heads, length = key.shape[1:3]
     tiles, packed = ceil(length / KEYS), heads // kv_heads * rows
     blocks, times = tiles * kv_heads * batch, ceil(packed / QUERIES)
-    launches = [Launch("attention_scores: key_pass<bf16, 4, 0>", blocks, 4, times)]
+    kernel = "attention_scores: key_pass<bf16, 4"
+    if device.is_hopper and (packed == WARPGROUP_QUERIES or packed > 80):
+        kernel = "attention_scores_warpgroup: warpgroup_pass<bf16, 2"
+        times = ceil(packed / WARPGROUP_QUERIES)
+    launches = [Launch(f"{kernel}, 0>", blocks, 4, times)]
     if packed > FEW_ROWS or (merged and tiles > 8):
         merging = ceil(heads * rows / 32) * batch
         launches.append(Launch("attention_scores: merge_statistics", merging, 8, ceil(tiles / 64)))
     if packed > FEW_ROWS:
-        launches.append(Launch("attention_scores: key_pass<bf16, 4, 1>", blocks, 4, times))
+        launches.append(Launch(f"{kernel}, 1>", blocks, 4, times))
     return launches
 
 
 def attention_scores(device, query, key, *_) -> list[Launch]:
     blocks = ceil(key.shape[2] / 128) * query.shape[0]
-    return [*attention_parts(query, key), Launch("attention_scores: finish_scores", blocks, 4)]
+    finish = Launch("attention_scores: finish_scores", blocks, 4)
+    return [*attention_parts(device, query, key), finish]
 
 
 def select_topk(device, scores, _) -> list[Launch]:
     batch, length = scores.shape
     fits = batch * CLUSTER <= device.multiprocessors and length <= CLUSTER * CLUSTER_KEYS
-    if length > 4096 and device.has_clusters and fits:
+    if length > 4096 and device.is_hopper and fits:
         return [Launch("select_topk: select_in_cluster<f32>", batch * CLUSTER, CLUSTER_WARPS)]
     for threads, keys in ((256, 4), (512, 8), (1024, 16)):
         if length <= threads * keys:
@@ -151,14 +157,14 @@ def attention_topk(device, query, key) -> list[Launch]:
     def fit(blocks: int, keys: int) -> bool:
         return length <= blocks * keys and summed * length <= blocks * BLOCK_LOGITS
 
-    clusters = device.has_clusters and batch * CLUSTER <= device.multiprocessors
+    clusters = device.is_hopper and batch * CLUSTER <= device.multiprocessors
     if summed <= 512 and clusters and fit(CLUSTER, CLUSTER_KEYS):
         kernel = "attention_topk: finish_and_select_in_cluster"
         finish = Launch(kernel, batch * CLUSTER, CLUSTER_WARPS)
-        return [*attention_parts(query, key, merged=False), finish]
+        return [*attention_parts(device, query, key, merged=False), finish]
     if summed <= 512 and fit(1, BLOCK_KEYS):
         finish = Launch("attention_topk: finish_and_select", batch, 32)
-        return [*attention_parts(query, key), finish]
+        return [*attention_parts(device, query, key), finish]
     scores = torch.empty(batch, length, device="meta")
     return [*attention_scores(device, query, key), *select_topk(device, scores, None)]
 

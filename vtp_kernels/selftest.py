@@ -184,6 +184,8 @@ def _attention_inputs(draw: Draw) -> Iterator[Arguments]:
     for dtype in FLOATS:
         yield _attention(draw, dtype, rows=1, heads=4, dim=128)
         yield _attention(draw, dtype, rows=5, heads=6, dim=64)
+    yield _attention(draw, torch.bfloat16, rows=40, heads=4, dim=128)
+    yield {**_attention(draw, torch.float16, 84, 4, 72), "head_reduce": "max"}
     yield {**_attention(draw, torch.float32, 20, 4, 80), "head_reduce": "max"}
     yield {**_attention(draw, torch.float16, 3, 2, 64), "support": "candidates"}
 

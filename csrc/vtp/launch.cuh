@@ -46,16 +46,20 @@ class OpStream {
   bool has_begun_ = false;
 };
 
-// VTP_DEPENDENT_LAUNCH, read once: 0 makes every launch a plain one, to measure against.
+// Whether an environment variable leaves on what it can turn off with 0, to measure against.
+inline bool switch_is_on(const char* variable) {
+  const char* value = std::getenv(variable);
+  const std::string text = value ? value : "";
+  if (text != "" && text != "0" && text != "1") {
+    throw std::runtime_error(std::string("vtp_kernels: ") + variable + " must be 0 or 1, got " +
+                             text);
+  }
+  return text != "0";
+}
+
+// Read once: 0 makes every launch a plain one.
 inline bool dependent_launch_is_on() {
-  static const bool is_on = [] {
-    const char* value = std::getenv("VTP_DEPENDENT_LAUNCH");
-    const std::string text = value ? value : "";
-    if (text != "" && text != "0" && text != "1") {
-      throw std::runtime_error("vtp_kernels: VTP_DEPENDENT_LAUNCH must be 0 or 1, got " + text);
-    }
-    return text != "0";
-  }();
+  static const bool is_on = switch_is_on("VTP_DEPENDENT_LAUNCH");
   return is_on;
 }
 

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +29,9 @@ CSRC = ROOT / "csrc"
 TABLE = CSRC / "code_generation.md"
 OWN_BUILD = ROOT / "build" / "code_generation"
 ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
-WAITS_ARCH = "9.0"  # of the table of waits
+# Its products exist in code for 9.0a alone: it is compiled for that where the others are for 9.0.
+WARPGROUP, WARPGROUP_ARCH = "attention_scores_warpgroup", "9.0a"
+WAITS_ARCH = "9.0"  # of the table of waits, with the other one
 # Registers a kernel may use beyond the table's where another nvcc built it.
 REGISTER_TOLERANCE = 16
 
@@ -131,11 +133,21 @@ class Build:
     folder: Path
     nvcc: str  # its version
 
+    def folder_of(self, op: str) -> Path:
+        """CMake has a target, and a folder, for what is compiled for 9.0a."""
+        name = self.folder.parent.name.replace("vtp_cuda.dir", "vtp_cuda_warpgroup.dir")
+        beside = self.folder.parents[1] / name / self.folder.name
+        return beside if op == WARPGROUP else self.folder
+
+    def files(self, suffix: str) -> dict[str, Path]:
+        names = {source.stem: source.name for source in sources()}
+        return {op: self.folder_of(op) / f"{name}{suffix}" for op, name in names.items()}
+
     def logs(self) -> dict[str, Path]:
-        return {source.stem: self.folder / f"{source.name}.ptxas.txt" for source in sources()}
+        return self.files(".ptxas.txt")
 
     def objects(self) -> dict[str, Path]:
-        return {source.stem: self.folder / f"{source.name}.o" for source in sources()}
+        return self.files(".o")
 
     def usages(self) -> list[Usage]:
         """By "<op>: <kernel>", sorted."""
@@ -149,6 +161,18 @@ class Build:
                 dataclasses.replace(usage, kernel=f"{op}: {names[usage.kernel]}") for usage in found
             ]
         return sorted(usages, key=lambda usage: (natural(usage.kernel), natural(usage.arch)))
+
+
+def archs_of(op: str, archs: Iterable[str] = ARCHS) -> set[str]:
+    """Those that an op's kernels are compiled for, where a library is for `archs`."""
+    archs = set(archs)
+    if op != WARPGROUP:
+        return archs
+    return {WARPGROUP_ARCH} if archs & {WAITS_ARCH, WARPGROUP_ARCH} else set()
+
+
+def waits_arch(op: str) -> str:
+    return WARPGROUP_ARCH if op == WARPGROUP else WAITS_ARCH
 
 
 def natural(text: str) -> list:
@@ -213,18 +237,23 @@ def compile_source(source: Path, target: Path, *options: str) -> None:
     os.utime(target, (started, started))
 
 
+def generate_code(op: str) -> list[str]:
+    """nvcc's options for the architectures of an op."""
+    numbers = [arch.replace(".", "") for arch in sorted(archs_of(op), key=natural)]
+    defined = ["-DVTP_WITH_WARPGROUP"] if op == WARPGROUP else []
+    return [*defined, *(f"--generate-code=arch=compute_{n},code=sm_{n}" for n in numbers)]
+
+
 def own_build() -> Build:
     nvcc = find_nvcc() or stop("no nvcc here: set CUDA_HOME to the CUDA toolkit")
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     build = Build(OWN_BUILD, re.search(r"V([\d.]+)", text)[1])
-    numbers = [arch.replace(".", "") for arch in ARCHS]
-    options = [f"--generate-code=arch=compute_{n},code=sm_{n}" for n in numbers]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         running = [
             pool.submit(
                 compile_source,
                 *(source, build.objects()[source.stem]),
-                *("-c", "-Xfatbin=-compress-all", *options),
+                *("-c", "-Xfatbin=-compress-all", *generate_code(source.stem)),
             )
             for source in sources()
         ]
@@ -318,21 +347,22 @@ def complaints(usages: list[Usage], nvcc: str, table: str) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """A kernel's machine code: the instructions in use, with modifiers, and on WAITS_ARCH what it
-    waits for."""
+    """A kernel's machine code: how often each instruction is in it, with modifiers, and on the
+    architecture of waits what it waits for."""
 
-    used: set[str]
+    used: Counter[str]
     waits: RoundTrips | None
 
 
-def machine_code(build: Build, arch: str | None = None) -> dict[tuple[str, str], Code]:
-    """By architecture (all, or one) and "<op>: <kernel>", sorted."""
+def machine_code(build: Build, waits_alone: bool = False) -> dict[tuple[str, str], Code]:
+    """By architecture (all, or that of waits) and "<op>: <kernel>", sorted."""
 
     def of(op: str, file: Path) -> dict[tuple[str, str], Code]:
         found = {}
-        for function in disassembled(file, arch):
-            waits = round_trips(function.instructions) if function.arch == WAITS_ARCH else None
-            used = {instruction.opcode for instruction in function.instructions}
+        for function in disassembled(file, waits_arch(op) if waits_alone else None):
+            has_waits = function.arch == waits_arch(op)
+            waits = round_trips(function.instructions) if has_waits else None
+            used = Counter(instruction.opcode for instruction in function.instructions)
             found[function.arch, function.name] = Code(used, waits)
         names = short_names(name for _, name in found)
         return {(arch, f"{op}: {names[name]}"): code for (arch, name), code in found.items()}
@@ -368,6 +398,13 @@ def images(library: Path) -> tuple[set[str], set[str]]:
     return listed("--list-elf"), listed("--list-ptx")
 
 
+def images_of(archs: Iterable[str]) -> tuple[set[str], set[str]]:
+    """The same of a library for `archs`, such as 9.0 and 12.0+PTX."""
+    machine = {arch.removesuffix("+PTX") for arch in archs}
+    ptx = {arch.removesuffix("+PTX") for arch in archs if arch.endswith("+PTX")}
+    return machine | archs_of(WARPGROUP, machine), ptx
+
+
 # --- the table of waits -----------------------------------------------------------------------
 
 WAITS_TITLE = f"## Waits on {WAITS_ARCH}"
@@ -378,7 +415,7 @@ Of paths that part, the one with the most counts; each loop is gone through once
 code that wait for one, and how many loads are on their way there, on average. The loops, in order
 of address: instructions of an iteration, without those of loops inside, and in brackets the round
 trips it waits for. What counts is told in tests/build/round_trips.py; `python tests/build/waits.py
-KERNEL` shows where they are.
+KERNEL` shows where they are. Products of a warpgroup are in code for 9.0a alone.
 """
 COLUMNS = {  # title -> what its cells are
     "to the first barrier": "round trips to the first barrier",
@@ -461,7 +498,7 @@ def main(arguments: list[str]) -> int:
     build = (None if options.compile else library_build()) or own_build()
     usages = build.usages()
     disassembler() or stop("no cuobjdump here: neither the CUDA toolkit's nor triton's")
-    codes = machine_code(build, WAITS_ARCH)
+    codes = machine_code(build, waits_alone=True)
     if options.write:
         TABLE.write_text(render(usages, build.nvcc) + "\n" + render_waits(codes))
     table = TABLE.read_text()

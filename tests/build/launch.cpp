@@ -2,6 +2,7 @@
 // nothing.
 #include "vtp/cluster_launch.cuh"
 #include "vtp/launch.cuh"
+#include "vtp/wgmma_launch.cuh"
 
 #include <cstdint>
 #include <cstdio>
@@ -109,6 +110,15 @@ void check_clusters_at_once() {
           "clusters of code that has none");
 }
 
+void check_wgmma(bool wanted) {
+  require(wgmma_is_on("kernel") == wanted, "products of a warpgroup on 9.0");
+  for (const int other : {1, 2}) {
+    runtime.device = other;
+    require(!wgmma_is_on("kernel"), "products of a warpgroup on another device than 9.0");
+  }
+  runtime.device = 0;
+}
+
 void check_dependent_launches(bool wanted) {
   const auto is_dependent = [] {
     const auto& attributes = runtime.launches.back().attributes;
@@ -132,7 +142,7 @@ void check_dependent_launches(bool wanted) {
 
 }  // namespace
 
-// launch <whether dependent launches are on: 0 or 1>
+// launch <whether dependent launches are on: 0 or 1> <whether products of a warpgroup are>
 int main(int, char** arguments) {
   add(reinterpret_cast<void*>(first), 8 << 10, 90);
   add(reinterpret_cast<void*>(second), 0, 90);
@@ -142,4 +152,5 @@ int main(int, char** arguments) {
   check_clusters();
   check_clusters_at_once();
   check_dependent_launches(arguments[1][0] == '1');
+  check_wgmma(arguments[2][0] == '1');
 }

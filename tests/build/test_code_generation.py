@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,18 @@ from code_generation import (
     REGISTER_TOLERANCE,
     TABLE,
     WAITS_ARCH,
+    WARPGROUP,
+    WARPGROUP_ARCH,
     Code,
     Usage,
+    archs_of,
     by_kernel,
     complaints,
     demangler,
     find_nvcc,
     grew,
     images,
+    images_of,
     library_build,
     machine_code,
     moves_16_bytes,
@@ -38,6 +43,7 @@ from code_generation import (
     render_waits,
     short_names,
     shortened,
+    waits_arch,
     waits_complaints,
 )
 from overlap import FIRST, too_early, waits_for_others
@@ -170,14 +176,18 @@ def test_16_byte_loads_are_known():
     assert not moves_16_bytes({"LDG.E.64", "LDS.128", "LDGSTS.E.BYPASS.128"}, "LDG")
 
 
+def op_of(kernel: str) -> str:
+    return kernel.partition(":")[0]
+
+
 WAITS = RoundTrips(2, 5, 4, [], [Loop(0, 40, 1.0), Loop(64, 30, 0)], [])
 
 
 def codes(**change) -> dict:
     waits = dataclasses.replace(WAITS, **change)
     return {
-        ("9.0", "copy: kernel<2>"): Code(set(), waits),
-        ("8.0", "copy: kernel<2>"): Code(set(), None),
+        ("9.0", "copy: kernel<2>"): Code(Counter(), waits),
+        ("8.0", "copy: kernel<2>"): Code(Counter(), None),
     }
 
 
@@ -211,13 +221,13 @@ def test_a_change_of_waits_is_told(change, words):
 def test_a_kernel_without_recorded_waits_is_told():
     (told,) = waits_complaints(codes(), "13.0.88", render(USAGES, "13.0.88"))
     assert "not in the table of waits" in told
-    other = {("9.0", "copy: other"): Code(set(), WAITS)}
+    other = {("9.0", "copy: other"): Code(Counter(), WAITS)}
     told = "\n".join(waits_complaints({**codes(), **other}, "13.0.88", WAITS_TABLE))
     assert told == "copy: other on 9.0 is not in the table of waits"
     (_, told) = waits_complaints(other, "13.0.88", WAITS_TABLE)
     assert told == "copy: kernel<2> is in the table of waits, but was not built"
     assert not list(
-        waits_complaints({("8.0", "copy: k"): Code(set(), None)}, "13.0.88", WAITS_TABLE)
+        waits_complaints({("8.0", "copy: k"): Code(Counter(), None)}, "13.0.88", WAITS_TABLE)
     )
 
 
@@ -302,7 +312,8 @@ def test_kernels_are_as_the_table_says(build):
 
 def test_the_table_knows_every_architecture():
     _, recorded = read_table(TABLE.read_text())
-    assert all(sorted(row) == sorted(ARCHS) for row in by_kernel(recorded.values()).values())
+    for kernel, row in by_kernel(recorded.values()).items():
+        assert set(row) == archs_of(op_of(kernel)), kernel
 
 
 def test_every_kernel_is_built_for_every_architecture(build):
@@ -310,16 +321,28 @@ def test_every_kernel_is_built_for_every_architecture(build):
     if not os.environ.get("VTP_CUDA_ARCHS") and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         assert archs == set(ARCHS)
     if library_build() == build:
-        assert all(set(row) == archs for row in by_kernel(build.usages()).values())
+        for kernel, row in by_kernel(build.usages()).items():
+            assert set(row) == archs_of(op_of(kernel), archs), kernel
 
 
 def test_the_library_has_the_images_asked_for():
     asked = archs_asked_for()
     if disassembler() is None:
         pytest.skip("no cuobjdump here: neither the CUDA toolkit's nor triton's")
-    machine, ptx = images(Path(sys.modules["vtp_kernels._C"].__file__))
-    assert machine == {arch.removesuffix("+PTX") for arch in asked}
-    assert ptx == {arch.removesuffix("+PTX") for arch in asked if arch.endswith("+PTX")}
+    assert images(Path(sys.modules["vtp_kernels._C"].__file__)) == images_of(asked)
+
+
+@pytest.mark.parametrize(
+    "asked, machine, ptx",
+    [
+        ({"8.0", "9.0"}, {"8.0", "9.0", "9.0a"}, set()),
+        ({"9.0+PTX"}, {"9.0", "9.0a"}, {"9.0"}),
+        ({"9.0a"}, {"9.0a"}, set()),
+        ({"8.0+PTX", "10.0"}, {"8.0", "10.0"}, {"8.0"}),
+    ],
+)
+def test_code_for_a_warpgroup_comes_with_9_0(asked, machine, ptx):
+    assert images_of(asked) == (machine, ptx)
 
 
 def test_no_kernel_uses_local_memory(code):
@@ -334,8 +357,8 @@ def test_no_kernel_adds_floats_in_no_order(code):
 
 @pytest.mark.usefixtures("code")  # skips where nothing can be read
 def test_later_kernels_of_a_call_wait_on_every_path(build):
-    for file in build.objects().values():
-        found = list(disassembled(file, WAITS_ARCH))
+    for op, file in build.objects().items():
+        found = list(disassembled(file, waits_arch(op)))
         names = short_names(function.name for function in found)
         for function in found:
             name = names[function.name]
@@ -360,6 +383,7 @@ WIDE = (
     ("token_contribution: compare<.*, true", "LDG", "7.5"),
     ("attention_scores: key_pass<", "LDG", "7.5"),
     ("attention_scores: align_rows<", "STG", "7.5"),
+    ("attention_scores_warpgroup: warpgroup_pass<", "LDGSTS", "9.0"),
     ("passive_attention: attend_kernel<", "LDGSTS", "8.0"),
     ("passive_attention: attend_kernel<", "STG", "7.5"),
 )
@@ -390,3 +414,18 @@ def test_16_bit_floats_are_multiplied_by_tensor_cores(code, kernel, dtype, oldes
     assert not [
         key for key, used in kernels.items() if not any(x.startswith("HMMA.") for x in used)
     ]
+
+
+def test_products_of_a_warpgroup_overlap(build, code):
+    """ptxas tells of those that it makes wait for each other; here they follow each other at once,
+    four for every 64 elements of a row."""
+    if not any(arch == WARPGROUP_ARCH for arch, _ in code):
+        pytest.skip(f"nothing was built for {WARPGROUP_ARCH}")
+    assert "serialize" not in build.logs()[WARPGROUP].read_text()
+    kernels = {name: found.used for (_, name), found in code.items() if op_of(name) == WARPGROUP}
+    assert len(kernels) == 8
+    for name, used in kernels.items():
+        products = {x: n for x, n in used.items() if x.startswith("HGMMA")}
+        tiles = int(re.search(r", (\d), \d>", name)[1])
+        assert sum(products.values()) == 4 * tiles and used["WARPGROUP.DEPBAR.LE"] == 1, name
+        assert all(x.startswith("HGMMA.64x128x16.F32") for x in products), name

@@ -18,17 +18,17 @@ def test_launch_asks_for_what_a_gpu_wants_to_be_asked(tmp_path):
     command = ["g++", *flags, "-pthread", HERE / "launch.cpp", "-o", program]
     subprocess.run(command, check=True)
 
-    def run(dependent: str, **environment: str) -> subprocess.CompletedProcess:
+    def run(on: str, **environment: str) -> subprocess.CompletedProcess:
         environment = {"PATH": os.environ["PATH"], **environment}
-        command = [program, dependent]
+        command = [program, *on]
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     for result in (
-        run("1"),
-        run("1", VTP_DEPENDENT_LAUNCH="1"),
-        run("0", VTP_DEPENDENT_LAUNCH="0"),
+        run("11"),
+        run("11", VTP_DEPENDENT_LAUNCH="1", VTP_WGMMA="1"),
+        run("01", VTP_DEPENDENT_LAUNCH="0"),
+        run("10", VTP_WGMMA="0"),
     ):
         assert result.returncode == 0, result.stderr
-    assert (
-        "VTP_DEPENDENT_LAUNCH must be 0 or 1, got no" in run("1", VTP_DEPENDENT_LAUNCH="no").stderr
-    )
+    for switch in ("VTP_DEPENDENT_LAUNCH", "VTP_WGMMA"):
+        assert f"{switch} must be 0 or 1, got no" in run("11", **{switch: "no"}).stderr

@@ -17,10 +17,12 @@ from pathlib import Path
 from code_generation import (
     OWN_BUILD,
     WAITS_ARCH,
+    WARPGROUP,
     compile_source,
     short_names,
     sources,
     stop,
+    waits_arch,
 )
 from round_trips import RoundTrips, round_trips
 from sass import Function, disassembled, disassembler
@@ -30,7 +32,8 @@ def compiled(source: Path, arch: str) -> Path:
     """The cubin of a source file, with line numbers, which change nothing else."""
     number = arch.replace(".", "")
     target = OWN_BUILD / f"{source.stem}.sm_{number}.cubin"
-    compile_source(source, target, "-cubin", "-lineinfo", f"-arch=sm_{number}")
+    defined = ["-DVTP_WITH_WARPGROUP"] if source.stem == WARPGROUP else []
+    compile_source(source, target, "-cubin", "-lineinfo", f"-arch=sm_{number}", *defined)
     return target
 
 
@@ -89,7 +92,7 @@ def disassembled_with_lines(cubin: Path) -> tuple[list[Function], dict[tuple[str
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("kernel")
-    parser.add_argument("--arch", default=WAITS_ARCH, help=f"default: {WAITS_ARCH}")
+    parser.add_argument("--arch", help=f"default: {WAITS_ARCH}, or 9.0a for what is for it alone")
     options = parser.parse_args(arguments)
     disassembler() or stop("no cuobjdump here: neither the CUDA toolkit's nor triton's")
     op, _, name = options.kernel.rpartition(":")
@@ -98,7 +101,8 @@ def main(arguments: list[str]) -> int:
     for source in sources():
         if op not in ("", source.stem) or word not in source.read_text():
             continue
-        functions, lines = disassembled_with_lines(compiled(source, options.arch))
+        arch = options.arch or waits_arch(source.stem)
+        functions, lines = disassembled_with_lines(compiled(source, arch))
         names = short_names(function.name for function in functions)
         for function in functions:
             kernel = f"{source.stem}: {names[function.name]}"

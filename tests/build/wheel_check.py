@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from code_generation import disassembler, images
+from code_generation import disassembler, images, images_of
 
 ROOT = Path(__file__).parents[2].resolve()
 EPOCH = "1700000000"  # of SOURCE_DATE_EPOCH, if it is not set
@@ -206,9 +206,7 @@ def has_the_images_of_its_name(library: Path, name: Name) -> str:
         raise NotChecked("no cuobjdump here: neither the CUDA toolkit's nor triton's")
     machine, ptx = images(library)
     text = f"cubins {' '.join(sorted(machine)) or 'none'}, PTX {' '.join(sorted(ptx)) or 'none'}"
-    require(machine == {arch.removesuffix("+PTX") for arch in name.archs}, text)
-    with_ptx = {arch.removesuffix("+PTX") for arch in name.archs if arch.endswith("+PTX")}
-    require(ptx == with_ptx, text)
+    require((machine, ptx) == images_of(name.archs), text)
     return text
 
 

@@ -247,6 +247,8 @@ LONG = {
     "token_contribution": (600,),
     "compact_rows": (600,),
 }
+# Rows of two heads, three tiles on two of keys, for warpgroups: one sum, or one a head.
+PACKED = ((torch.bfloat16, "mean"), (torch.float16, "max"))
 # Where attention_topk on sm_90 does not finish in clusters, though its kernels overlap: batches of
 # more rows than run at once, and what is attention_scores and select_topk, by a block, by a cluster
 # and of a row read anew in each sweep. Batch, length, and (heads, dim, rows).
@@ -268,6 +270,11 @@ def cases(op: str, seed: int) -> Iterator[Case]:
         for batch, length, draw.dtype, draw.layout in sizes:
             text = f"{draw.dtype} {draw.layout} batch {batch} length {length} sm_{architecture}"
             yield Case(op, text, OPS[op](draw, batch, length), architecture)
+    for draw.dtype, reduce in PACKED if op == "attention_scores" else ():
+        draw.layout = draw.any(*LAYOUTS)
+        *most, _ = attention(draw, 1, 140, ((2, 1), 72, 84))
+        text = f"{draw.dtype} {draw.layout} packed rows, {reduce} sm_90"
+        yield Case(op, text, (*most, reduce), 90)
     draw.dtype, draw.layout = draw.any(*DTYPES), "dense"
     for batch, length, shape in BESIDE_CLUSTERS if op == "attention_topk" else ():
         text = f"{draw.dtype} {shape} batch {batch} length {length} sm_90"

@@ -327,7 +327,12 @@ VARIANTS = [
         attention(FLOAT, 6, 3, 3, 80),
         {"support": "candidates", "head_reduce": "max"},
     ),
+    Variant("attention_scores", "some-rows", attention(BFLOAT, 4, 1, 9, 128)),
+    # The next two with products of a warpgroup on compute capability 9.0: many rows on a KV head.
     Variant("attention_scores", "many-rows", attention(BFLOAT, 4, 1, 33, 128)),
+    Variant(
+        "attention_scores", "many-rows-max", attention(HALF, 2, 1, 84, 72), {"head_reduce": "max"}
+    ),
     Variant("attention_scores", "wide-heads", attention(BFLOAT, 2, 2, 17, 256)),
     Variant(
         "attention_scores", "lse", attention(BFLOAT, 4, 2, 7, 96, lse=True), {"head_reduce": "sum"}

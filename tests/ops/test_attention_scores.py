@@ -130,6 +130,17 @@ def test_options(draw, backend, support, head_reduce, rows):
         assert_close(got, reference.attention_scores(**in_float64(some), **options))
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("dim, rows", ((64, 32), (80, 84), (128, 33)))
+def test_rows_of_many_heads(draw, backend, dtype, dim, rows):
+    """More than 64 rows on a KV head, of several heads."""
+    arguments = inputs(draw, heads=6, kv_heads=2, rows=rows, length=140, dim=dim, dtype=dtype)
+    for head_reduce in ("mean", "max"):
+        got = vtp.attention_scores(**arguments, head_reduce=head_reduce, backend=backend)
+        want = reference.attention_scores(**in_float64(arguments), head_reduce=head_reduce)
+        assert_close(got, want)
+
+
 def test_last_token_of_a_prompt(draw, backend):
     arguments = inputs(draw, heads=8, kv_heads=8, rows=1, length=640, dim=128)
     some = {name: arguments[name] for name in ("query", "key", "candidates")}

@@ -1,5 +1,5 @@
-// The little of CUDA's runtime that launch.cuh and cluster_launch.cuh in csrc/vtp call, for tests
-// without a GPU: it refuses what a GPU refuses and writes down what it was asked.
+// The little of CUDA's runtime that launch.cuh, cluster_launch.cuh and wgmma_launch.cuh in csrc/vtp
+// call, for tests without a GPU: it refuses what a GPU refuses and writes down what it was asked.
 #pragma once
 
 #include <cstddef>
@@ -18,6 +18,10 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID {
   cudaLaunchAttributeClusterDimension = 4,
   cudaLaunchAttributeProgrammaticStreamSerialization = 6,
+};
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
 };
 using cudaStream_t = struct Stream*;
 
@@ -57,6 +61,7 @@ struct StubRuntime {
   std::map<std::pair<int, const void*>, size_t> dynamic_granted;  // by device and kernel
   cudaError_t last_error = cudaSuccess;
   std::map<int, int> multiprocessors = {{0, 132}, {1, 4}};  // by device; a block each
+  std::map<int, std::pair<int, int>> capability = {{0, {9, 0}}, {1, {10, 0}}, {2, {9, 1}}};
   int attributes_read = 0, attributes_set = 0, clusters_read = 0;
   std::vector<Launch> launches;
   std::function<void(void**)> run;  // is given a launch's arguments
@@ -77,6 +82,14 @@ inline cudaError_t cudaGetLastError() { return std::exchange(runtime.last_error,
 
 inline cudaError_t cudaGetDevice(int* device) {
   *device = runtime.device;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  const auto found = runtime.capability.find(device);
+  if (found == runtime.capability.end()) return runtime.say(cudaErrorInvalidValue);
+  const bool is_major = attribute == cudaDevAttrComputeCapabilityMajor;
+  *value = is_major ? found->second.first : found->second.second;
   return cudaSuccess;
 }
 
