@@ -11,6 +11,7 @@ import pytest
 import torch
 from linear_reference import Gathered, as_given, merged
 from pruning_methods import pruning_method
+from test_every_family import check_units
 from test_generation import DETAILS, GREEDY, assert_same
 from test_last_layer import last, rows_of
 from test_packing import rows_computed
@@ -167,6 +168,21 @@ def test_rows_that_left_never_came(models, padded, name, tmp_path):
     kept = run.report().kept
     assert any(not torch.equal(k, padded["attention_mask"].bool()) for k in kept.values())
     check(models["eager"], padded, output, kept)
+
+
+@ONE_FAMILY
+def test_videos(family, model):
+    """Frames with timestamps between them, beside pictures and text."""
+    inputs = family.batch(model, ((0, (0,), 2), 4), (((0,),), 9), ((), 5))
+    for layer in (0, 4):
+        with vtp.prune(model, vtp.RandomPruning(layer, 0.25)) as run:
+            output = model.generate(**inputs, **SETTINGS)
+        report = run.report()
+        check(model, inputs, output, report.kept)
+        check_units(report, vtp.picture_grids(model, inputs))
+        text = inputs["attention_mask"].bool() & ~report.kept.visual
+        assert report.kept.visual.any(1).tolist() == [True, True, False]
+        assert torch.equal(report.kept[layer] & text, text)
 
 
 @ONE_FAMILY

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..looks import Given, Looks
-from .family import Family
-from .qwen2_vl import QWEN_TOKENS, ROPE, flat_grid, flat_video, merged, merged_frames
+from .qwen2_vl import QWEN_TOKENS, ROPE, ByGrid, flat_grid, flat_video
 from .tiny import TEXT, VISION, Tiny, TinyVideo
 
 __all__ = ["Cosmos3Edge"]
 
 
-class Cosmos3Edge(Family):
+class Cosmos3Edge(ByGrid):
     name = "cosmos3_edge"
     architectures = ("Cosmos3EdgeForConditionalGeneration",)
     example = "nvidia/Cosmos3-Edge"
     text_models = ("cosmos3_edge_text",)
-    grid_positions = True
-
-    def looks(self, given: Given) -> list[Looks]:
-        return merged(given)
-
-    def frames(self, given: Given) -> list[Looks]:
-        return merged_frames(given)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (

@@ -5,23 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from ..looks import Given, Looks
-from .family import Family
-from .qwen2_vl import ROPE, flat_grid, flat_video, merged, merged_frames
+from .qwen2_vl import ROPE, ByGrid, flat_grid, flat_video, merged_frames
 from .tiny import IMAGE, TEXT, VIDEO, Tiny, TinyVideo
 
 __all__ = ["Ernie45VL"]
 
 
-class Ernie45VL(Family):
+class Ernie45VL(ByGrid):
     name = "ernie4_5_vl_moe"
     architectures = ("Ernie4_5_VLMoeForConditionalGeneration",)
     example = "baidu/ERNIE-4.5-VL-28B-A3B-PT"
     text_models = ("ernie4_5_vl_moe_text",)
-    grid_positions = True
     row_arguments = ("moe_mm_token_type_ids",)
-
-    def looks(self, given: Given) -> list[Looks]:
-        return merged(given)
 
     def frames(self, given: Given) -> list[Looks]:
         return merged_frames(given, given.base.config.vision_config.temporal_merge_size)

@@ -6,9 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..looks import Given, Looks
-from .family import Family
-from .qwen2_vl import ROPE, grid, merged, merged_frames, video
+from .qwen2_vl import ROPE, ByGrid, grid, video
 from .tiny import EXPERTS, IMAGE, TEXT, VIDEO, Tiny, TinyVideo
 
 __all__ = ["Glm4v", "Glm4vMoe", "Glm46v", "GlmOcr"]
@@ -35,18 +33,11 @@ TOKENS = {
 }
 
 
-class Glm4v(Family):
+class Glm4v(ByGrid):
     name = "glm4v"
     architectures = ("Glm4vForConditionalGeneration",)
     example = "zai-org/GLM-4.1V-9B-Thinking"
     text_models = ("glm4v_text",)
-    grid_positions = True
-
-    def looks(self, given: Given) -> list[Looks]:
-        return merged(given)
-
-    def frames(self, given: Given) -> list[Looks]:
-        return merged_frames(given)
 
     def placeholders(self, base: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor]:
         """Frames of videos have the token of pictures, between tokens that begin and end a video.

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..looks import Given, Looks
-from .family import Family
-from .qwen2_vl import QWEN_VISION, grid, merged, merged_frames, video
+from .qwen2_vl import QWEN_VISION, ByGrid, grid, video
 from .tiny import IMAGE, TEXT, VIDEO, Tiny, TinyVideo
 
 __all__ = ["HyperClovaX"]
 
 
-class HyperClovaX(Family):
+class HyperClovaX(ByGrid):
     name = "hyperclovax_vision_v2"
     architectures = ("HyperCLOVAXVisionV2ForConditionalGeneration",)
     example = "naver-hyperclovax/HyperCLOVAX-SEED-Think-32B"
     since = "5.23"
     text_models = ("hyperclovax",)
-
-    def looks(self, given: Given) -> list[Looks]:
-        return merged(given)
-
-    def frames(self, given: Given) -> list[Looks]:
-        return merged_frames(given)
+    grid_positions = False
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (

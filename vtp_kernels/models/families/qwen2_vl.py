@@ -16,6 +16,7 @@ __all__ = [
     "QWEN_TOKENS",
     "QWEN_VISION",
     "ROPE",
+    "ByGrid",
     "Qwen2VL",
     "Qwen25Omni",
     "Qwen25VL",
@@ -29,11 +30,9 @@ __all__ = [
 ]
 
 
-class Qwen2VL(Family):
-    name = "qwen2_vl"
-    architectures = ("Qwen2VLForConditionalGeneration",)
-    example = "Qwen/Qwen2-VL-7B-Instruct"
-    text_models = ("qwen2_vl_text",)
+class ByGrid(Family):
+    """Pictures and frames come with a grid of patches each, which keeps their shape."""
+
     grid_positions = True
 
     def looks(self, given: Given) -> list[Looks]:
@@ -41,6 +40,13 @@ class Qwen2VL(Family):
 
     def frames(self, given: Given) -> list[Looks]:
         return merged_frames(given)
+
+
+class Qwen2VL(ByGrid):
+    name = "qwen2_vl"
+    architectures = ("Qwen2VLForConditionalGeneration",)
+    example = "Qwen/Qwen2-VL-7B-Instruct"
+    text_models = ("qwen2_vl_text",)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
@@ -64,18 +70,11 @@ class Qwen2VL(Family):
         return {"qwen2_vl": Tiny(make, grid, types=("mm_token_type_ids",), video=TinyVideo(video))}
 
 
-class Qwen25VL(Family):
+class Qwen25VL(ByGrid):
     name = "qwen2_5_vl"
     architectures = ("Qwen2_5_VLForConditionalGeneration",)
     example = "Qwen/Qwen2.5-VL-7B-Instruct"
     text_models = ("qwen2_5_vl_text",)
-    grid_positions = True
-
-    def looks(self, given: Given) -> list[Looks]:
-        return merged(given)
-
-    def frames(self, given: Given) -> list[Looks]:
-        return merged_frames(given)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -94,7 +93,7 @@ class Qwen25VL(Family):
         }
 
 
-class Qwen25Omni(Family):
+class Qwen25Omni(ByGrid):
     """The part that reads and answers; it is a model of its own in transformers."""
 
     name = "qwen2_5_omni_thinker"
@@ -102,13 +101,6 @@ class Qwen25Omni(Family):
     example = "Qwen/Qwen2.5-Omni-7B"
     since = "5.23"
     text_models = ("qwen2_5_omni_text",)
-    grid_positions = True
-
-    def looks(self, given: Given) -> list[Looks]:
-        return merged(given)
-
-    def frames(self, given: Given) -> list[Looks]:
-        return merged_frames(given)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..looks import Given, Looks
-from .family import Family
-from .qwen2_vl import QWEN_TOKENS, QWEN_VISION, ROPE, grid, merged
+from .qwen2_vl import QWEN_TOKENS, QWEN_VISION, ROPE, ByGrid, grid
+from .qwen3_vl import WITH_TIMES
 from .tiny import EXPERTS, LINEAR, SHARED, TEXT, Tiny
 
 __all__ = ["LIMITS", "ROTARY", "Qwen35", "Qwen35Moe"]
@@ -28,16 +27,12 @@ LIMITS = (
 )
 
 
-class Qwen35(Family):
+class Qwen35(ByGrid):
     name = "qwen3_5"
     architectures = ("Qwen3_5ForConditionalGeneration",)
     text_models = ("qwen3_5_text",)
     example = "Qwen/Qwen3.5-27B"
-    grid_positions = True
     limits = LIMITS
-
-    def looks(self, given: Given) -> list[Looks]:
-        return merged(given)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
@@ -49,7 +44,9 @@ class Qwen35(Family):
                 )
             )
 
-        return {"qwen3_5": Tiny(make, grid, types=("mm_token_type_ids",), linear=True)}
+        return {
+            "qwen3_5": Tiny(make, grid, types=("mm_token_type_ids",), video=WITH_TIMES, linear=True)
+        }
 
 
 class Qwen35Moe(Qwen35):
@@ -70,7 +67,11 @@ class Qwen35Moe(Qwen35):
                 )
             )
 
-        return {"qwen3_5_moe": Tiny(make, grid, types=("mm_token_type_ids",), linear=True)}
+        return {
+            "qwen3_5_moe": Tiny(
+                make, grid, types=("mm_token_type_ids",), video=WITH_TIMES, linear=True
+            )
+        }
 
 
 VISION = QWEN_VISION | {"num_position_embeddings": 64}

@@ -6,16 +6,13 @@ from __future__ import annotations
 from typing import Any
 
 from ..deepstack import Planes
-from ..looks import Given, Looks
-from .family import Family
 from .qwen2_vl import (
     AUDIO_TOKENS,
     QWEN_TOKENS,
     QWEN_VISION,
     ROPE,
+    ByGrid,
     grid,
-    merged,
-    merged_frames,
     timed,
     video,
 )
@@ -24,21 +21,14 @@ from .tiny import EXPERTS, TEXT, Tiny, TinyVideo
 __all__ = ["Qwen3OmniMoe", "Qwen3VL", "Qwen3VLMoe", "take_deepstack"]
 
 
-class Qwen3VL(Family):
+class Qwen3VL(ByGrid):
     name = "qwen3_vl"
     architectures = ("Qwen3VLForConditionalGeneration",)
     example = "Qwen/Qwen3-VL-8B-Instruct"
     text_models = ("qwen3_vl_text",)
-    grid_positions = True
 
     def take_planes(self, arguments: dict[str, Any], first: int) -> Planes | None:
         return take_deepstack(arguments, first)
-
-    def looks(self, given: Given) -> list[Looks]:
-        return merged(given)
-
-    def frames(self, given: Given) -> list[Looks]:
-        return merged_frames(given)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
