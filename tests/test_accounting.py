@@ -16,7 +16,7 @@ from tiny_models import FAMILIES
 
 import vtp_kernels as vtp
 from vtp_kernels import VisiPruner
-from vtp_kernels.accounting import Course, account, text_config
+from vtp_kernels.accounting import Course, account, accounts, text_config
 from vtp_kernels.cli import main
 from vtp_kernels.methods import method_from_spec
 from vtp_kernels.methods.lvpruning.deciders import Shape
@@ -166,6 +166,18 @@ def test_what_the_published_counts_do_not_have(tmp_path, capsys):
     assert "%  not known" in capsys.readouterr().out
     assert main([*command, "--text", "10", "--visual", "500"]) == 0
     assert json.loads(capsys.readouterr().out)["none"]["visual_pairs"] is not None
+
+
+@pytest.mark.parametrize("name", ["paligemma", "gemma3"])
+def test_pairs_of_rows_that_see_ahead_are_not_causal(name):
+    """With a prompt that every window holds."""
+    config = FAMILIES[name].make().config
+    prompt = {"text": 3, "before": 1, "visual": 4, "course": Course()}
+    found = accounts(config, {"none": None, "random": vtp.RandomPruning(2, 0.5)}, **prompt)
+    for one in found.values():
+        assert one.visual_pairs is None and one.visual_reads is None and one.flops
+    causal = accounts(config.text_config, {"none": None}, **prompt)
+    assert causal["none"].visual_pairs and causal["none"].flops == found["none"].flops
 
 
 def test_options_of_the_command_line_that_cannot_be(capsys):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vtp_kernels.flop_counts.text import DecoderLayer, decoder_layers
@@ -78,8 +78,8 @@ class Account:
         attention, or a window that is shorter than the prompt.
     visual_pairs : int, or None
         Causal pairs of a query and a key that have weight, with a visual token among them; linear
-        attention has none. None where a layer's window is shorter than the prompt: which pairs it
-        holds depends on which tokens stay.
+        attention has none. None where a layer's window is shorter than the prompt, for which pairs
+        it holds depends on which tokens stay, and where rows see some that come after them.
     visual_reads : int, or None
         Those of them in which text reads a visual token, in layers that are not passive. As a share
         of the dense model's `visual_pairs` it is what VisiPruner's paper seems to count: what
@@ -151,6 +151,9 @@ def accounts(
             counted[name] = account(text, method, **prompt)
         except NotImplementedError as error:
             counted[name] = str(error)
+            continue
+        if parts is not None and parts.page.sees_ahead:  # pairs are counted as causal ones
+            counted[name] = replace(counted[name], visual_pairs=None, visual_reads=None)
     return counted
 
 
