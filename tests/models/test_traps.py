@@ -242,6 +242,21 @@ def test_trap_4_drafts_that_no_argument_tells_of():
         with pytest.raises(NotImplementedError, match="prompt_lookup_num_tokens: drafts come with"):
             model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=2)
         model.generate(**inputs, **GREEDY)
+        with pytest.raises(NotImplementedError, match="logits_to_keep: the forward of VideoLl"):
+            model(**inputs, logits_to_keep=torch.tensor([3]))
+
+
+def test_what_a_layer_is_told_of_each_row_is_of_every_row():
+    family = FAMILIES["ernie4_5_vl_moe"]
+    model = family.model("sdpa")
+    inputs = family.batch(model, ((0,), 5))
+    inputs["moe_mm_token_type_ids"] = inputs["moe_mm_token_type_ids"][:, 1:]
+    with (
+        torch.no_grad(),
+        vtp.prune(model, vtp.RandomPruning(0, 0.5)),
+        pytest.raises(ValueError, match=r"moe_mm_token_type_ids: expected .*, got"),
+    ):
+        model(**inputs)
 
 
 def test_trap_11_inputs_embeds(model):

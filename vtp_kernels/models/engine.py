@@ -207,6 +207,12 @@ class Engine(StaysBehind):
         if module is self.parts.base:  # the hook on `top` was passed over, or all rows come out
             arguments = {**arguments, "logits_to_keep": 0, **passed_to(self.parts.top)}
         if not takes_logits_to_keep(type(self.parts.top)):
+            if isinstance(arguments.get("logits_to_keep"), Tensor):
+                raise NotImplementedError(
+                    f"logits_to_keep: the forward of {type(self.parts.top).__name__} knows none, "
+                    "and gives the logits of all rows that are left, among which an index means "
+                    "another row; use output_rows='input'"
+                )
             arguments["logits_to_keep"] = 0
         call = Prefill(self, arguments)
         if not any(call.visual_at_start):

@@ -215,7 +215,7 @@ class Prefill:
             hidden = self._rows_asked_for(layer, hidden, arguments)
         for name in self.parts.page.row_arguments:
             if self.stages and arguments.get(name) is not None:
-                arguments[name] = self._of_rows_left(arguments[name])
+                arguments[name] = self._of_rows_left(name, arguments[name])
         return hidden
 
     def let_rows_leave(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -273,9 +273,14 @@ class Prefill:
             arguments.update(self._inputs_of(keys, layer, past, attending, arguments))
         return hidden
 
-    def _of_rows_left(self, told: Tensor) -> Tensor:
+    def _of_rows_left(self, name: str, told: Tensor) -> Tensor:
         """What a layer is told of each row of the prompt, int [B, S], of the rows that it runs on;
         0 for padding."""
+        if told.shape != self.prompt_visual.shape:
+            raise ValueError(
+                f"{name}: expected {list(self.prompt_visual.shape)}, a number for each row of the "
+                f"call, got {list(told.shape)}"
+            )
         told = told.gather(1, self.origin)
         if self.valid is not None:
             told = told.masked_fill(~self.valid, 0)
