@@ -27,7 +27,7 @@ class Continuation:
         self.parts = parts
         self.cache = cache
         self.static = is_static(cache)
-        self.takes_positions = takes_positions(parts.layers[parts.attending[0]].self_attn)
+        self.takes_positions = takes_positions(parts.layers[parts.counted].self_attn)
         embeddings = arguments.get("inputs_embeds")
         rows = (embeddings if embeddings is not None else arguments["input_ids"]).shape[1]
         past = None if self.static else int(cache.get_seq_length())

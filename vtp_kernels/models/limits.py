@@ -108,12 +108,11 @@ def check_windows(parts: ModelParts, columns: int) -> None:
     """Raise NotImplementedError where attention would cut a window by the rows that are left, since
     no mask tells it which they are. `columns` is how many rows it has to do with, those that left
     included."""
-    windows = [kind.window for kind in parts.kinds if kind.window is not None]
-    config = parts.text.config
-    if windows and columns > min(windows) and not tells_by_mask(config):
+    window, config = parts.shortest_window, parts.text.config
+    if window is not None and columns > window and not tells_by_mask(config):
         raise NotImplementedError(
             f"the attention implementation {config._attn_implementation!r} counts the rows of a "
-            f"sliding window ({min(windows)}) itself, and would go wrong about those that left: "
+            f"sliding window ({window}) itself, and would go wrong about those that left: "
             f"prompt and answer have {columns} rows; use 'sdpa', or keep both within the window"
         )
 
@@ -143,7 +142,7 @@ def check_prefill(
         )
     if cache is not None:
         check_cache(cache, parts.kinds)
-    attention = parts.layers[parts.attending[0]].self_attn
+    attention = parts.layers[parts.counted].self_attn
     if takes_positions(attention) and takes_keys_by_mask(parts.text.config):
         raise NotImplementedError(
             f"model: FlashAttention is not supported with {type(attention).__name__}, which tells "

@@ -123,9 +123,8 @@ class Prefill:
         self.uneven = self.plan.uneven or (
             is_static(cache) and takes_keys_by_mask(parts.text.config)
         )
-        self.takes_positions = takes_positions(parts.layers[parts.attending[0]].self_attn)
+        self.takes_positions = takes_positions(parts.layers[parts.counted].self_attn)
         self.memory: dict[str, Any] = {}  # the method's own
-        self.counted = parts.attending[0]
         # The layer that may run on the rows asked for alone.
         self.last = len(parts.layers) - 1 if asks_few_rows(parts, arguments) else -1
 
@@ -406,7 +405,7 @@ class Prefill:
         state = CacheState(
             layers=self.layer_keys,  # fills as layers are entered
             removed=0,
-            counted=self.counted,
+            counted=self.parts.counted,
             served=self.at_work,
             prompt=self.past + self.prompt_visual.shape[1] - self.asked.drafts,
             observed=self.plan.observed if put_away(cache) else frozenset(),
@@ -450,7 +449,7 @@ class Prefill:
             rows = KeyRows(columns, self._end, filled is not None or before.filled, before.left)
             for layer in layers:
                 self.layer_keys[layer] = rows
-            if first == self.counted:
+            if first == self.parts.counted:
                 self._shorten(keys - width)
 
     def _rows(self, layer: int, hidden: Tensor) -> PromptRows:
@@ -539,7 +538,7 @@ class Prefill:
         self.text_now, self.visual_now = kept.text, kept.visual
         if self.positions == "contiguous":
             self._close_up(arguments)
-        if layer <= self.counted and self.cache is not None:
+        if layer <= self.parts.counted and self.cache is not None:
             self._shorten(rows - width)
         self.stages.append(StageRecord(layer, kept.text, kept.visual, self.origin, self.valid))
         return hidden
@@ -577,7 +576,7 @@ class Prefill:
             (is_text,) = compact_rows((text.rows,), *selection, align="right", backend=self.backend)
             valid = right_aligned(counts, selection.counts, width)
             self.one = OneVisual(selection, valid, Text(is_text, text.counts))
-            if self.cache is not None and len(self.layer_keys) == self.counted:
+            if self.cache is not None and len(self.layer_keys) == self.parts.counted:
                 self._shorten(first.shape[1] - width)
         return self.one
 

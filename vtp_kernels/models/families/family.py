@@ -8,6 +8,7 @@ the picture's placeholder, and positions that count rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -194,10 +195,21 @@ class ModelParts:
     def layers(self) -> nn.ModuleList:
         return self.text.layers
 
-    @property
+    @cached_property
     def attending(self) -> list[int]:
-        """Layers that have attention: by the first of them the model counts what it was given."""
+        """Layers that have attention."""
         return [layer for layer in range(len(self.layers)) if layer not in self.linear]
+
+    @property
+    def counted(self) -> int:
+        """The layer by which the model counts what it was given: the first that has attention."""
+        return self.attending[0]
+
+    @cached_property
+    def shortest_window(self) -> int | None:
+        """Of the layers that have one."""
+        windows = (kind.window for kind in self.kinds if kind.window is not None)
+        return min(windows, default=None)
 
     @property
     def positions(self) -> tuple[str, ...]:
