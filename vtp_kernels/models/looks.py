@@ -23,15 +23,19 @@ __all__ = [
     "Given",
     "Looks",
     "Outline",
+    "Size",
     "View",
     "cells",
     "centered",
     "one_size",
     "outlined",
+    "whole",
 ]
 
 Box = tuple[float, float, float, float]
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+Size = tuple[int, int] | None
+"""Height and width of a picture, or of the frames of a video, where they are known."""
 
 
 class View(NamedTuple):
@@ -138,6 +142,12 @@ class Given:
             )
         return self.arguments[name]
 
+    def size_of(self, picture: int) -> Size:
+        return _nth(self.sizes, picture)
+
+    def frame_size_of(self, video: int) -> Size:
+        return _nth(self.frame_sizes, video)
+
     def grid(self, name: str) -> list[list[int]]:
         """The rows of an argument with some numbers for every picture."""
         return torch.as_tensor(self.told(name)).tolist()
@@ -158,6 +168,10 @@ class Given:
         return one_size(vision.image_size) // one_size(vision.patch_size)
 
 
+def _nth(sizes: list[tuple[int, int]] | None, index: int) -> Size:
+    return None if sizes is None or index >= len(sizes) else sizes[index]
+
+
 def _runs(row: Tensor) -> list[int]:
     lengths = torch.unique_consecutive(row, return_counts=True)
     return [length for visual, length in zip(*(x.tolist() for x in lengths), strict=True) if visual]
@@ -171,6 +185,11 @@ def one_size(size: Any) -> int:
 def cells(rows: int, columns: int) -> Tensor:
     """int64 [rows, columns]: tokens in reading order."""
     return torch.arange(rows * columns).view(rows, columns)
+
+
+def whole(rows: int, columns: int, box: Box = WHOLE) -> Looks:
+    """A picture with a token for each of its cells, in reading order."""
+    return Looks(rows * columns, (View("whole", cells(rows, columns), box),))
 
 
 def centered(tall: float, wide: float) -> Box:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..looks import WHOLE, Given, Looks, View
+from ..looks import Given, Looks, View
 from .family import Family
 from .rectangles import rectangles
 from .squares import shown_by
@@ -88,10 +88,6 @@ def _squares(given: Given) -> list[Looks]:
     side, outline = given.side, given.told("image")
     shows = given.tower._shows(given.arguments, 1, side * side)
     (tokens,) = (shows >= 0).nonzero(as_tuple=True)
-    looks = []
-    for index in range(outline.parts):
-        box = WHOLE
-        if given.sizes is not None and given.processor is not None and index < len(given.sizes):
-            box = shown_by(given.processor, *given.sizes[index])
-        looks.append(Looks(len(shows), (View("whole", tokens.view(side, side), box),)))
-    return looks
+    boxes = (shown_by(given.processor, given.size_of(i)) for i in range(outline.parts))
+    cells = tokens.view(side, side)
+    return [Looks(len(shows), (View("whole", cells, box),)) for box in boxes]

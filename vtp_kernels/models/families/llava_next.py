@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..looks import WHOLE, Box, Given, Looks, View, cells, centered
+from ..looks import WHOLE, Given, Looks, View, cells
 from .family import Family
+from .squares import padded
 from .tiny import IMAGE, TEXT, Tiny, anyres, clip
 
 __all__ = ["LlavaNext", "crops_together"]
@@ -59,18 +60,13 @@ def crops_together(given: Given, cut: list[bool] | None = None) -> list[Looks]:
     looks = []
     for index, (size, count) in enumerate(zip(sizes, counts, strict=True)):
         rows = shows[picture[latest] == index]
-        whole = View("whole", cells(side, side), WHOLE if count > 1 else _padded(size))
+        whole = View("whole", cells(side, side), WHOLE if count > 1 else padded(size))
         views = (whole,)
         if count > 1:
             grid = model.get_anyres_image_grid_shape(size, pinpoints, edge)
             views = (whole, _put_together(model, rows[side * side :], size, grid, side))
         looks.append(Looks(len(rows), views))
     return looks
-
-
-def _padded(size: list[int]) -> Box:
-    """A picture that is not cut is padded to a square."""
-    return centered(max(size) / size[0], max(size) / size[1])
 
 
 def _put_together(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..looks import Box, Given, Looks
+from ..looks import Box, Given, Looks, Size
 from .family import Family
 from .llava_next import crops_together
 from .pooled import pooled_frames
-from .squares import shown_frames
+from .squares import shown_by
 from .tiny import IMAGE, TEXT, VIDEO, Tiny, TinyVideo, anyres, clip, frames
 
 __all__ = ["LlavaNextVideo"]
@@ -29,8 +29,8 @@ class LlavaNextVideo(Family):
         side = given.side // stride
         share = side * stride / given.side
 
-        def box(size: tuple[int, int] | None) -> Box:
-            left, top, right, bottom = shown_frames(given, size)
+        def box(size: Size) -> Box:
+            left, top, right, bottom = shown_by(given.video_processor, size)
             return left, top, left + share * (right - left), top + share * (bottom - top)
 
         return pooled_frames(given, side, box)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..looks import WHOLE, Box, Given, Looks, View, cells
+from ..looks import WHOLE, Box, Given, Looks, Size, View, cells
 
 __all__ = ["pooled_frames"]
 
@@ -12,13 +12,12 @@ __all__ = ["pooled_frames"]
 def pooled_frames(
     given: Given,
     side: int,
-    box: Callable[[tuple[int, int] | None], Box] | None = None,
+    box: Callable[[Size], Box] = lambda size: WHOLE,
     first: int = 0,
     newlines: int = 0,
 ) -> list[Looks]:
-    """side: tokens in a row of a frame. box: where they lie, of frames of that height and width if
-    these are known; None: over the whole of them. first, newlines: tokens before those of each
-    frame, as CLS, and behind the last frame, that show nothing."""
+    """side: tokens in a row of a frame. box: where they lie. first, newlines: tokens before those
+    of each frame, as CLS, and behind the last frame, that show nothing."""
     shape, features = given.told("video")
     tokens = first + side * side
     if shape is not None:
@@ -27,10 +26,7 @@ def pooled_frames(
         counts = [(length - newlines) // tokens for length in features]
     looks = []
     for video, count in enumerate(counts):
-        place = WHOLE
-        if box is not None:
-            sizes = given.frame_sizes
-            place = box(sizes[video] if sizes is not None and video < len(sizes) else None)
+        place = box(given.frame_size_of(video))
         views = (View("whole", first + cells(side, side), place),)
         for frame in range(count):
             more = newlines if frame == count - 1 else 0

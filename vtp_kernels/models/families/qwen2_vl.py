@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..looks import Given, Looks, View, cells
+from ..looks import Given, Looks, whole
 from .family import Family
 from .tiny import IMAGE, TEXT, VIDEO, Tiny, TinyVideo
 
@@ -158,8 +158,7 @@ def merged_frames(given: Given, merge: int = 1) -> list[Looks]:
 
 def _square_patches(given: Given, height: int, width: int) -> Looks:
     merge = given.base.config.vision_config.spatial_merge_size
-    rows, columns = height // merge, width // merge
-    return Looks(rows * columns, (View("whole", cells(rows, columns)),))
+    return whole(height // merge, width // merge)
 
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..looks import Given, Looks, View, cells, one_size
+from ..looks import Given, Looks, one_size, whole
 
 __all__ = ["rectangles"]
 
@@ -10,8 +10,5 @@ __all__ = ["rectangles"]
 def rectangles(given: Given, merge: int = 1) -> list[Looks]:
     """A token shows `merge` x `merge` patches, in reading order."""
     edge = one_size(given.base.config.vision_config.patch_size) * merge
-    looks = []
-    for height, width in given.grid("image_sizes"):
-        rows, columns = height // edge, width // edge
-        looks.append(Looks(rows * columns, (View("whole", cells(rows, columns)),)))
-    return looks
+    sizes = given.grid("image_sizes")
+    return [whole(height // edge, width // edge) for height, width in sizes]

@@ -3,49 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from ..looks import WHOLE, Box, Given, Looks, View, cells, centered
+from ..looks import WHOLE, Box, Given, Looks, Size, View, cells, centered, whole
 
 __all__ = [
     "arrangement",
     "cropped_squares",
     "padded",
     "shown_by",
-    "shown_frames",
     "side_of",
     "squares",
     "tiles_then_whole",
 ]
 
 
-def squares(given: Given, box: Callable[[int, int], Box] | None = None) -> list[Looks]:
-    """As many tokens for every picture, in reading order. `box`: where the square lies, of a
-    picture of that height and width; None: over the whole of it."""
+def squares(given: Given, box: Callable[[Size], Box] = lambda size: WHOLE) -> list[Looks]:
+    """As many tokens for every picture, in reading order. `box`: where the square lies."""
     pictures, side = given.told("image").parts, side_of(given)
-    looks = []
-    for index in range(pictures):
-        place = WHOLE
-        if box is not None and given.sizes is not None and index < len(given.sizes):
-            place = box(*given.sizes[index])
-        looks.append(Looks(side * side, (View("whole", cells(side, side), place),)))
-    return looks
+    return [whole(side, side, box(given.size_of(index))) for index in range(pictures)]
 
 
 def cropped_squares(given: Given) -> list[Looks]:
     """The same where processors cut off what is not square."""
-    processor = given.processor
-    if processor is None:
-        return squares(given)
-    return squares(given, lambda height, width: shown_by(processor, height, width))
-
-
-def shown_frames(given: Given, size: tuple[int, int] | None) -> Box:
-    """What of frames of that height and width is shown: all, as far as is known."""
-    processor = given.video_processor
-    return WHOLE if processor is None or size is None else shown_by(processor, *size)
+    return squares(given, partial(shown_by, given.processor))
 
 
 def side_of(given: Given) -> int:
@@ -61,24 +45,30 @@ def side_of(given: Given) -> int:
     return side
 
 
-def padded(height: int, width: int) -> Box:
+def padded(size: Size) -> Box:
     """A picture in the middle of a square."""
+    if size is None:
+        return WHOLE
+    height, width = size
     edge = max(height, width)
     return centered(edge / height, edge / width)
 
 
-def shown_by(processor: Any, height: int, width: int) -> Box:
-    """What of a picture of that size is shown: processors pad it, resize it and cut its edges."""
-    tall, wide = height, width
+def shown_by(processor: Any, size: Size) -> Box:
+    """What of a picture, or of frames, is shown: processors pad it, resize it and cut its edges.
+    All, as far as is known."""
+    if processor is None or size is None:
+        return WHOLE
+    tall, wide = height, width = size
     if getattr(processor, "do_pad", None):
         tall = wide = max(height, width)
     scales = 1.0, 1.0
     if processor.do_resize:
-        size = processor.size
-        if getattr(size, "shortest_edge", None):
-            scales = (size.shortest_edge / min(tall, wide),) * 2
+        edges = processor.size
+        if getattr(edges, "shortest_edge", None):
+            scales = (edges.shortest_edge / min(tall, wide),) * 2
         else:
-            scales = size.height / tall, size.width / wide
+            scales = edges.height / tall, edges.width / wide
     if processor.do_center_crop:
         crop = processor.crop_size
         tall, wide = crop.height / scales[0], crop.width / scales[1]
@@ -89,13 +79,13 @@ def tiles_then_whole(order: Tensor, tiles: int, rows: int, columns: int) -> Look
     """Tiles that fill the picture, then the whole picture; or this alone. order: int64 [H, W],
     which of a tile's tokens shows which of its cells."""
     per_tile, (high, wide) = order.numel(), order.shape
-    whole = View("whole", order + tiles * per_tile)
+    at_once = View("whole", order + tiles * per_tile)
     if not tiles:
-        return Looks(per_tile, (whole,))
+        return Looks(per_tile, (at_once,))
     first = cells(rows, columns) * per_tile
     tokens = first[:, None, :, None] + order[None, :, None, :]
     crops = View("crops", tokens.reshape(rows * high, columns * wide))
-    return Looks((tiles + 1) * per_tile, (whole, crops))
+    return Looks((tiles + 1) * per_tile, (at_once, crops))
 
 
 def arrangement(given: Given, index: int, tiles: int, edge: int) -> tuple[int, int]:
@@ -105,12 +95,13 @@ def arrangement(given: Given, index: int, tiles: int, edge: int) -> tuple[int, i
 
     if not tiles:
         return 0, 0
-    if given.sizes is None or index >= len(given.sizes):
+    size = given.size_of(index)
+    if size is None:
         raise NotImplementedError(
             f"images: how {given.base.config.model_type} lays out tiles depends on a picture's "
             "shape, which its inputs do not tell; pass the pictures"
         )
-    columns, rows = module.get_optimal_tiled_canvas(given.sizes[index], (edge, edge), tiles, tiles)
+    columns, rows = module.get_optimal_tiled_canvas(size, (edge, edge), tiles, tiles)
     if rows * columns != tiles:
         raise NotImplementedError(
             f"pixel_values: {tiles} tiles and a whole picture are not as its processor cuts "

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..looks import Given, Looks, View, cells
+from ..looks import Given, Looks, whole
 from .family import Family
 from .qwen2_vl import flat_grid
 from .tiny import IMAGE, TEXT, VIDEO, VISION, Tiny
@@ -26,8 +26,7 @@ class VideoLlama3(Family):
         looks = []
         grids, merges = given.grid("image_grid_thw"), given.grid("image_merge_sizes")
         for (_, height, width), merge in zip(grids, merges, strict=True):
-            rows, columns = height // merge, width // merge
-            looks.append(Looks(rows * columns, (View("whole", cells(rows, columns)),)))
+            looks.append(whole(height // merge, width // merge))
         return looks
 
     def tiny(self) -> dict[str, Tiny]:

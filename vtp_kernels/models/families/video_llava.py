@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from ..looks import Given, Looks
 from .family import Family, Modality
 from .pooled import pooled_frames
-from .squares import cropped_squares, shown_frames
+from .squares import cropped_squares, shown_by
 from .tiny import IMAGE, TEXT, VIDEO, Tiny, TinyVideo, clip, frames, square
 
 __all__ = ["VideoLlava"]
@@ -28,7 +29,7 @@ class VideoLlava(Family):
         return cropped_squares(given)
 
     def frames(self, given: Given) -> list[Looks]:
-        return pooled_frames(given, given.side, lambda size: shown_frames(given, size), first=1)
+        return pooled_frames(given, given.side, partial(shown_by, given.video_processor), first=1)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (
