@@ -7,25 +7,25 @@ it is put on the object that is handed on, by a shadow in front of the model's m
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from .families import ModelParts
 from .looks import outlined
-from .shadow import Shadow
+from .shadow import NamingShadow
 
 __all__ = ["LayoutNotes", "outlines_of"]
 
 NOTED = "vtp_layout"  # the attribute of what get_image_features and get_video_features return
 
 
-def outlines_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def outlines_of(arguments: Mapping[str, Any], modalities: Iterable[Any]) -> dict[str, Any]:
     """How the pictures and videos are laid out that a call brings, as pixels or encoded."""
-    found = outlined(arguments)
+    found = outlined(arguments, modalities)
     for kind, output in (arguments.get("mm_encoder_outputs") or {}).items():
         noted = dict(getattr(output, NOTED, {}))
         outline = noted.pop(kind, None)
@@ -38,9 +38,10 @@ def outlines_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
 class LayoutNotes:
     """The shadows in front of a model's `get_image_features` and `get_video_features`."""
 
-    def __init__(self, top: nn.Module, base: nn.Module) -> None:
+    def __init__(self, parts: ModelParts) -> None:
+        top, base = parts.top, parts.base
         self.shadows = [
-            NotingShadow(owner, name)
+            NotingShadow(owner, name, parts.page.modalities)
             for name in ("get_image_features", "get_video_features")
             for owner in [base if hasattr(base, name) else top]
             if hasattr(owner, name)
@@ -55,15 +56,14 @@ class LayoutNotes:
             shadow.remove()
 
 
-class NotingShadow(Shadow):
-    def __init__(self, module: nn.Module, name: str) -> None:
+class NotingShadow(NamingShadow):
+    def __init__(self, module: nn.Module, name: str, modalities: Iterable[Any]) -> None:
         super().__init__(module, name)
-        self.signature = inspect.signature(self.original)
+        self.modalities = modalities
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.original(*args, **kwargs)
         # Within a call of the model its own arguments tell.
         if isinstance(output, ModelOutput) and not torch.compiler.is_compiling():
-            given = self.signature.bind(*args, **kwargs).arguments
-            setattr(output, NOTED, outlined(given | given.pop("kwargs", {})))
+            setattr(output, NOTED, outlined(self.by_name(args, kwargs), self.modalities))
         return output

@@ -82,7 +82,7 @@ class Engine(StaysBehind):
         unpacked = frozenset(range(self.first_decision))
         self.packed_layers = frozenset(range(depth)) - unpacked - self.plan.passive.keys()
         self._check_forwards()
-        self.notes = LayoutNotes(parts.top, parts.base)
+        self.notes = LayoutNotes(parts)
         self.watch: VisionWatch | None = None
         if self.plan.sees_pictures:
             tower = tower_of(parts.family, parts.base)

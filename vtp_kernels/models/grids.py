@@ -73,7 +73,7 @@ def picture_grids(
     given = Given(
         parts.base,
         tower_of(parts.family, parts.base),
-        outlines_of(arguments),
+        outlines_of(arguments, parts.page.modalities),
         here,
         None if images is None else [(image.height, image.width) for image in images],
         getattr(processor, "image_processor", processor),

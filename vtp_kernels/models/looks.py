@@ -7,7 +7,7 @@ frame of a video is a picture of its own; frames that a model merges into one gr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -76,8 +76,6 @@ class Outline(NamedTuple):
         return self.shape[0] if self.features is None else len(self.features)
 
 
-#: What pixels come in.
-PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 #: The arguments of a call, besides pixels, that tell how its pictures are laid out.
 LAYOUT = (
     "image_grid_thw",
@@ -91,19 +89,17 @@ LAYOUT = (
 )
 
 
-def outlined(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def outlined(arguments: Mapping[str, Any], modalities: Iterable[Any]) -> dict[str, Any]:
     """Those arguments of a call that tell how its pictures are laid out, and in place of pixels or
-    features, which are large, the Outline of each kind."""
+    features, which are large, the Outline of each of the family's `modalities`."""
     found = {name: arguments[name] for name in LAYOUT if arguments.get(name) is not None}
-    encoded = arguments.get("mm_encoder_outputs") or {}
-    for kind, names in PIXELS.items():
-        here = [arguments[name] for name in names if arguments.get(name) is not None]
-        pixels, features = next(iter(here), None), encoded.get(kind)
-        features = getattr(features, "pooler_output", None)
+    for modality in modalities:
+        pixels, encoded = modality.given(arguments)
+        features = getattr(encoded, "pooler_output", None)
         if pixels is not None or features is not None:
             shape = None if pixels is None else tuple(getattr(pixels, "shape", (len(pixels),)))
             rows = None if features is None else [len(part) for part in features]
-            found[kind] = Outline(shape, rows)
+            found[modality.name] = Outline(shape, rows)
     return found
 
 

@@ -91,7 +91,9 @@ class Prefill:
         self.units = Units(parts, arguments, self.placeholders)
         visual = any_of(self.placeholders)
         # Where the tower runs within this call, it adds what it sees.
-        self.seen = {} if engine.watch is None else seen_of(arguments, engine.watch.tower)
+        self.seen = {}
+        if engine.watch is not None:
+            self.seen = seen_of(arguments, self.placeholders.keys(), engine.watch.tower)
         batch, rows = visual.shape
         cache = arguments.get("past_key_values")
         self.past = 0 if cache is None else int(cache.get_seq_length())

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from typing import Any
 
 from torch import nn
 
-__all__ = ["Shadow", "StaysBehind"]
+__all__ = ["NamingShadow", "Shadow", "StaysBehind"]
 
 
 class StaysBehind:
@@ -71,6 +72,18 @@ class Shadow:
         if self.before is not None:
             return _same, (self.before,)
         return getattr, (self.module, self.name)
+
+
+class NamingShadow(Shadow):
+    """One that looks at arguments by their names."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__(module, name)
+        self.signature = inspect.signature(self.original)
+
+    def by_name(self, args: Any, kwargs: Any) -> dict[str, Any]:
+        given = self.signature.bind(*args, **kwargs).arguments
+        return given | given.pop("kwargs", {})
 
 
 def _same(x: Any) -> Any:

@@ -54,7 +54,7 @@ class Units:
         are remembered, and the model is not kept."""
         self._page, self._base = parts.page, weakref.ref(parts.base)
         self._placeholders = placeholders
-        self._outlines = outlines_of(arguments)
+        self._outlines = outlines_of(arguments, parts.page.modalities)
         self._counts: list[list[int]] | None = None
         self._numbers: Tensor | None = None
 

@@ -8,8 +8,8 @@ in this thread. Nothing is kept here, so calls in different threads do not meet.
 
 from __future__ import annotations
 
-import inspect
 import threading
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from vtp_kernels.ops import cls_inflection, inflection
 from vtp_kernels.selection import Selection
 
 from .counts import moved, on_device
-from .shadow import Shadow, StaysBehind
+from .shadow import NamingShadow, StaysBehind
 
 __all__ = ["SOURCES", "PromptVision", "Seen", "Shown", "VisionWatch", "seen_of"]
 
@@ -58,35 +58,32 @@ class Shown(NamedTuple):
     counts: list[int]
 
 
-def seen_of(arguments: dict[str, Any], tower: Any) -> dict[str, Seen]:
-    """What was noted on what a call brings encoded: by modality, where anything was.
+def seen_of(arguments: dict[str, Any], modalities: Collection[str], tower: Any) -> dict[str, Seen]:
+    """What was noted on what a call, which has these `modalities`, brings encoded: by modality,
+    where anything was.
 
     Raises NotImplementedError for videos, where nobody looks at them.
     """
-    encoded = arguments.get("mm_encoder_outputs") or {}
-    videos = arguments.get("pixel_values_videos") is not None or encoded.get("video") is not None
-    if videos and not tower.videos:
+    if "video" in modalities and not tower.videos:
         raise NotImplementedError(
             "pixel_values_videos: what the vision tower sees of this family's videos is not known "
             "here; use a method that does not ask for it"
         )
-    found = {name: getattr(encoded.get(name), SEEN, None) for name in MODALITIES}
+    encoded = arguments.get("mm_encoder_outputs") or {}
+    found = {name: getattr(encoded.get(name), SEEN, None) for name in modalities}
     return {name: seen for name, seen in found.items() if seen is not None}
 
 
-class EncodingShadow(Shadow):
+class EncodingShadow(NamingShadow):
     """In front of a model's `get_image_features`, or what encodes another modality: shows a watch
     what goes in and comes out."""
 
     def __init__(self, base: nn.Module, modality: str, watch: VisionWatch) -> None:
         super().__init__(base, f"get_{modality}_features")
         self.modality, self.watch = modality, watch
-        self.signature = inspect.signature(self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = self.signature.bind(*args, **kwargs).arguments
-        more = given.pop("kwargs", {})
-        return self.watch.encode(self, given | more, args, kwargs)
+        return self.watch.encode(self, self.by_name(args, kwargs), args, kwargs)
 
 
 class VisionWatch(StaysBehind):

@@ -7,6 +7,7 @@ the picture's placeholder, and positions that count rows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -35,11 +36,15 @@ class Modality:
     def __init__(self, name: str, *pixels: str) -> None:
         self.name, self.pixels = name, pixels
 
-    def comes_with(self, arguments: dict[str, Any]) -> bool:
-        # generate() encodes the pictures before it calls the model, a plain call does so inside it.
+    def given(self, arguments: Mapping[str, Any]) -> tuple[Any, Any]:
+        """What a call brings of it as pixels, and encoded: None where it does not. generate()
+        encodes pictures before it calls the model, a plain call does so inside it."""
         encoded = arguments.get("mm_encoder_outputs") or {}
-        given = [arguments.get(name) for name in self.pixels]
-        return any(x is not None for x in (*given, encoded.get(self.name)))
+        pixels = (arguments[name] for name in self.pixels if arguments.get(name) is not None)
+        return next(pixels, None), encoded.get(self.name)
+
+    def comes_with(self, arguments: Mapping[str, Any]) -> bool:
+        return any(x is not None for x in self.given(arguments))
 
     def rows(self, base: nn.Module, arguments: dict[str, Any]) -> Tensor:
         """bool [B, S]: which rows of the input are placeholders of its token."""
