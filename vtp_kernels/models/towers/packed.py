@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtp_kernels.ops import attention_scores
 
 from ..counts import moved
+from .layers import Layers, scale_of
 
-__all__ = ["received_in_segments"]
+__all__ = ["PackedLayers", "received_in_segments"]
+
+
+class PackedLayers(Layers):
+    """Pictures of any size, one behind the other."""
+
+    def _prefix(self) -> int:
+        return 0
+
+    def received(
+        self,
+        attention: nn.Module,
+        arguments: Mapping[str, Any],
+        given: Mapping[str, Any],
+        backend: str | None,
+    ) -> Tensor:
+        """float32 [R], over the rows of all pictures in the order of this layer."""
+        query, key = self.heads(attention, arguments)
+        lengths = self.segments(arguments, given)
+        return received_in_segments(query, key, lengths, scale_of(attention), backend)
+
+    def heads(self, attention: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Queries and keys [R, H, D] of all rows."""
+        raise NotImplementedError
+
+    def segments(self, arguments: Mapping[str, Any], given: Mapping[str, Any]) -> list[int]:
+        """How many rows attend to each other, segment by segment."""
+        raise NotImplementedError
 
 
 class Batch(NamedTuple):

@@ -9,38 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from ..vision import Seen
-from .layers import Layers, Place, scale_of
-from .packed import received_in_segments
+from .layers import Place
+from .packed import PackedLayers
 from .ragged import seen_ragged, squares
 from .tower import LastLayer, Tower
 
 __all__ = ["LightOnTower", "MergedPixtralTower", "PixtralLayers", "PixtralTower"]
 
 
-class PixtralLayers(Layers):
+class PixtralLayers(PackedLayers):
     models = ("pixtral",)
     places = (Place("transformer.layers", "attention", ("q_proj", "k_proj")),)
     functions = ("apply_rotary_pos_emb",)
 
-    def _prefix(self) -> int:
-        return 0
-
-    def received(
-        self,
-        attention: nn.Module,
-        arguments: Mapping[str, Any],
-        given: Mapping[str, Any],
-        backend: str | None,
-    ) -> Tensor:
-        """float32 [R], over the rows of all pictures."""
-        query, key = (x[0].transpose(0, 1) for x in self.heads(attention, arguments))
-        lengths = [rows * columns for rows, columns in self.grids(given)]
-        return received_in_segments(query, key, lengths, scale_of(attention), backend)
-
     def heads(self, attention: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        query, key = super().heads(attention, arguments)  # [1, H, R, D]
+        rows = arguments["hidden_states"]
+        states = (self.project(attention, name, rows) for name in self.projections)
         rotary = self.function("apply_rotary_pos_emb")
-        return rotary(query, key, *arguments["position_embeddings"], unsqueeze_dim=0)
+        query, key = rotary(*states, *arguments["position_embeddings"], unsqueeze_dim=0)
+        return query[0].transpose(0, 1), key[0].transpose(0, 1)
+
+    def segments(self, arguments: Mapping[str, Any], given: Mapping[str, Any]) -> list[int]:
+        return [rows * columns for rows, columns in self.grids(given)]
 
     def grids(self, given: Mapping[str, Any]) -> list[tuple[int, int]]:
         """Rows and columns of patches of every picture."""

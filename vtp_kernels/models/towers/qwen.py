@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..counts import moved
 from ..vision import Seen
-from .layers import Layers, Place, scale_of
-from .packed import received_in_segments
+from .layers import Place
+from .packed import PackedLayers
 from .ragged import runs, seen_ragged
 from .tower import Tower
 
@@ -35,7 +35,7 @@ GLM = ("glm4v_vision", "glm4v_moe_vision", "glm_ocr_vision")
 ERNIE = ("ernie4_5_vl_moe_vision",)
 
 
-class QwenLayers(Layers):
+class QwenLayers(PackedLayers):
     """Rows that lie one behind the other, all rotated; `cu_seqlens` says where segments end."""
 
     models = (*QWEN, *(f"{name}_vision" for name in QWEN), *OMNI, *GLM, *ERNIE)
@@ -46,24 +46,11 @@ class QwenLayers(Layers):
     def functions(self) -> tuple[str, ...]:  # of some models more than of others
         return (ROTARY, WINDOWS) if self.windowed else (ROTARY,)
 
-    def _prefix(self) -> int:
-        return 0
-
-    def received(
-        self,
-        attention: nn.Module,
-        arguments: Mapping[str, Any],
-        given: Mapping[str, Any],
-        backend: str | None,
-    ) -> Tensor:
-        """float32 [R], over the rows of all pictures in the order of this layer."""
-        query, key = self.heads(attention, arguments)
+    def segments(self, arguments: Mapping[str, Any], given: Mapping[str, Any]) -> list[int]:
         # Waits for a GPU, as the model does for the same numbers.
-        lengths = arguments["cu_seqlens"].diff().tolist()
-        return received_in_segments(query, key, lengths, scale_of(attention), backend)
+        return arguments["cu_seqlens"].diff().tolist()
 
     def heads(self, attention: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Queries and keys [R, H, D] of rows hidden [R, C]."""
         rows = arguments["hidden_states"]
         made = [getattr(attention, name)(rows) for name in self.projections]
         if len(made) == 1:
