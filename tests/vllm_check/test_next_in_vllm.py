@@ -23,7 +23,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 from vllm import SamplingParams
 
-from vtp_kernels.models.towers import CroppedTower
+from vtp_kernels.models.towers import tower_of
 from vtp_kernels.vllm.budget import SCORES
 from vtp_kernels.vllm.choice import shares
 
@@ -142,7 +142,8 @@ def rows_that_stay(model, processor, image, keep, score):
         scores = seen.attentions[-2][:, :, 0, 1:].mean(1)
     else:
         scores = torch.nn.functional.cosine_similarity(hidden[:, 1:], hidden[:, :1], dim=-1)
-    shows = CroppedTower(model.model)._shows({"image_sizes": sizes}, views, PATCHES).tolist()
+    tower = tower_of("llava_next", model.model)
+    shows = tower._shows({"image_sizes": sizes}, views, PATCHES).tolist()
     assert len(shows) == len(dense)
     if keep >= len(shows):
         return dense
