@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .family import Family
-from .tiny import IMAGE, TEXT, VISION, Tiny, square
+from .tiny import IMAGE, SQUARE, TEXT, VISION, Tiny, square
 
 __all__ = ["Aria"]
 
@@ -19,7 +19,7 @@ class Aria(Family):
     def tiny(self) -> dict[str, Tiny]:
         from transformers import AriaConfig, AriaForConditionalGeneration, AriaTextConfig
 
-        vision = {"model_type": "idefics3_vision", "image_size": 56, "patch_size": 14}
+        vision = SQUARE | {"model_type": "idefics3_vision"}
 
         def make() -> Any:
             return AriaForConditionalGeneration(

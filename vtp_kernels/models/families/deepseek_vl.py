@@ -9,7 +9,7 @@ import torch
 from ..looks import Given, Looks
 from .family import Family
 from .squares import padded, squares
-from .tiny import IMAGE, TEXT, Tiny, siglip, square
+from .tiny import IMAGE, SQUARE, TEXT, VISION, Tiny, siglip, square
 
 __all__ = ["DeepseekVL", "DeepseekVLHybrid", "Janus"]
 
@@ -95,13 +95,9 @@ class Janus(DeepseekVL):
         def make() -> Any:
             return JanusForConditionalGeneration(
                 JanusConfig(
-                    vision_config={
-                        "hidden_size": 32,
-                        "intermediate_size": 64,
-                        "num_hidden_layers": 2,
-                        "num_attention_heads": 4,
-                        "image_size": 56,
-                        "patch_size": 14,
+                    vision_config=VISION
+                    | SQUARE
+                    | {
                         "projection_dim": 64,
                         "depth": 2,
                         "mlp_ratio": 2.0,

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..deepstack import Planes
 from .family import Family
-from .tiny import IMAGE, TEXT, VISION, Tiny, anyres
+from .tiny import IMAGE, SQUARE, TEXT, VISION, Tiny, anyres
 
 __all__ = ["Granite4Vision"]
 
@@ -35,7 +35,7 @@ class Granite4Vision(Family):
             Granite4VisionForConditionalGeneration,
         )
 
-        vision = VISION | {"hidden_size": 64, "image_size": 56, "patch_size": 14}
+        vision = VISION | SQUARE | {"hidden_size": 64}
 
         def make() -> Any:
             return Granite4VisionForConditionalGeneration(

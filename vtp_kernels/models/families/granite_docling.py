@@ -10,7 +10,7 @@ from ..deepstack import Planes
 from .family import Family
 from .idefics3 import Idefics3, tile
 from .qwen3_vl import take_deepstack
-from .tiny import IMAGE, TEXT, VISION, Tiny
+from .tiny import IMAGE, SQUARE, TEXT, VISION, Tiny
 
 __all__ = ["GraniteDocling"]
 
@@ -33,9 +33,8 @@ class GraniteDocling(Idefics3):
             return GraniteDoclingForConditionalGeneration(
                 GraniteDoclingConfig(
                     vision_config=VISION
+                    | SQUARE
                     | {
-                        "image_size": 56,
-                        "patch_size": 14,
                         "out_hidden_size": 64,
                         "scale_factor": 2,
                         "deepstack_visual_indexes": [0, 1],

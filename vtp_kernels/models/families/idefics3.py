@@ -6,13 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import nn
 
 from ..looks import Given, Looks, cells
 from .family import Family
 from .squares import tiles_then_whole
-from .tiny import IMAGE, TEXT, Tiny
+from .tiny import IMAGE, SQUARE, TEXT, VISION, Tiny
 
 __all__ = ["Idefics2", "Idefics3", "SmolVLM", "tile"]
 
@@ -43,7 +42,7 @@ class Idefics3(Family):
         def make() -> Any:
             return Idefics3ForConditionalGeneration(
                 Idefics3Config(
-                    vision_config=VISION,
+                    vision_config=VISION | SQUARE,
                     text_config=LlamaConfig(**TEXT),
                     image_token_id=IMAGE,
                     scale_factor=2,
@@ -72,7 +71,7 @@ class Idefics2(Idefics3):
         def make() -> Any:
             return Idefics2ForConditionalGeneration(
                 Idefics2Config(
-                    vision_config=VISION,
+                    vision_config=VISION | SQUARE,
                     perceiver_config={
                         "hidden_size": 64,
                         "resampler_n_latents": 8,
@@ -100,7 +99,7 @@ class SmolVLM(Idefics3):
         def make() -> Any:
             return SmolVLMForConditionalGeneration(
                 SmolVLMConfig(
-                    vision_config=VISION,
+                    vision_config=VISION | SQUARE,
                     text_config=LlamaConfig(**TEXT),
                     image_token_id=IMAGE,
                     scale_factor=2,
@@ -123,22 +122,14 @@ def _tiles(given: Given, tokens: int) -> list[tuple[int, int]]:
             "depends on its shape, which its inputs do not tell; pass the pictures and the "
             "processor"
         )
+    from PIL import Image
+
     tiles = []
     for height, width in given.sizes:
         blank = [[Image.new("RGB", (width, height))]]
         cut = given.processor(blank, return_row_col_info=True, return_tensors="pt")
         tiles.append((int(cut["rows"][0][0]), int(cut["cols"][0][0])))
     return tiles
-
-
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 56,
-    "patch_size": 14,
-}
 
 
 def tile(generator: torch.Generator, index: int) -> dict[str, Any]:

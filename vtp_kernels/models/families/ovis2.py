@@ -7,7 +7,7 @@ from typing import Any
 from ..looks import Given, Looks
 from .family import Family
 from .squares import squares
-from .tiny import IMAGE, TEXT, VISION, Tiny, square
+from .tiny import IMAGE, SQUARE, TEXT, VISION, Tiny, square
 
 __all__ = ["Ovis2"]
 
@@ -28,9 +28,8 @@ class Ovis2(Family):
             return Ovis2ForConditionalGeneration(
                 Ovis2Config(
                     vision_config=VISION
+                    | SQUARE
                     | {
-                        "image_size": 56,
-                        "patch_size": 14,
                         "vocab_size": 20,
                         "num_visual_indicator_tokens": 5,
                         "hidden_stride": 1,

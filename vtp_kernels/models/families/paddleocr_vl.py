@@ -8,7 +8,7 @@ import torch
 
 from ..looks import Given, Looks
 from .family import Family
-from .qwen2_vl import ROPE, merged
+from .qwen2_vl import ROPE, flat_grid, merged
 from .tiny import IMAGE, TEXT, VIDEO, Tiny
 
 __all__ = ["PaddleOcrVL"]
@@ -50,9 +50,6 @@ class PaddleOcrVL(Family):
 
 
 def patches(generator: torch.Generator, index: int) -> dict[str, Any]:
-    """Pictures of 16, 12 or 6 tokens of 2 x 2 patches each."""
-    height, width = ((8, 8), (4, 12), (6, 4))[index]
-    return {
-        "pixel_values": torch.randn(height * width, 3, 4, 4, generator=generator),
-        "image_grid_thw": torch.tensor([[1, height, width]]),
-    }
+    """Those of a Qwen picture, each by itself a picture."""
+    flat = flat_grid(generator, index)
+    return flat | {"pixel_values": flat["pixel_values"].view(-1, 3, 4, 4)}

@@ -17,6 +17,7 @@ __all__ = [
     "LINEAR",
     "PIXTRAL",
     "SHARED",
+    "SQUARE",
     "TEXT",
     "VIDEO",
     "VISION",
@@ -65,6 +66,7 @@ VISION = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
 }
+SQUARE = {"image_size": 56, "patch_size": 14}
 
 Picture = Callable[[torch.Generator, int], dict[str, Any]]
 """(generator, 0 | 1 | 2) -> what the model is given of one picture, by name. Pictures that come in
@@ -114,13 +116,13 @@ PIXTRAL = {
 def clip() -> Any:
     from transformers import CLIPVisionConfig
 
-    return CLIPVisionConfig(**VISION, image_size=56, patch_size=14, projection_dim=32)
+    return CLIPVisionConfig(**VISION, **SQUARE, projection_dim=32)
 
 
 def siglip() -> Any:
     from transformers import SiglipVisionConfig
 
-    return SiglipVisionConfig(**VISION, image_size=56, patch_size=14, vision_use_head=False)
+    return SiglipVisionConfig(**VISION, **SQUARE, vision_use_head=False)
 
 
 def square(side: int) -> Picture:
