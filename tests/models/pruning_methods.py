@@ -6,7 +6,6 @@ import vtp_kernels as vtp
 from vtp_kernels.methods.lvpruning.deciders import Deciders
 from vtp_kernels.methods.lvpruning.files import Fit, save_deciders
 from vtp_kernels.models.families import parts_of
-from vtp_kernels.models.towers import tower_of
 
 NAMES = (
     "fastv",
@@ -51,7 +50,7 @@ def pruning_method(name, model, folder):
 def inflection(model, max_keep):
     """Both stages, or the second alone where too little is known of the vision tower."""
     parts = parts_of(model)
-    tower = tower_of(parts.family, parts.base)
+    tower = parts.page.tower(parts.base)
     source = None if tower is None else "attention"
     return vtp.InflectionPruning(
         source, min_keep=2, max_keep=max_keep, llm_layers=(2, 4), visual_keep=0.5, text_keep=0.75

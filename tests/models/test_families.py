@@ -15,7 +15,6 @@ from tiny_models import ALL, FAMILIES, VIDEO, windows
 
 import vtp_kernels as vtp
 from vtp_kernels.models.families import parts_of
-from vtp_kernels.models.towers import tower_of
 
 DEPTH = 6
 METHODS = {
@@ -285,5 +284,5 @@ def test_supported_models_can_run_what_they_say(tmp_path):
         parts = parts_of(model)
         found = supported[parts.family]
         assert set(found["methods"]) == methods
-        assert found["vision_tower"] == (tower_of(parts.family, parts.base) is not None)
+        assert found["vision_tower"] == (parts.page.tower(parts.base) is not None)
     assert supported["qwen3_vl"]["positions"] == ["original"] != supported["llava"]["positions"]

@@ -26,7 +26,7 @@ from tower_reference import (
 )
 
 import vtp_kernels as vtp
-from vtp_kernels.models.towers import tower_of
+from vtp_kernels.models.families import FAMILIES as PAGES
 from vtp_kernels.models.towers.idefics import IdeficsLayers
 from vtp_kernels.models.towers.packed import received_in_segments
 from vtp_kernels.models.vision import SEEN, VisionWatch
@@ -51,7 +51,7 @@ PATCHES = [16, 12, 8]  # of the three pictures that have a size of their own
 def look(name, modality, given, attention="eager"):
     """The model; what was seen; what the tower's own attention paid; what came out of it."""
     _, base, family = tower_model(name, attention)
-    tower = tower_of(family, base)
+    tower = PAGES[family].tower(base)
     watch = VisionWatch(base, tower, "attention", None)
     watch.attach()
     with torch.no_grad(), eager_weights(tower.scoring(given)) as weights:
@@ -332,17 +332,17 @@ def test_a_vision_model_that_is_built_otherwise_is_not_known(monkeypatch):
     """Neither one of another kind, nor one whose attentions lack what they are known to have, or
     have more."""
     _, base, family = tower_model("dinov2")
-    first, attention, _ = tower_of(family, base).attentions
+    first, attention, _ = PAGES[family].tower(base).attentions
     first.q_norm = torch.nn.LayerNorm(8)
-    assert tower_of(family, base) is None
+    assert PAGES[family].tower(base) is None
     del first.q_norm
-    assert tower_of(family, base) is not None
+    assert PAGES[family].tower(base) is not None
     delattr(attention, "q_proj" if hasattr(attention, "q_proj") else "query")
-    assert tower_of(family, base) is None
+    assert PAGES[family].tower(base) is None
     monkeypatch.setattr(base.vision_tower.config, "model_type", "vit")
-    assert tower_of(family, base) is None
+    assert PAGES[family].tower(base) is None
     _, base, family = tower_model("qwen2_5_vl")
     monkeypatch.delattr(
         "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.get_vision_window_index"
     )
-    assert tower_of(family, base) is None
+    assert PAGES[family].tower(base) is None

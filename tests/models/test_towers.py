@@ -11,8 +11,8 @@ from transformers import (
 )
 
 import vtp_kernels as vtp
+from vtp_kernels.models.families import FAMILIES as PAGES
 from vtp_kernels.models.families.tiny import TEXT, VISION, anyres, crops, square
-from vtp_kernels.models.towers import tower_of
 from vtp_kernels.models.vision import SEEN, VisionWatch
 
 IMAGES = (0, 2, 1, 0)
@@ -32,7 +32,7 @@ def encode(model, family, pictures, source="similarity", **settings):
     def project(module, args, output):
         found.update(given=args[0], projected=output.flatten(0, 1))
 
-    watch = VisionWatch(base, tower_of(family, base), source, None)
+    watch = VisionWatch(base, PAGES[family].tower(base), source, None)
     hooks = [base.multi_modal_projector.register_forward_hook(project)]
     for attention in watch.tower.attentions:
         look = attention.register_forward_hook(lambda m, args, output: weights.append(output[1]))

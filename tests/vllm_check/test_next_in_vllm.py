@@ -23,7 +23,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 from vllm import SamplingParams
 
-from vtp_kernels.models.towers import tower_of
+from vtp_kernels.models.families import FAMILIES
 from vtp_kernels.vllm.budget import SCORES
 from vtp_kernels.vllm.choice import shares
 
@@ -142,7 +142,7 @@ def rows_that_stay(model, processor, image, keep, score):
         scores = seen.attentions[-2][:, :, 0, 1:].mean(1)
     else:
         scores = torch.nn.functional.cosine_similarity(hidden[:, 1:], hidden[:, :1], dim=-1)
-    tower = tower_of("llava_next", model.model)
+    tower = FAMILIES["llava_next"].tower(model.model)
     shows = tower._shows({"image_sizes": sizes}, views, PATCHES).tolist()
     assert len(shows) == len(dense)
     if keep >= len(shows):

@@ -41,7 +41,6 @@ from .prefill import Prefill
 from .projections import has_these_steps
 from .report import PrefillRecord
 from .shadow import StaysBehind
-from .towers import tower_of, towers_of
 from .unwrapping import passed_to, refuse_replicas
 from .vision import VisionWatch
 
@@ -85,9 +84,9 @@ class Engine(StaysBehind):
         self.notes = LayoutNotes(parts)
         self.watch: VisionWatch | None = None
         if self.plan.sees_pictures:
-            tower = tower_of(parts.family, parts.base)
+            tower = parts.page.tower(parts.base)
             if tower is None:
-                models = [model for kind in towers_of(parts.family) for model in kind.models]
+                models = [model for kind in parts.page.towers for model in kind.models]
                 known = ", ".join(models) or "none of this family"
                 raise NotImplementedError(
                     f"{parts.family} cannot run {method}: what its vision tower sees is not known "

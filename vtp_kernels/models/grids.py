@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from .encoding import outlines_of
 from .families import parts_of
 from .looks import Given, Looks, View
-from .towers import tower_of
 from .units import placed
 
 __all__ = ["PictureGrid", "View", "picture_grids"]
@@ -72,7 +71,7 @@ def picture_grids(
     here = {kind: rows.cpu() for kind, rows in parts.placeholders(arguments).items()}
     given = Given(
         parts.base,
-        tower_of(parts.family, parts.base),
+        parts.page.tower(parts.base),
         outlines_of(arguments, parts.page.modalities),
         here,
         None if images is None else [(image.height, image.width) for image in images],

@@ -21,7 +21,6 @@ from .placement import like_hidden
 from .positions import POSITIONS
 from .report import PrefillRecord, Report
 from .text_check import check_text_model
-from .towers import towers_of
 
 __all__ = ["OUTPUT_ROWS", "Handle", "apply", "handle", "prune", "remove", "supported_models"]
 
@@ -226,9 +225,9 @@ def supported_models() -> dict[str, dict[str, Any]]:
             "methods": sorted(METHODS),
             "layers": family.leave_before,
             "positions": list(family.positions),
-            "vision_tower": bool(towers_of(name)),
-            "tower_scores": list(dict.fromkeys(x for t in towers_of(name) for x in t.scores)),
-            "tower_videos": any(tower.videos for tower in towers_of(name)),
+            "vision_tower": bool(family.towers),
+            "tower_scores": list(dict.fromkeys(x for t in family.towers for x in t.scores)),
+            "tower_videos": any(tower.videos for tower in family.towers),
             "limits": list(family.limits),
         }
         for name, family in FAMILIES.items()

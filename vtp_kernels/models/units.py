@@ -14,7 +14,6 @@ from .counts import moved
 from .encoding import outlines_of
 from .families import ModelParts
 from .looks import Given, Looks
-from .towers import tower_of
 
 __all__ = ["Placed", "Unit", "Units", "placed"]
 
@@ -74,7 +73,7 @@ class Units:
         if base is None:
             raise NotImplementedError("the model is gone that tells whose its visual tokens are")
         here = {kind: rows.cpu() for kind, rows in self._placeholders.items()}
-        given = Given(base, tower_of(page.name, base), self._outlines, here)
+        given = Given(base, page.tower(base), self._outlines, here)
         found: list[list[Unit]] = [[] for _ in next(iter(here.values()))]
         if "image" in here:
             numbers = [0] * len(found)

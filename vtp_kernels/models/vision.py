@@ -92,7 +92,7 @@ class VisionWatch(StaysBehind):
     Parameters
     ----------
     base : the model that has it
-    tower : what is known of its vision tower, as `towers.tower_of` gives it
+    tower : what is known of its vision tower, as `Family.tower` gives it
     source : "similarity" | "attention"
         Attention is computed for the scoring rows alone, beside the tower's own.
     backend : of `vtp_kernels.attention_scores`

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtp_kernels._shown import shown
 from vtp_kernels.methods import InflectionPruning
-from vtp_kernels.models.towers import tower_of
+from vtp_kernels.models.families import FAMILIES as PAGES
 from vtp_kernels.models.vision import SEEN, PromptVision, Shown, VisionWatch
 
 __all__ = ["Encoder", "encode"]
@@ -33,7 +33,7 @@ class Encoder:
     def __init__(self, model: Any, processor: Any) -> None:
         self.base = getattr(model, "model", model)
         family = self.base.config.model_type
-        self.tower = tower_of(family, self.base) if family in FAMILIES else None
+        self.tower = PAGES[family].tower(self.base) if family in FAMILIES else None
         # With Pixtral there is text between the rows of a picture, whose places vLLM counts.
         if self.tower is None or self.tower.ragged:
             raise NotImplementedError(

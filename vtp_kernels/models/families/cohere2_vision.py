@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..towers import AyaTower, CohereTower
 from .family import Family
 from .tiny import IMAGE, TEXT, VISION, Tiny, square
 
@@ -20,6 +21,7 @@ class Cohere2Vision(Family):
     name = "cohere2_vision"
     architectures = ("Cohere2VisionForConditionalGeneration",)
     text_models = ("cohere2",)
+    towers = (CohereTower,)
     example = "CohereLabs/command-a-vision-07-2025"
     limits = LIMITS
 
@@ -43,6 +45,7 @@ class AyaVision(Family):
     name = "aya_vision"
     architectures = ("AyaVisionForConditionalGeneration",)
     text_models = ("cohere2",)
+    towers = (AyaTower,)
     example = "CohereLabs/aya-vision-8b"
     limits = LIMITS
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..towers import QwenTower
 from .qwen2_vl import QWEN_TOKENS, ROPE, ByGrid, flat_grid, flat_video
 from .tiny import TEXT, VISION, Tiny, TinyVideo
 
@@ -15,6 +16,7 @@ class Cosmos3Edge(ByGrid):
     architectures = ("Cosmos3EdgeForConditionalGeneration",)
     example = "nvidia/Cosmos3-Edge"
     text_models = ("cosmos3_edge_text",)
+    towers = (QwenTower,)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..looks import Given, Looks
+from ..towers import AlignedTower
 from .family import Family
 from .squares import padded, squares
 from .tiny import IMAGE, SQUARE, TEXT, VISION, Tiny, siglip, square
@@ -19,6 +20,7 @@ class DeepseekVL(Family):
     architectures = ("DeepseekVLForConditionalGeneration",)
     example = "deepseek-community/deepseek-vl-1.3b-chat"
     text_models = ("llama",)
+    towers = (AlignedTower,)
 
     def looks(self, given: Given) -> list[Looks]:
         return squares(given, padded)
@@ -45,6 +47,7 @@ class DeepseekVL(Family):
 class DeepseekVLHybrid(DeepseekVL):
     name = "deepseek_vl_hybrid"
     architectures = ("DeepseekVLHybridForConditionalGeneration",)
+    towers = ()  # not known
     example = "deepseek-community/deepseek-vl-7b-chat"
 
     def tiny(self) -> dict[str, Tiny]:

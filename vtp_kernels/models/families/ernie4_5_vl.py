@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..looks import Given, Looks
+from ..towers import ErnieTower
 from .qwen2_vl import ROPE, ByGrid, flat_grid, flat_video, merged_frames
 from .tiny import IMAGE, TEXT, VIDEO, Tiny, TinyVideo
 
@@ -16,6 +17,7 @@ class Ernie45VL(ByGrid):
     architectures = ("Ernie4_5_VLMoeForConditionalGeneration",)
     example = "baidu/ERNIE-4.5-VL-28B-A3B-PT"
     text_models = ("ernie4_5_vl_moe_text",)
+    towers = (ErnieTower,)
     row_arguments = ("moe_mm_token_type_ids",)
 
     def frames(self, given: Given) -> list[Looks]:

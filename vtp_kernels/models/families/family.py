@@ -22,6 +22,7 @@ from ..linear import linear_layers
 from ..looks import Given, Looks
 from ..positions import POSITIONS
 from ..reach import Blocks, LayerKind, layer_kinds
+from ..towers import Tower, tower_of
 from .tiny import Tiny
 
 __all__ = ["Family", "Modality", "ModelParts", "any_of"]
@@ -91,6 +92,8 @@ class Family:
     positions than it has tokens, and there is no telling where rows would close up to."""
     row_arguments: ClassVar[tuple[str, ...]] = ()
     """Arguments of the layers that tell something of each row: int [B, S]."""
+    towers: ClassVar[tuple[type[Tower], ...]] = ()
+    """What is known of its vision towers: one for each kind of vision model that it may have."""
     modalities: ClassVar[tuple[Modality, ...]] = (
         Modality("image", "pixel_values"),
         Modality("video", "pixel_values_videos"),
@@ -121,6 +124,10 @@ class Family:
     def text(self, base: nn.Module) -> nn.Module:
         """The decoder stack; its `rotary_emb` makes the position embeddings of all layers."""
         return base.language_model
+
+    def tower(self, base: nn.Module) -> Tower | None:
+        """What is known of a model's vision tower; None if too little for what methods ask."""
+        return tower_of(self.towers, base)
 
     # ---- its visual tokens --------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from torch import nn
 from ..looks import Given, Looks
 from ..masks import tells_by_mask
 from ..reach import Blocks
+from ..towers import PooledTower
 from .family import Family
 from .squares import squares
 from .tiny import IMAGE, TEXT, Tiny, siglip, square
@@ -21,6 +22,7 @@ class Gemma3(Family):
     name = "gemma3"
     architectures = ("Gemma3ForConditionalGeneration",)
     text_models = ("gemma3_text",)
+    towers = (PooledTower,)
     example = "google/gemma-3-4b-it"
     sees_ahead = True
     limits = (

@@ -21,6 +21,7 @@ class GraniteDocling(Idefics3):
     example = "ibm-granite/granite-for-docling-500m"
     since = "5.23"
     text_models = ("granite_docling_text",)
+    towers = ()  # not known
     looks = Family.looks  # not known
 
     def take_planes(self, arguments: dict[str, Any], first: int) -> Planes | None:

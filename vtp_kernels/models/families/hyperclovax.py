@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..towers import HyperClovaTower
 from .qwen2_vl import QWEN_VISION, ByGrid, grid, video
 from .tiny import IMAGE, TEXT, VIDEO, Tiny, TinyVideo
 
@@ -16,6 +17,7 @@ class HyperClovaX(ByGrid):
     example = "naver-hyperclovax/HyperCLOVAX-SEED-Think-32B"
     since = "5.23"
     text_models = ("hyperclovax",)
+    towers = (HyperClovaTower,)
     grid_positions = False
 
     def tiny(self) -> dict[str, Tiny]:

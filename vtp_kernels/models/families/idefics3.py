@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..looks import Given, Looks, cells
+from ..towers import IdeficsTower
 from .family import Family
 from .squares import tiles_then_whole
 from .tiny import IMAGE, SQUARE, TEXT, VISION, Tiny
@@ -21,6 +22,7 @@ class Idefics3(Family):
     architectures = ("Idefics3ForConditionalGeneration",)
     example = "HuggingFaceM4/Idefics3-8B-Llama3"
     text_models = ("llama",)
+    towers = (IdeficsTower,)
 
     def text(self, base: nn.Module) -> nn.Module:
         return base.text_model
@@ -59,6 +61,7 @@ class Idefics2(Idefics3):
     architectures = ("Idefics2ForConditionalGeneration",)
     example = "HuggingFaceM4/idefics2-8b"
     text_models = ("mistral",)
+    towers = ()  # not known
     looks = Family.looks  # not known
 
     def tiny(self) -> dict[str, Tiny]:

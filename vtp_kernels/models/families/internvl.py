@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..looks import Given, Looks, one_size
+from ..towers import ShuffledTower
 from .family import Family
 from .squares import arrangement, tiles_then_whole
 from .tiny import EXPERTS, IMAGE, TEXT, VISION, Tiny, square
@@ -22,6 +23,7 @@ class InternVL(Family):
     architectures = ("InternVLForConditionalGeneration",)
     example = "OpenGVLab/InternVL3-8B-hf"
     text_models = ("llama", "qwen2", "qwen3", "qwen3_moe")
+    towers = (ShuffledTower,)
 
     def looks(self, given: Given) -> list[Looks]:
         """Frames of videos come as pictures of one tile."""
@@ -85,6 +87,7 @@ class QianfanOcr(Family):
     architectures = ("QianfanOCRForConditionalGeneration",)
     example = "baidu/Qianfan-OCR"
     text_models = ("qwen3",)
+    towers = (ShuffledTower,)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (

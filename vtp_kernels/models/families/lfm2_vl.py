@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..towers import UnshuffledTower
 from .family import Family
 from .tiny import IMAGE, TEXT, Tiny
 
@@ -21,6 +22,7 @@ class Lfm2VL(Family):
     name = "lfm2_vl"
     architectures = ("Lfm2VlForConditionalGeneration",)
     text_models = ("lfm2",)
+    towers = (UnshuffledTower,)
     example = "LiquidAI/LFM2-VL-1.6B"
     limits = (
         "a convolution has no weights to look at: methods that go by attention decide behind "

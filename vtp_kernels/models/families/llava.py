@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..looks import Given, Looks, View
+from ..towers import PixtralTower, Tower
 from .family import Family
 from .rectangles import rectangles
 from .squares import shown_by
@@ -36,6 +37,7 @@ class Llava(Family):
         "seed_oss",
         "starcoder2",
     )
+    towers = (Tower, PixtralTower)
 
     def looks(self, given: Given) -> list[Looks]:
         # Pixtral: pictures that keep their shape.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..looks import WHOLE, Given, Looks, View, cells
+from ..towers import CroppedTower
 from .family import Family
 from .squares import padded
 from .tiny import IMAGE, TEXT, Tiny, anyres, clip
@@ -21,6 +22,7 @@ class LlavaNext(Family):
     architectures = ("LlavaNextForConditionalGeneration",)
     example = "llava-hf/llava-v1.6-mistral-7b-hf"
     text_models = ("llama", "mistral", "qwen2")
+    towers = (CroppedTower,)
 
     def looks(self, given: Given) -> list[Looks]:
         return crops_together(given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..looks import Box, Given, Looks, Size
+from ..towers import NextVideoTower
 from .family import Family
 from .llava_next import crops_together
 from .pooled import pooled_frames
@@ -19,6 +20,7 @@ class LlavaNextVideo(Family):
     architectures = ("LlavaNextVideoForConditionalGeneration",)
     example = "llava-hf/LLaVA-NeXT-Video-7B-hf"
     text_models = ("llama", "mistral", "qwen2")
+    towers = (NextVideoTower,)
 
     def looks(self, given: Given) -> list[Looks]:
         return crops_together(given)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..looks import Given, Looks
+from ..towers import ResizedTower
 from .family import Family
 from .llava_next import crops_together
 from .pooled import pooled_frames
@@ -21,6 +22,7 @@ class LlavaOnevision(Family):
     architectures = ("LlavaOnevisionForConditionalGeneration",)
     example = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
     text_models = ("qwen2",)
+    towers = (ResizedTower,)
 
     def looks(self, given: Given) -> list[Looks]:
         counts = given.arguments.get("batch_num_images")

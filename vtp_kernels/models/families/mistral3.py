@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..looks import Given, Looks
+from ..towers import LightOnTower, MergedPixtralTower
 from .family import Family
 from .rectangles import rectangles
 from .tiny import IMAGE, PIXTRAL, TEXT, Tiny, any_size
@@ -18,6 +19,7 @@ class Mistral3(Family):
     architectures = ("Mistral3ForConditionalGeneration",)
     example = "mistralai/Mistral-Small-3.1-24B-Instruct-2503"
     text_models = ("mistral", "ministral3")
+    towers = (MergedPixtralTower,)
 
     def looks(self, given: Given) -> list[Looks]:
         return rectangles(given, given.base.config.spatial_merge_size)
@@ -56,6 +58,7 @@ class LightOnOcr(Mistral3):
     architectures = ("LightOnOcrForConditionalGeneration",)
     example = "lightonai/LightOnOCR-1B-1025"
     text_models = ("qwen3",)
+    towers = (LightOnTower,)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (

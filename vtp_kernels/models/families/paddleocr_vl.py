@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..looks import Given, Looks
+from ..towers import PaddleTower
 from .family import Family
 from .qwen2_vl import ROPE, flat_grid, merged
 from .tiny import IMAGE, TEXT, VIDEO, Tiny
@@ -19,6 +20,7 @@ class PaddleOcrVL(Family):
     architectures = ("PaddleOCRVLForConditionalGeneration",)
     example = "PaddlePaddle/PaddleOCR-VL"
     text_models = ("paddleocr_vl_text",)
+    towers = (PaddleTower,)
     grid_positions = True
 
     def looks(self, given: Given) -> list[Looks]:

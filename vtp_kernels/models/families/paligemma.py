@@ -10,6 +10,7 @@ from torch import nn
 from ..looks import Given, Looks
 from ..masks import tells_by_mask
 from ..reach import Blocks
+from ..towers import WholeTower
 from .family import Family
 from .squares import squares
 from .tiny import IMAGE, TEXT, Tiny, siglip, square
@@ -21,6 +22,7 @@ class PaliGemma(Family):
     name = "paligemma"
     architectures = ("PaliGemmaForConditionalGeneration",)
     text_models = ("gemma",)
+    towers = (WholeTower,)
     example = "google/paligemma-3b-mix-224"
     sees_ahead = True
     may_be_acausal = True

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..looks import Given, Looks, whole
+from ..towers import QwenTower
 from .family import Family
 from .tiny import IMAGE, TEXT, VIDEO, Tiny, TinyVideo
 
@@ -47,6 +48,7 @@ class Qwen2VL(ByGrid):
     architectures = ("Qwen2VLForConditionalGeneration",)
     example = "Qwen/Qwen2-VL-7B-Instruct"
     text_models = ("qwen2_vl_text",)
+    towers = (QwenTower,)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
@@ -75,6 +77,7 @@ class Qwen25VL(ByGrid):
     architectures = ("Qwen2_5_VLForConditionalGeneration",)
     example = "Qwen/Qwen2.5-VL-7B-Instruct"
     text_models = ("qwen2_5_vl_text",)
+    towers = (QwenTower,)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -101,6 +104,7 @@ class Qwen25Omni(ByGrid):
     example = "Qwen/Qwen2.5-Omni-7B"
     since = "5.23"
     text_models = ("qwen2_5_omni_text",)
+    towers = (QwenTower,)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (

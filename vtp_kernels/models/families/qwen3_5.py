@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..towers import QwenTower
 from .qwen2_vl import QWEN_TOKENS, QWEN_VISION, ROPE, ByGrid, grid
 from .qwen3_vl import WITH_TIMES
 from .tiny import EXPERTS, LINEAR, SHARED, TEXT, Tiny
@@ -31,6 +32,7 @@ class Qwen35(ByGrid):
     name = "qwen3_5"
     architectures = ("Qwen3_5ForConditionalGeneration",)
     text_models = ("qwen3_5_text",)
+    towers = (QwenTower,)
     example = "Qwen/Qwen3.5-27B"
     limits = LIMITS
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..deepstack import Planes
+from ..towers import QwenTower
 from .qwen2_vl import (
     AUDIO_TOKENS,
     QWEN_TOKENS,
@@ -26,6 +27,7 @@ class Qwen3VL(ByGrid):
     architectures = ("Qwen3VLForConditionalGeneration",)
     example = "Qwen/Qwen3-VL-8B-Instruct"
     text_models = ("qwen3_vl_text",)
+    towers = (QwenTower,)
 
     def take_planes(self, arguments: dict[str, Any], first: int) -> Planes | None:
         return take_deepstack(arguments, first)

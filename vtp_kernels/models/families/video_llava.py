@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from ..looks import Given, Looks
+from ..towers import VideoLlavaTower
 from .family import Family, Modality
 from .pooled import pooled_frames
 from .squares import cropped_squares, shown_by
@@ -20,6 +21,7 @@ class VideoLlava(Family):
     example = "LanguageBind/Video-LLaVA-7B-hf"
     since = "5.23"
     text_models = ("llama",)
+    towers = (VideoLlavaTower,)
     modalities = (
         Modality("image", "pixel_values", "pixel_values_images"),  # the name it had up to 5.22
         Modality("video", "pixel_values_videos"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..looks import Given, Looks
+from ..towers import VipTower
 from .family import Family
 from .squares import cropped_squares
 from .tiny import IMAGE, TEXT, Tiny, clip, square
@@ -17,6 +18,7 @@ class VipLlava(Family):
     architectures = ("VipLlavaForConditionalGeneration",)
     example = "llava-hf/vip-llava-7b-hf"
     text_models = ("llama",)
+    towers = (VipTower,)
 
     def looks(self, given: Given) -> list[Looks]:
         return cropped_squares(given)

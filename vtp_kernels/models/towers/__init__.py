@@ -15,6 +15,8 @@ visual token has the mean of what they have.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from .crops import CroppedTower, NextVideoTower, ResizedTower
@@ -30,7 +32,33 @@ from .siglip2 import Siglip2Layers, UnshuffledTower
 from .tower import Tower, VideoLlavaTower, VipTower
 from .whole import AlignedTower, JanusLayers, PooledTower, WholeTower
 
-__all__ = ["KINDS", "TOWERS", "CroppedTower", "Layers", "Tower", "tower_of", "towers_of"]
+__all__ = [
+    "KINDS",
+    "AlignedTower",
+    "AyaTower",
+    "CohereTower",
+    "CroppedTower",
+    "ErnieTower",
+    "GlmTower",
+    "HyperClovaTower",
+    "IdeficsTower",
+    "Layers",
+    "LightOnTower",
+    "MergedPixtralTower",
+    "NextVideoTower",
+    "PaddleTower",
+    "PixtralTower",
+    "PooledTower",
+    "QwenTower",
+    "ResizedTower",
+    "ShuffledTower",
+    "Tower",
+    "UnshuffledTower",
+    "VideoLlavaTower",
+    "VipTower",
+    "WholeTower",
+    "tower_of",
+]
 
 KINDS: dict[str, type[Layers]] = {
     name: kind
@@ -51,55 +79,11 @@ KINDS: dict[str, type[Layers]] = {
 }
 """Kinds of vision models, by their `model_type`."""
 
-TOWERS: dict[str, tuple[type[Tower], ...]] = {
-    "llava": (Tower, PixtralTower),
-    "llava_next": (CroppedTower,),
-    "llava_next_video": (NextVideoTower,),
-    "llava_onevision": (ResizedTower,),
-    "internvl": (ShuffledTower,),
-    "mistral3": (MergedPixtralTower,),
-    "lighton_ocr": (LightOnTower,),
-    "lfm2_vl": (UnshuffledTower,),
-    "qwen2_vl": (QwenTower,),
-    "qwen2_5_vl": (QwenTower,),
-    "qwen3_vl": (QwenTower,),
-    "qwen3_vl_moe": (QwenTower,),
-    "qwen3_5": (QwenTower,),
-    "qwen3_5_moe": (QwenTower,),
-    "qwen2_5_omni_thinker": (QwenTower,),
-    "glm4v": (GlmTower,),
-    "glm4v_moe": (GlmTower,),
-    "glm46v": (GlmTower,),
-    "glm_ocr": (GlmTower,),
-    "qwen3_omni_moe_thinker": (QwenTower,),
-    "cosmos3_edge": (QwenTower,),
-    "hyperclovax_vision_v2": (HyperClovaTower,),
-    "ernie4_5_vl_moe": (ErnieTower,),
-    "video_llava": (VideoLlavaTower,),
-    "qianfan_ocr": (ShuffledTower,),
-    "paddleocr_vl": (PaddleTower,),
-    "vipllava": (VipTower,),
-    "paligemma": (WholeTower,),
-    "deepseek_vl": (AlignedTower,),
-    "janus": (AlignedTower,),
-    "gemma3": (PooledTower,),
-    "aya_vision": (AyaTower,),
-    "cohere2_vision": (CohereTower,),
-    "idefics3": (IdeficsTower,),
-    "smolvlm": (IdeficsTower,),
-}
-"""By family, one for each kind of vision model that it may have."""
 
-
-def towers_of(family: str) -> tuple[type[Tower], ...]:
-    """What is known in a family: `models`, `scores` and `videos` of each say of which vision
-    models, and what."""
-    return TOWERS.get(family, ())
-
-
-def tower_of(family: str, base: nn.Module) -> Tower | None:
-    """What is known of a model's vision tower; None if too little for what methods ask."""
-    for tower in towers_of(family):
+def tower_of(known: Iterable[type[Tower]], base: nn.Module) -> Tower | None:
+    """What is known of a model's vision tower, of what its family may have; None if too little for
+    what methods ask."""
+    for tower in known:
         vision = getattr(base, tower.place, None)
         kind = None if vision is None else vision.config.model_type
         if kind in tower.models:
