@@ -35,15 +35,8 @@ from benchmarks.published import published_fastv
 from vtp_kernels.accounting import MODELS
 from vtp_kernels.demo import load, pocket_methods, pruned
 from vtp_kernels.machine import describe
-from vtp_kernels.methods import (
-    FastV,
-    Method,
-    PyramidDrop,
-    RandomPruning,
-    Schedule,
-    VisiPruner,
-)
-from vtp_kernels.models.prefill import Prefill
+from vtp_kernels.methods import FastV, Method, PyramidDrop, RandomPruning, Schedule, VisiPruner
+from vtp_kernels.models.passage.prefill import Prefill
 
 DENSE, PUBLISHED = "dense", "FastV, as published"
 

@@ -78,7 +78,7 @@ def test_the_method_of_your_own_runs(tmp_path, monkeypatch):
     sys.path.insert(0, str(ROOT / "tests" / "models"))
     from tiny_llava import three, tiny_llava
 
-    from vtp_kernels.methods.base import METHODS
+    from vtp_kernels.contract.method import METHODS
 
     monkeypatch.setitem(METHODS, "lastwords", None)  # its key goes with the test
     monkeypatch.delitem(METHODS, "lastwords")

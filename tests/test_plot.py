@@ -17,7 +17,7 @@ from tiny_llava import IMAGE, batch, prompt, tiny_llava
 
 import vtp_kernels as vtp
 from vtp_kernels import plot
-from vtp_kernels.models.grids import PictureGrid, View, picture_grids
+from vtp_kernels.models.pictures.grids import PictureGrid, View, picture_grids
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import itertools
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from vtp_kernels.contract.passive import PassiveVisual
 from vtp_kernels.flop_counts.text import DecoderLayer, decoder_layers
 from vtp_kernels.flops import Attention, Spans, flops, passive_attention, visual_pairs
 from vtp_kernels.methods import LVPruning, Method, VisiPruner
 from vtp_kernels.methods.budget import visual_budget
-from vtp_kernels.methods.passive import PassiveVisual
 from vtp_kernels.methods.schedule import ScheduledMethod
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def accounts(
 
     `config` is the whole model's or its language model's, `prompt` as for `account`.
     """
-    from vtp_kernels.models.limits import check_method
+    from vtp_kernels.models.passage.limits import check_method
 
     text = getattr(config, "text_config", config)
     parts = weightless_parts(config)

@@ -21,7 +21,7 @@ from vtp_kernels import plot
 from vtp_kernels.chat import chat_inputs, greedy_answers
 from vtp_kernels.methods import Schedule
 from vtp_kernels.models import prune
-from vtp_kernels.models.grids import PictureGrid, picture_grids
+from vtp_kernels.models.pictures.grids import PictureGrid, picture_grids
 from vtp_kernels.pictures import check_writable, load_image
 
 DENSE = "dense"

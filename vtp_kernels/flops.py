@@ -14,7 +14,7 @@ from vtp_kernels.flop_counts.pictures import picture
 from vtp_kernels.flop_counts.text import CHUNK, DecoderLayer, decoder_layers
 
 if TYPE_CHECKING:
-    from vtp_kernels.methods.passive import PassiveVisual
+    from vtp_kernels.contract.passive import PassiveVisual
 
 __all__ = [
     "Attention",

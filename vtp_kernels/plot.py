@@ -15,7 +15,7 @@ from vtp_kernels.pictures import load_image
 from vtp_kernels.selection import Selection
 
 if TYPE_CHECKING:
-    from vtp_kernels.models.grids import PictureGrid
+    from vtp_kernels.models.pictures.grids import PictureGrid
 
 PANEL = 224  # pixels; the longer side of one panel
 CAPTION = 18
@@ -64,7 +64,7 @@ def tokens(
         sample: row of the batch.
         grid: (rows, columns) of each picture's visual tokens, where all of these are cells of one
             grid; default: square.
-        grids: what `vtp_kernels.models.grids.picture_grids(model, inputs)` says: for pictures of
+        grids: what `vtp_kernels.picture_grids(model, inputs)` says: for pictures of
             any shape, crops, and a picture at the end of its prompt. In place of `grid` and
             `visual`. Default: those of the report, if it has them.
         title: caption of the first panel, which shows the whole picture.

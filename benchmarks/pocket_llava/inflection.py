@@ -26,13 +26,7 @@ from vtp_kernels import plot
 from vtp_kernels.chat import chat_inputs
 from vtp_kernels.demo import load
 from vtp_kernels.machine import describe
-from vtp_kernels.methods import (
-    FastV,
-    InflectionPruning,
-    Method,
-    RandomPruning,
-    method_from_spec,
-)
+from vtp_kernels.methods import FastV, InflectionPruning, Method, RandomPruning, method_from_spec
 from vtp_kernels.models import prune
 from vtp_kernels.pocket_llava import scenes
 from vtp_kernels.pocket_llava.evaluate import evaluate, table

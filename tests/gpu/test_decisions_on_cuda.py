@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("transformers")
 
 import vtp_kernels as vtp
-from vtp_kernels.models import facts
+from vtp_kernels.contract import facts
 
 ERRS = """
 import torch

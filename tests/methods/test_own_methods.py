@@ -16,10 +16,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from tiny_llava import DEPTH, IMAGE, batch, prompt, three, tiny_llava
 
 import vtp_kernels as vtp
-from vtp_kernels.methods import base
-from vtp_kernels.methods.passive import PassiveVisual
-from vtp_kernels.models import decision, facts
-from vtp_kernels.models.rows import Kept
+from vtp_kernels.contract import facts
+from vtp_kernels.contract import method as base
+from vtp_kernels.contract.passive import PassiveVisual
+from vtp_kernels.contract.rows import Kept
+from vtp_kernels.models.passage import decision
 from vtp_kernels.ops import _checks
 
 WHERE = r"Answer\.decide before layer 2"

@@ -6,8 +6,8 @@ from tiny_llava import tiny_llava
 from torch import nn
 from transformers import DynamicCache
 
-from vtp_kernels.methods.passive import PassiveVisual
-from vtp_kernels.models.attention import (
+from vtp_kernels.contract.passive import PassiveVisual
+from vtp_kernels.models.attention.stand_ins import (
     PackedAttention,
     PassiveVisualAttention,
     ScoringAttention,

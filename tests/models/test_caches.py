@@ -13,8 +13,8 @@ from transformers import DynamicCache, QuantizedCache, StaticCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, QuantizedLayer
 
 import vtp_kernels as vtp
-from vtp_kernels.models.attention import ScoringAttention
-from vtp_kernels.models.cache import check_cache
+from vtp_kernels.models.attention.stand_ins import ScoringAttention
+from vtp_kernels.models.keys.cache import check_cache
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 DETAILS = {"return_dict_in_generate": True, "output_logits": True}

@@ -35,7 +35,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 
 import vtp_kernels as vtp
 from vtp_kernels.models.families import Family
-from vtp_kernels.models.grids import picture_grids
+from vtp_kernels.models.pictures.grids import picture_grids
 
 NEWLINE = -9.0
 PLAIN = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}

@@ -66,7 +66,7 @@ def test_an_exception_leaves_nothing_behind(model, place, monkeypatch):
             report = run.report()
             settings = {}
             if place == "scorer":
-                monkeypatch.setattr("vtp_kernels.models.rows.run_attention_topk", fail)
+                monkeypatch.setattr("vtp_kernels.contract.rows.run_attention_topk", fail)
             elif place == "layer":
                 monkeypatch.setattr(model.model.language_model.layers[3].mlp, "forward", fail)
             else:

@@ -20,12 +20,12 @@ from tiny_models import LINEAR, VIDEO, words
 from transformers.cache_utils import DynamicLayer
 
 import vtp_kernels as vtp
-from vtp_kernels.methods.passive import PassiveVisual
-from vtp_kernels.models.attention import PassiveVisualAttention
+from vtp_kernels.contract.passive import PassiveVisual
+from vtp_kernels.models.attention.policy_attention import PolicyAttention
+from vtp_kernels.models.attention.stand_ins import PassiveVisualAttention
 from vtp_kernels.models.families import parts_of
+from vtp_kernels.models.keys.positions import POSITIONS
 from vtp_kernels.models.masked_run import MaskedRun
-from vtp_kernels.models.policy_attention import PolicyAttention
-from vtp_kernels.models.positions import POSITIONS
 
 SETTINGS = GREEDY | DETAILS | {"max_new_tokens": 4, "suppress_tokens": [IMAGE, VIDEO]}
 ROUNDING = 1e-4  # the recurrence magnifies that of the batch

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import vtp_kernels as vtp
-from vtp_kernels.models.placement import device_of, key_dtype, like_hidden, why_gone
+from vtp_kernels.models.modules.placement import device_of, key_dtype, like_hidden, why_gone
 
 accelerate = pytest.importorskip("accelerate")
 

@@ -9,8 +9,8 @@ from tiny_llava import IMAGE, batch, one, prompt, three, tiny_llava
 from transformers import DynamicCache
 
 import vtp_kernels as vtp
-from vtp_kernels.models.attention import PackedAttention
-from vtp_kernels.models.packing import Packing
+from vtp_kernels.models.attention.packing import Packing
+from vtp_kernels.models.attention.stand_ins import PackedAttention
 
 SETTINGS = GREEDY | DETAILS | {"suppress_tokens": [IMAGE]}
 

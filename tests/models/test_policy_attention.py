@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from vtp_kernels.models.policy_attention import policy_attention
+from vtp_kernels.models.attention.policy_attention import policy_attention
 
 
 def formula(query, key, value, policy, valid, scale):

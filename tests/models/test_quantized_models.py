@@ -21,8 +21,8 @@ from torch.ao.quantization import quantize_dynamic
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 import vtp_kernels as vtp
-from vtp_kernels.models.placement import out_features
-from vtp_kernels.models.ranks import all_heads
+from vtp_kernels.models.attention.ranks import all_heads
+from vtp_kernels.models.modules.placement import out_features
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

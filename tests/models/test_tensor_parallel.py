@@ -13,7 +13,7 @@ from tiny_llava import three, tiny_llava
 from torch import nn
 
 import vtp_kernels as vtp
-from vtp_kernels.models.ranks import all_heads
+from vtp_kernels.models.attention.ranks import all_heads
 
 RANKS = 2
 HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None

@@ -12,10 +12,10 @@ from tiny_llava import IMAGE, three, tiny_llava
 from transformers import AutoConfig, AutoModel
 
 import vtp_kernels as vtp
-from vtp_kernels.models import text_check
+from vtp_kernels.models.checks import text_check
+from vtp_kernels.models.checks.text_check import check_text_model
 from vtp_kernels.models.families.tiny import EXPERTS as FEW_EXPERTS
 from vtp_kernels.models.families.tiny import TEXT
-from vtp_kernels.models.text_check import check_text_model
 
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
 EXPERTS = FEW_EXPERTS | {"num_local_experts": 4, "shared_expert_intermediate_size": 64}

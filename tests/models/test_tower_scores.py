@@ -27,9 +27,9 @@ from tower_reference import (
 
 import vtp_kernels as vtp
 from vtp_kernels.models.families import FAMILIES as PAGES
+from vtp_kernels.models.pictures.watch import SEEN, VisionWatch
 from vtp_kernels.models.towers.idefics import IdeficsLayers
 from vtp_kernels.models.towers.packed import received_in_segments
-from vtp_kernels.models.vision import SEEN, VisionWatch
 
 QWEN = (
     "qwen2_vl",

@@ -13,7 +13,7 @@ from transformers import (
 import vtp_kernels as vtp
 from vtp_kernels.models.families import FAMILIES as PAGES
 from vtp_kernels.models.families.tiny import TEXT, VISION, anyres, crops, square
-from vtp_kernels.models.vision import SEEN, VisionWatch
+from vtp_kernels.models.pictures.watch import SEEN, VisionWatch
 
 IMAGES = (0, 2, 1, 0)
 

@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_flash_attention_utils import _is_packed_sequence
 
 import vtp_kernels as vtp
-from vtp_kernels.methods.passive import PassiveVisual
+from vtp_kernels.contract.passive import PassiveVisual
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 DETAILS = {"return_dict_in_generate": True, "output_logits": True}

@@ -18,8 +18,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import vtp_kernels as vtp
-from vtp_kernels.methods.base import Method
-from vtp_kernels.models.attention import ScoringAttention
+from vtp_kernels.contract.method import Method
+from vtp_kernels.models.attention.stand_ins import ScoringAttention
 
 SETTINGS = GREEDY | DETAILS | {"suppress_tokens": [IMAGE]}
 STAGES = {1: 0.5, 3: 0.25, 5: 0.0}

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import vtp_kernels as vtp
 from vtp_kernels.models.families import parts_of
-from vtp_kernels.models.unwrapping import inside, passed_to
+from vtp_kernels.models.modules.unwrapping import inside, passed_to
 
 peft = pytest.importorskip("peft")
 

@@ -1,13 +1,14 @@
 """Pruning methods: what to score, at which layer, how many tokens stay. No tensor plumbing here."""
 
-from .base import METHODS, Method
+from vtp_kernels.contract.method import METHODS, Method
+from vtp_kernels.contract.spec import load_method, method, method_from_spec, method_of
+
 from .fastv import FastV
 from .inflection import InflectionPruning
 from .lvpruning import LVPruning
 from .pyramiddrop import PyramidDrop
 from .random import RandomPruning
 from .schedule import Schedule
-from .spec import load_method, method, method_from_spec, method_of
 from .visipruner import VisiPruner
 
 __all__ = [

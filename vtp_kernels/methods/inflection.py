@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from vtp_kernels._shown import shown
+from vtp_kernels.contract import vision
+from vtp_kernels.contract.checks import check_depth
+from vtp_kernels.contract.method import Method, parse_settings, read_value
 from vtp_kernels.ops.inflection import check_rule
 
-from .base import Method, parse_settings, read_value
 from .budget import as_tuple, check_keep, check_layer, visual_budget
-from .checks import VISION_SOURCES, check_depth
 from .scorers import text as attention_from_text
 
 if TYPE_CHECKING:
-    from vtp_kernels.models.rows import Kept, PromptRows
+    from vtp_kernels.contract.rows import Kept, PromptRows
 
 __all__ = ["InflectionPruning"]
 
-SOURCES = (*VISION_SOURCES, None)
+SOURCES = (*vision.SOURCES, None)
 RULE = ("rule", "min_keep", "max_keep", "clip_quantile", "sensitivity", "mass")
 
 

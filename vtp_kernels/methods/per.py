@@ -10,7 +10,7 @@ from torch import Tensor
 from vtp_kernels._shown import shown
 
 if TYPE_CHECKING:
-    from vtp_kernels.models.rows import PromptRows
+    from vtp_kernels.contract.rows import PromptRows
 
 __all__ = ["PER", "check_per", "groups"]
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from vtp_kernels._shown import shown
+from vtp_kernels.contract.checks import check_depth
+from vtp_kernels.contract.method import Method
 
-from .base import Method
 from .budget import check_keep, check_layer, visual_budget
-from .checks import check_depth
 from .per import check_per, groups
 from .scorers import SCORERS
 
 if TYPE_CHECKING:
-    from vtp_kernels.models.rows import Kept, PromptRows
+    from vtp_kernels.contract.rows import Kept, PromptRows
 
 __all__ = ["Schedule", "ScheduledMethod", "Stage"]
 

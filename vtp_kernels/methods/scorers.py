@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from vtp_kernels.models.rows import PromptRows
+    from vtp_kernels.contract.rows import PromptRows
 
 __all__ = ["SCORERS", "Scorer", "contribution", "last_token", "random", "text"]
 

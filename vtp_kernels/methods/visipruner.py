@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from vtp_kernels._shown import shown
+from vtp_kernels.contract.checks import check_depth
+from vtp_kernels.contract.method import Method, parse_settings
+from vtp_kernels.contract.passive import PassiveVisual
 
-from .base import Method, parse_settings
 from .budget import check_layer
-from .checks import check_depth
-from .passive import PassiveVisual
 from .schedule import Schedule
 
 if TYPE_CHECKING:
-    from vtp_kernels.models.rows import Kept, PromptRows
+    from vtp_kernels.contract.rows import Kept, PromptRows
 
 __all__ = ["VisiPruner"]
 

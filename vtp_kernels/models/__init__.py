@@ -2,15 +2,13 @@
 
 import vtp_kernels.ops.flop_formulas  # noqa: F401  for FlopCounterMode
 
-from .calibrate import calibrate
 from .handle import Handle, apply, handle, prune, remove, supported_models
-from .report import Report
+from .reports.report import Report
 
 __all__ = [
     "Handle",
     "Report",
     "apply",
-    "calibrate",
     "handle",
     "prune",
     "remove",

@@ -11,16 +11,17 @@ import transformers
 from torch import nn
 
 from vtp_kernels._shown import shown
-from vtp_kernels.methods import METHODS, Method, method_of
+from vtp_kernels.contract.method import Method, known_methods
+from vtp_kernels.contract.spec import method_of
 from vtp_kernels.ops._dispatch import choose
 
-from .engine import ENGINE_OPS, Engine
+from .checks.text_check import check_text_model
 from .families import FAMILIES, parts_of
-from .limits import check_method
-from .placement import like_hidden
-from .positions import POSITIONS
-from .report import PrefillRecord, Report
-from .text_check import check_text_model
+from .keys.positions import POSITIONS
+from .modules.placement import like_hidden
+from .passage.engine import ENGINE_OPS, Engine
+from .passage.limits import check_method
+from .reports.report import PrefillRecord, Report
 
 __all__ = ["OUTPUT_ROWS", "Handle", "apply", "handle", "prune", "remove", "supported_models"]
 
@@ -222,7 +223,7 @@ def supported_models() -> dict[str, dict[str, Any]]:
             "transformers": family.since,
             "example": vars(type(family)).get("example", ""),  # a base page's is of that one
             "text_models": list(family.text_models),
-            "methods": sorted(METHODS),
+            "methods": sorted(known_methods()),
             "layers": family.leave_before,
             "positions": list(family.positions),
             "vision_tower": bool(family.towers),

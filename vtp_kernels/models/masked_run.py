@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .attention import CALL, AttentionShadow
+from .attention.policy_attention import PolicyAttention
+from .attention.stand_ins import CALL, AttentionShadow
 from .families import ModelParts
-from .policy_attention import PolicyAttention
-from .shadow import StaysBehind
+from .modules.shadow import StaysBehind
 
 __all__ = ["MaskedRun", "check_masks"]
 

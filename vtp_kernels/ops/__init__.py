@@ -1,15 +1,15 @@
 """The public ops: one file each, with the contract, the fake kernel and the choice of backend."""
 
-from vtp_kernels.ops._checks import debug
-from vtp_kernels.ops.attention_scores import attention_scores
-from vtp_kernels.ops.attention_topk import attention_topk
-from vtp_kernels.ops.cls_inflection import cls_inflection
-from vtp_kernels.ops.compact_kv import compact_kv
-from vtp_kernels.ops.compact_rows import compact_rows
-from vtp_kernels.ops.inflection import inflection
-from vtp_kernels.ops.passive_attention import passive_attention
-from vtp_kernels.ops.select_topk import select_topk
-from vtp_kernels.ops.token_contribution import token_contribution
+from ._checks import debug
+from .attention_scores import attention_scores
+from .attention_topk import attention_topk
+from .cls_inflection import cls_inflection
+from .compact_kv import compact_kv
+from .compact_rows import compact_rows
+from .inflection import inflection
+from .passive_attention import passive_attention
+from .select_topk import select_topk
+from .token_contribution import token_contribution
 
 __all__ = [
     "attention_scores",

@@ -8,7 +8,7 @@ mode.
 import torch
 from torch import Tensor
 
-from vtp_kernels.ops._dispatch import FLOATS
+from ._dispatch import FLOATS
 
 ANY = -1  # a dimension of any size
 BOOL = (torch.bool,)

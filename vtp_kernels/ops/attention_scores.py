@@ -3,9 +3,10 @@
 from torch import Tensor
 
 from vtp_kernels import reference
-from vtp_kernels.ops import _checks
-from vtp_kernels.ops._dispatch import choose, kernel, rowwise, score_dtype
-from vtp_kernels.ops._fakes import register_fake
+
+from . import _checks
+from ._dispatch import choose, kernel, rowwise, score_dtype
+from ._fakes import register_fake
 
 SUPPORTS = ("all", "candidates")
 HEAD_REDUCTIONS = ("mean", "max", "sum")

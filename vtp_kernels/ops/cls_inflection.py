@@ -3,11 +3,12 @@
 from torch import Tensor
 
 from vtp_kernels import reference
-from vtp_kernels.ops import _checks
-from vtp_kernels.ops._dispatch import choose, kernel, rowwise, score_dtype
-from vtp_kernels.ops._fakes import register_fake
-from vtp_kernels.ops.inflection import check_rule, fake_selection
 from vtp_kernels.selection import Selection
+
+from . import _checks
+from ._dispatch import choose, kernel, rowwise, score_dtype
+from ._fakes import register_fake
+from .inflection import check_rule, fake_selection
 
 
 def cls_inflection(

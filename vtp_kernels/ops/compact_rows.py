@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from vtp_kernels import reference
-from vtp_kernels.ops import _checks
-from vtp_kernels.ops._dispatch import choose, kernel, rowwise
-from vtp_kernels.ops._fakes import register_fake
+
+from . import _checks
+from ._dispatch import choose, kernel, rowwise
+from ._fakes import register_fake
 
 ALIGNMENTS = ("left", "right")
 

@@ -3,9 +3,10 @@
 from torch import Tensor
 
 from vtp_kernels import reference
-from vtp_kernels.ops import _checks
-from vtp_kernels.ops._dispatch import choose, kernel, rowwise
-from vtp_kernels.ops._fakes import register_fake
+
+from . import _checks
+from ._dispatch import choose, kernel, rowwise
+from ._fakes import register_fake
 
 SINKS = ("merge", "drop")
 VISUAL_ROWS = ("prefix", "causal", "skip")

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from vtp_kernels import reference
-from vtp_kernels.ops import _checks
-from vtp_kernels.ops._dispatch import choose, kernel, rowwise
-from vtp_kernels.ops._fakes import register_fake
 from vtp_kernels.selection import Selection
+
+from . import _checks
+from ._dispatch import choose, kernel, rowwise
+from ._fakes import register_fake
 
 
 def select_topk(

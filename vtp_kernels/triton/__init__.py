@@ -5,16 +5,16 @@ arguments of the native op; `library` makes the launchers `torch.ops.vtp_kernels
 Importing this package imports Triton.
 """
 
-from vtp_kernels.triton.attention_scores import attention_scores
-from vtp_kernels.triton.attention_topk import attention_topk
-from vtp_kernels.triton.cls_inflection import cls_inflection
-from vtp_kernels.triton.compact_kv import compact_kv, compact_kv_
-from vtp_kernels.triton.compact_rows import compact_rows
-from vtp_kernels.triton.inflection import inflection
-from vtp_kernels.triton.library import probe, register
-from vtp_kernels.triton.passive_attention import passive_attention
-from vtp_kernels.triton.select_topk import select_topk
-from vtp_kernels.triton.token_contribution import token_contribution
+from .attention_scores import attention_scores
+from .attention_topk import attention_topk
+from .cls_inflection import cls_inflection
+from .compact_kv import compact_kv, compact_kv_
+from .compact_rows import compact_rows
+from .inflection import inflection
+from .library import probe, register
+from .passive_attention import passive_attention
+from .select_topk import select_topk
+from .token_contribution import token_contribution
 
 __all__ = ["probe"]
 

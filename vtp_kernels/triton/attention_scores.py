@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtp_kernels.triton.tuning import INTERPRETED, tuned
+from .tuning import INTERPRETED, tuned
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 FEW_ROWS, MANY_ROWS = 16, 32  # query rows that a tile of keys is multiplied with at a time

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from vtp_kernels.triton.attention_scores import attention_scores
-from vtp_kernels.triton.select_topk import select_topk
+from .attention_scores import attention_scores
+from .select_topk import select_topk
 
 
 def attention_topk(

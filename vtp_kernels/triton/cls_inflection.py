@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtp_kernels.triton.inflection import inflect, signed_key
-from vtp_kernels.triton.tuning import size_class, tuned
+from .inflection import inflect, signed_key
+from .tuning import size_class, tuned
 
 
 @tuned(

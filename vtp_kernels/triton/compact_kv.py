@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from vtp_kernels.triton.row_copy import Move, copy_rows, move_of, move_rows
+from .row_copy import Move, copy_rows, move_of, move_rows
 
 
 def compact_kv(

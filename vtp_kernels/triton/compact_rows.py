@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from vtp_kernels.triton.row_copy import copy_rows, move_of
+from .row_copy import copy_rows, move_of
 
 
 def compact_rows(

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtp_kernels.triton.order import sortable
-from vtp_kernels.triton.tuning import size_class, tuned
+from .order import sortable
+from .tuning import size_class, tuned
 
 NO_RANK = tl.constexpr(0x7FFFFFFF)
 INFINITY_KEY = tl.constexpr(0x7F800000)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtp_kernels.triton.tuning import INTERPRETED, size_class, tuned
+from .tuning import INTERPRETED, size_class, tuned
 
 # Lists of positions, each ascending. All but the last are of valid tokens.
 TEXT = tl.constexpr(0)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtp_kernels.triton.tuning import INTERPRETED
+from .tuning import INTERPRETED
 
 MOST_TENSORS = 80  # of a launch: the keys and values of 40 layers
 WARPS = 4

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtp_kernels.triton.order import ABSENT, KEPT, sortable
-from vtp_kernels.triton.tuning import INTERPRETED, size_class
+from .order import ABSENT, KEPT, sortable
+from .tuning import INTERPRETED, size_class
 
 LARGEST_BLOCK = 4096  # ranks within a block are to fit into 16 bits
 MOST_HELD = 4096 if INTERPRETED else 16384  # 32 keys of a thread; tests have longer rows

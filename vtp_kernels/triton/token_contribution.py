@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtp_kernels.triton.tuning import size_class, tuned
+from .tuning import size_class, tuned
 
 LOG2_E = 1.4426950408889634
 TILE = 8192  # elements of keys, or values, that a program holds

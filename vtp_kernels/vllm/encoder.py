@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from vtp_kernels._shown import shown
+from vtp_kernels.contract.vision import PromptVision, Shown
 from vtp_kernels.methods import InflectionPruning
 from vtp_kernels.models.families import FAMILIES as PAGES
-from vtp_kernels.models.vision import SEEN, PromptVision, Shown, VisionWatch
+from vtp_kernels.models.pictures.watch import SEEN, VisionWatch
 
 __all__ = ["Encoder", "encode"]
 

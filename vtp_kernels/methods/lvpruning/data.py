@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtp_kernels._shown import shown
-from vtp_kernels.methods.storage import read_json
+from vtp_kernels.contract.storage import read_json
 
 __all__ = ["IGNORE", "Batch", "Collator", "Conversation", "Dataset", "LlavaConversations"]
 

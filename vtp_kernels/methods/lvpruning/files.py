@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from vtp_kernels._shown import shown
-from vtp_kernels.methods.budget import check_layer
-from vtp_kernels.methods.checks import check_depth
-from vtp_kernels.methods.storage import read_json
+from vtp_kernels.contract.checks import check_depth
+from vtp_kernels.contract.storage import read_json
 
+from ..budget import check_layer
 from .deciders import Deciders, Shape
 
 __all__ = ["Fit", "check_weights", "load_deciders", "read_fit", "save_deciders"]

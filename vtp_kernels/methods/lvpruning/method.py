@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from vtp_kernels._shown import shown
-from vtp_kernels.methods.base import Method
-from vtp_kernels.methods.budget import SHARES, as_tuple
+from vtp_kernels.contract.method import Method
 
+from ..budget import SHARES, as_tuple
 from .deciders import Deciders, Shape
 from .files import WEIGHTS, check_weights, load_deciders, read_fit
 from .recipe import LAYERS, RATIOS, check_stages
 
 if TYPE_CHECKING:
-    from vtp_kernels.models.rows import Kept, PromptRows
+    from vtp_kernels.contract.rows import Kept, PromptRows
 
 __all__ = ["LVPruning", "kept_tokens"]
 

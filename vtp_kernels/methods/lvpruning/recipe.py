@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from vtp_kernels._shown import shown
-from vtp_kernels.methods.budget import SHARES, as_tuple, check_layer
+
+from ..budget import SHARES, as_tuple, check_layer
 
 __all__ = ["GRADIENTS", "LAYERS", "PRECISIONS", "RATIOS", "Recipe", "check_stages"]
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from vtp_kernels.machine import multiplies_bfloat16
+from vtp_kernels.models.checks.text_check import check_text_model
 from vtp_kernels.models.families import ModelParts, parts_of
 from vtp_kernels.models.masked_run import MaskedRun, check_masks
-from vtp_kernels.models.placement import device_of
-from vtp_kernels.models.text_check import check_text_model
+from vtp_kernels.models.modules.placement import device_of
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data import IGNORE, Batch, Collator, Dataset

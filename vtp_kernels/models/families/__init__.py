@@ -9,7 +9,7 @@ from __future__ import annotations
 import transformers
 from torch import nn
 
-from ..unwrapping import inside
+from ..modules.unwrapping import inside
 from .aria import Aria
 from .cohere2_vision import AyaVision, Cohere2Vision
 from .cosmos3 import Cosmos3Edge

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..looks import Given, Looks
 from ..towers import AlignedTower
 from .family import Family
+from .looks import Given, Looks
 from .squares import padded, squares
 from .tiny import IMAGE, SQUARE, TEXT, VISION, Tiny, siglip, square
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..looks import Given, Looks
 from ..towers import ErnieTower
+from .looks import Given, Looks
 from .qwen2_vl import ROPE, ByGrid, flat_grid, flat_video, merged_frames
 from .tiny import IMAGE, TEXT, VIDEO, Tiny, TinyVideo
 

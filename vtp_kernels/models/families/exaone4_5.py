@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..looks import Given, Looks
 from .cohere2_vision import LIMITS
 from .family import Family
+from .looks import Given, Looks
 from .qwen2_vl import QWEN_VISION, grid, merged
 from .tiny import IMAGE, TEXT, VIDEO, Tiny
 

@@ -17,12 +17,12 @@ import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 
-from ..deepstack import Planes
-from ..linear import linear_layers
-from ..looks import Given, Looks
-from ..positions import POSITIONS
-from ..reach import Blocks, LayerKind, layer_kinds
+from ..keys.positions import POSITIONS
+from ..keys.reach import Blocks, LayerKind, layer_kinds
+from ..modules.linear import linear_layers
 from ..towers import Tower, tower_of
+from .deepstack import Planes
+from .looks import Given, Looks
 from .tiny import Tiny
 
 __all__ = ["Family", "Modality", "ModelParts", "any_of"]

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from ..looks import Given, Looks
-from ..masks import tells_by_mask
-from ..reach import Blocks
+from ..keys.masks import tells_by_mask
+from ..keys.reach import Blocks
 from ..towers import PooledTower
 from .family import Family
+from .looks import Given, Looks
 from .squares import squares
 from .tiny import IMAGE, TEXT, Tiny, siglip, square
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..looks import Given, Looks, cells, one_size
 from .family import Family
+from .looks import Given, Looks, cells, one_size
 from .squares import arrangement, side_of, squares, tiles_then_whole
 from .tiny import IMAGE, TEXT, Tiny, square
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..deepstack import Planes
+from .deepstack import Planes
 from .family import Family
 from .tiny import IMAGE, SQUARE, TEXT, VISION, Tiny, anyres
 

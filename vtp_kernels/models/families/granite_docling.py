@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..deepstack import Planes
+from .deepstack import Planes
 from .family import Family
 from .idefics3 import Idefics3, tile
 from .qwen3_vl import take_deepstack

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..looks import Given, Looks, cells
 from ..towers import IdeficsTower
 from .family import Family
+from .looks import Given, Looks, cells
 from .squares import tiles_then_whole
 from .tiny import IMAGE, SQUARE, TEXT, VISION, Tiny
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..looks import Given, Looks, one_size
 from ..towers import ShuffledTower
 from .family import Family
+from .looks import Given, Looks, one_size
 from .squares import arrangement, tiles_then_whole
 from .tiny import EXPERTS, IMAGE, TEXT, VISION, Tiny, square
 

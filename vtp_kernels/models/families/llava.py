@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..looks import Given, Looks, View
 from ..towers import PixtralTower, Tower
 from .family import Family
+from .looks import Given, Looks, View
 from .rectangles import rectangles
 from .squares import shown_by
 from .tiny import EXPERTS, IMAGE, LINEAR, PIXTRAL, SHARED, TEXT, Tiny, any_size, clip, square

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..looks import WHOLE, Given, Looks, View, cells
 from ..towers import CroppedTower
 from .family import Family
+from .looks import WHOLE, Given, Looks, View, cells
 from .squares import padded
 from .tiny import IMAGE, TEXT, Tiny, anyres, clip
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..looks import Box, Given, Looks, Size
 from ..towers import NextVideoTower
 from .family import Family
 from .llava_next import crops_together
+from .looks import Box, Given, Looks, Size
 from .pooled import pooled_frames
 from .squares import shown_by
 from .tiny import IMAGE, TEXT, VIDEO, Tiny, TinyVideo, anyres, clip, frames

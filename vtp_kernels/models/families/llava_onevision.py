@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from ..looks import Given, Looks
 from ..towers import ResizedTower
 from .family import Family
 from .llava_next import crops_together
+from .looks import Given, Looks
 from .pooled import pooled_frames
 from .tiny import IMAGE, TEXT, VIDEO, Tiny, TinyVideo, anyres, frames, siglip
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..looks import Given, Looks
 from ..towers import LightOnTower, MergedPixtralTower
 from .family import Family
+from .looks import Given, Looks
 from .rectangles import rectangles
 from .tiny import IMAGE, PIXTRAL, TEXT, Tiny, any_size
 

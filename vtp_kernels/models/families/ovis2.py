@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..looks import Given, Looks
 from .family import Family
+from .looks import Given, Looks
 from .squares import squares
 from .tiny import IMAGE, SQUARE, TEXT, VISION, Tiny, square
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..looks import Given, Looks
 from ..towers import PaddleTower
 from .family import Family
+from .looks import Given, Looks
 from .qwen2_vl import ROPE, flat_grid, merged
 from .tiny import IMAGE, TEXT, VIDEO, Tiny
 

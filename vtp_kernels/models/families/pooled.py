@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..looks import WHOLE, Box, Given, Looks, Size, View, cells
+from .looks import WHOLE, Box, Given, Looks, Size, View, cells
 
 __all__ = ["pooled_frames"]
 

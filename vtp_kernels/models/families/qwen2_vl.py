@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..looks import Given, Looks, whole
 from ..towers import QwenTower
 from .family import Family
+from .looks import Given, Looks, whole
 from .tiny import IMAGE, TEXT, VIDEO, Tiny, TinyVideo
 
 __all__ = [

@@ -5,18 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..deepstack import Planes
 from ..towers import QwenTower
-from .qwen2_vl import (
-    AUDIO_TOKENS,
-    QWEN_TOKENS,
-    QWEN_VISION,
-    ROPE,
-    ByGrid,
-    grid,
-    timed,
-    video,
-)
+from .deepstack import Planes
+from .qwen2_vl import AUDIO_TOKENS, QWEN_TOKENS, QWEN_VISION, ROPE, ByGrid, grid, timed, video
 from .tiny import EXPERTS, TEXT, Tiny, TinyVideo
 
 __all__ = ["Qwen3OmniMoe", "Qwen3VL", "Qwen3VLMoe", "take_deepstack"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..looks import Given, Looks, one_size, whole
+from .looks import Given, Looks, one_size, whole
 
 __all__ = ["rectangles"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..looks import WHOLE, Box, Given, Looks, Size, View, cells, centered, whole
+from .looks import WHOLE, Box, Given, Looks, Size, View, cells, centered, whole
 
 __all__ = [
     "arrangement",

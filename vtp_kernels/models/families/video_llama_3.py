@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..looks import Given, Looks, whole
 from .family import Family
+from .looks import Given, Looks, whole
 from .qwen2_vl import flat_grid
 from .tiny import IMAGE, TEXT, VIDEO, VISION, Tiny
 

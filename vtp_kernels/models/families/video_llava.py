@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from ..looks import Given, Looks
 from ..towers import VideoLlavaTower
 from .family import Family, Modality
+from .looks import Given, Looks
 from .pooled import pooled_frames
 from .squares import cropped_squares, shown_by
 from .tiny import IMAGE, TEXT, VIDEO, Tiny, TinyVideo, clip, frames, square

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..looks import Given, Looks
 from ..towers import VipTower
 from .family import Family
+from .looks import Given, Looks
 from .squares import cropped_squares
 from .tiny import IMAGE, TEXT, Tiny, clip, square
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vtp_kernels.contract.counts import moved
 from vtp_kernels.ops import attention_scores
 
-from ..counts import moved
 from .layers import Layers, scale_of
 
 __all__ = ["PackedLayers", "received_in_segments"]

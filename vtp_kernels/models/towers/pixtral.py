@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..vision import Seen
+from vtp_kernels.contract.vision import Seen
+
 from .layers import Place
 from .packed import PackedLayers
 from .ragged import seen_ragged, squares

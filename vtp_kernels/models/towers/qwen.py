@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..counts import moved
-from ..vision import Seen
+from vtp_kernels.contract.counts import moved
+from vtp_kernels.contract.vision import Seen
+
 from .layers import Place
 from .packed import PackedLayers
 from .ragged import runs, seen_ragged

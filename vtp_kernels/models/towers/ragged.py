@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..counts import moved
-from ..vision import Seen
+from vtp_kernels.contract.counts import moved
+from vtp_kernels.contract.vision import Seen
 
 __all__ = ["runs", "seen_ragged", "squares"]
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..vision import Seen
+from vtp_kernels.contract.vision import Seen
+
 from .layers import Layers
 from .ragged import seen_ragged
 from .tower import LastLayer, Tower

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..vision import SOURCES, Seen
+from vtp_kernels.contract.vision import SOURCES, Seen
+
 from .layers import Layers
 
 __all__ = ["LastLayer", "Tower", "VideoLlavaTower", "VipTower"]

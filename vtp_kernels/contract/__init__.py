@@ -1,0 +1,1 @@
+"""What the engine and the methods agree on: it knows neither."""

@@ -1,0 +1,1 @@
+"""The keys that layers hold, and what rows see of them."""

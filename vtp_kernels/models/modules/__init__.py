@@ -1,0 +1,1 @@
+"""Getting at a model's modules."""

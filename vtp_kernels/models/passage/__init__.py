@@ -1,0 +1,1 @@
+"""The passage of a prompt through a model whose rows leave on the way."""

@@ -1,0 +1,1 @@
+"""Pictures and videos of a call: what is known of them, and which token shows what."""

@@ -1,0 +1,159 @@
+"""Pictures and frames of a call: which of them each visual token belongs to."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vtp_kernels.contract.counts import moved
+from vtp_kernels.contract.unit import Unit
+
+from ..families import ModelParts
+from ..families.looks import Given, Looks
+from .encoding import outlines_of
+
+__all__ = ["Placed", "Units", "placed"]
+
+
+class Placed(NamedTuple):
+    """A picture's place: its number, its prompt, and the columns of its tokens."""
+
+    index: int
+    prompt: int
+    columns: Tensor
+
+
+class Units:
+    """Nothing is computed, and nothing read from the GPU, until somebody asks."""
+
+    def __init__(
+        self, parts: ModelParts, arguments: Mapping[str, Any], placeholders: Mapping[str, Tensor]
+    ) -> None:
+        """`arguments` are those of the model's forward; placeholders bool [B, S] for "image" and
+        "video", as `ModelParts.placeholders` gives them. Of pixels and features only their shapes
+        are remembered, and the model is not kept."""
+        self._page, self._base = parts.page, weakref.ref(parts.base)
+        self._placeholders = placeholders
+        self._outlines = outlines_of(arguments, parts.page.modalities)
+        self._counts: list[list[int]] | None = None
+        self._numbers: Tensor | None = None
+
+    @property
+    def videos(self) -> bool:
+        """Whether there are any."""
+        return "video" in self._placeholders
+
+    @cached_property
+    def all(self) -> list[list[Unit]]:
+        """Those of each prompt, in the order in which they stand in it.
+
+        Raises NotImplementedError where the family, or the call, does not tell, and where the model
+        is gone.
+        """
+        page, base = self._page, self._base()
+        if base is None:
+            raise NotImplementedError("the model is gone that tells whose its visual tokens are")
+        here = {kind: rows.cpu() for kind, rows in self._placeholders.items()}
+        given = Given(base, page.tower(base), self._outlines, here)
+        found: list[list[Unit]] = [[] for _ in next(iter(here.values()))]
+        if "image" in here:
+            numbers = [0] * len(found)
+            for _, prompt, columns in placed(page.lengths(given), here["image"], copied=True):
+                found[prompt].append(Unit(prompt, numbers[prompt], None, None, columns))
+                numbers[prompt] += 1
+        if "video" in here:
+            for unit in _frames(page.frames(given), here["video"]):
+                found[unit.prompt].append(unit)
+        return [sorted(units, key=lambda unit: int(unit.columns[0])) for units in found]
+
+    def counts(self, visual: Tensor) -> list[list[int]]:
+        """How many visual rows each unit of each prompt has, of the prompts' own bool [B, S]. A row
+        whose logits are asked for is none of them. The first to ask reads these."""
+        if self._counts is None:
+            rows = visual.cpu()
+            self._counts = [
+                [int(rows[unit.prompt, unit.columns].sum()) for unit in units] for units in self.all
+            ]
+        return self._counts
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """int64 [B, S], on the CPU: the number of each column's unit among those of its prompt; -1
+        where there is none."""
+        numbers = torch.full(next(iter(self._placeholders.values())).shape, -1)
+        for prompt, units in enumerate(self.all):
+            for number, unit in enumerate(units):
+                numbers[prompt, unit.columns] = number
+        return numbers
+
+    @cached_property
+    def between_frames(self) -> Tensor:
+        """bool [B, S], on the CPU: columns that stand between frames of videos and show none, as
+        timestamps do; and as many before the first frame and behind the last. What stands between
+        two videos is among them."""
+        shows = torch.stack([rows.cpu() for rows in self._placeholders.values()]).any(0)
+        between = torch.zeros_like(shows)
+        for row, stays in zip(self._placeholders["video"].cpu(), between, strict=True):
+            columns = row.nonzero()[:, 0]
+            gaps = columns.diff() - 1
+            gaps = gaps[gaps > 0]
+            if not len(gaps):
+                continue
+            around = int(gaps[gaps <= 2 * gaps.min()].max())  # longer ones are between two videos
+            first, last = int(columns[0]) - around, int(columns[-1]) + around
+            stays[max(first, 0) : last + 1] = True
+        return between & ~shows
+
+    def numbers(self, device: torch.device) -> Tensor:
+        """`columns` on a device."""
+        if self._numbers is None:
+            self._numbers = moved(self.columns, device)
+        return self._numbers
+
+
+def _frames(looks: Sequence[Looks], rows: Tensor) -> list[Unit]:
+    units = []
+    numbers: dict[int, dict[int, int]] = {}  # by prompt, and video of the batch
+    for index, prompt, columns in placed([x.tokens for x in looks], rows, "frames", copied=True):
+        of_prompt = numbers.setdefault(prompt, {})
+        number = of_prompt.setdefault(looks[index].video, len(of_prompt))
+        units.append(Unit(prompt, None, number, looks[index].frames, columns))
+    return units
+
+
+def placed(
+    lengths: list[int], rows: Tensor, what: str = "pictures", copied: bool = False
+) -> list[Placed]:
+    """Pictures of so many tokens fill the placeholders bool [B, S] of the prompts in turn.
+
+    copied: prompts may be there several times, one copy after the other, as generate() repeats
+    them, and copies show the same.
+    """
+    total, once = int(rows.sum()), sum(lengths)
+    copies = total // once if copied and once and total % once == 0 else 1
+    found, first, last = [], 0, 0
+    for prompt, row in enumerate(rows):
+        columns = row.nonzero()[:, 0]
+        if prompt % max(copies, 1) == 0:
+            first = last
+        index = first
+        while len(columns):
+            if index == len(lengths) or lengths[index] > len(columns):
+                raise ValueError(
+                    f"input_ids: the {int(row.sum())} visual tokens of prompt {prompt} are not "
+                    f"those of whole {what}; the {what} have {lengths} tokens"
+                )
+            found.append(Placed(index, prompt, columns[: lengths[index]]))
+            columns = columns[lengths[index] :]
+            index += 1
+        last = index
+    if last < len(lengths):
+        raise ValueError(
+            f"input_ids: no visual tokens for {len(lengths) - last} of {len(lengths)} {what}"
+        )
+    return found

@@ -1,0 +1,1 @@
+"""What a prompt cost, and what is told of it."""
