@@ -19,7 +19,8 @@ GPU_CHECK_ARGS ?=
 WHEEL_CHECK_ARGS ?=
 # Triton's kernels on a CPU: the interpreter has to be chosen before Triton is imported.
 INTERPRETED_TESTS = TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops -k cpu-triton
-INTERPRETED_LOG   = build/interpreted-tests.log
+EMULATOR_TESTS    = $(BIN)/python -m pytest tests/emulator
+SIDE_LOG          = build/side-tests.log
 METHODS ?= none fastv:2:0.5 fastv:2:0.22 pyramiddrop:2=0.5,4=0.25,6=0.125 schedule:4=0.22 \
 	random:0.5 random:0.22
 
@@ -76,15 +77,15 @@ demo: $(BUILT) ## a trained small LLaVA answers about a picture, dense and prune
 test: lint docs $(KERNELS) ## lint, then every test this machine can run
 	$(if $(TEST_ARGS),$(BIN)/python -m pytest $(TEST_ARGS),$(ALL_TESTS))
 
-# Side by side, each on one core; what the interpreted ones said is shown at the end.
+# Side by side, each on one core: what the second one said is shown at the end.
 define ALL_TESTS
 @mkdir -p build; \
-echo "Triton's kernels are interpreted meanwhile: $(INTERPRETED_LOG)"; \
-$(INTERPRETED_TESTS) > $(INTERPRETED_LOG) 2>&1 & interpreted=$$!; \
-trap "kill $$interpreted" INT TERM; \
-$(BIN)/python -m pytest; status=$$?; \
-wait $$interpreted || status=$$?; \
-cat $(INTERPRETED_LOG); \
+echo "Triton's kernels are interpreted, and the emulator is tested, meanwhile: $(SIDE_LOG)"; \
+{ $(INTERPRETED_TESTS); one=$$?; $(EMULATOR_TESTS) && exit $$one; } > $(SIDE_LOG) 2>&1 & side=$$!; \
+trap "kill $$side" INT TERM; \
+$(BIN)/python -m pytest --ignore=tests/emulator; status=$$?; \
+wait $$side || status=$$?; \
+cat $(SIDE_LOG); \
 exit $$status
 endef
 
