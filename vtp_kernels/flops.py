@@ -20,6 +20,7 @@ __all__ = [
     "Attention",
     "Spans",
     "flops",
+    "layer_flops",
     "passive_attention",
     "passive_pairs",
     "visual_pairs",
@@ -91,24 +92,36 @@ def flops(
     """
     config = getattr(config, "config", config)
     text = getattr(config, "text_config", config)
+    spent = sum(layer_flops(text, tokens, keys=keys, attention=attention))
+    if isinstance(images, int):
+        macs = images * picture(config) if images else 0
+    else:
+        macs = sum(picture(config, size) for size in images)
+    macs += logits * text.hidden_size * text.vocab_size
+    return spent + 2 * macs
+
+
+def layer_flops(
+    text: Any,
+    tokens: int | Sequence[int],
+    *,
+    keys: Sequence[int] | None = None,
+    attention: Mapping[int, Attention] | None = None,
+) -> list[int]:
+    """The same of each decoder layer alone. `text` is the language model's config."""
     layers = decoder_layers(text)
     rows = [tokens] * len(layers) if isinstance(tokens, int) else list(tokens)
     keys = rows if keys is None else list(keys)
     for name, given in (("tokens", rows), ("keys", keys)):
         if len(given) != len(layers):
             raise ValueError(f"{name}: got {len(given)} numbers for {len(layers)} decoder layers")
-    macs = 0
+    spent = []
     for index, (layer, n, m) in enumerate(zip(layers, rows, keys, strict=True)):
         of_layer = (attention or {}).get(index)
         if of_layer is not None:
             _check_attention(index, layer, m)
-        macs += _decoder_layer(layer, n, m, of_layer)
-    if isinstance(images, int):
-        macs += images * picture(config) if images else 0
-    else:
-        macs += sum(picture(config, size) for size in images)
-    macs += logits * text.hidden_size * text.vocab_size
-    return 2 * macs
+        spent.append(2 * _decoder_layer(layer, n, m, of_layer))
+    return spent
 
 
 def passive_attention(

@@ -44,6 +44,9 @@ def test_fields_are_those_of_the_contract():
         "dense_kv_bytes",
         "events",
         "units",
+        "flops_per_layer",
+        "dense_flops_per_layer",
+        "scores",
     ]
 
 
@@ -79,6 +82,38 @@ def test_flops(report, model):
     assert report.prefill_flops == sum(vtp.flops(model, tokens) for tokens in prompts)
     assert report.dense_prefill_flops == sum(vtp.flops(model, n) for n in (31, 43, 64, 9))
     assert report.flops_reduction == 1 - report.prefill_flops / report.dense_prefill_flops
+
+
+def test_flops_per_layer_add_up(report):
+    assert sum(report.flops_per_layer) == report.prefill_flops
+    assert sum(report.dense_flops_per_layer) == report.dense_prefill_flops
+    assert report.flops_per_layer[:2] == report.dense_flops_per_layer[:2]
+
+
+@pytest.mark.parametrize(
+    "method", ["fastv:2:0.5", "fastv:2:0.5:picture", "random:4", "schedule:2=0.5,4=3:text"]
+)
+def test_scores_are_what_columns_stayed_by(model, method):
+    with vtp.prune(model, method) as run, torch.no_grad():
+        model(**three())
+        report = run.report()
+    there = report.kept.visual
+    assert report.scores.keys() == report.kept.keys()
+    for layer, scores in report.scores.items():
+        assert (scores.isnan() == ~there).all()
+        kept, gone = report.kept[layer] & there, there & ~report.kept[layer]
+        for unit in report.units if method.endswith("picture") else range(len(there)):
+            of = torch.zeros_like(there)
+            if isinstance(unit, dict):
+                prompt = [x for x in report.units if x["prompt"] == unit["prompt"]]
+                first = sum(x["tokens"] for x in prompt[: unit["picture"]])
+                columns = there[unit["prompt"]].nonzero()[:, 0]
+                of[unit["prompt"], columns[first : first + unit["tokens"]]] = True
+            else:
+                of[unit] = True
+            if (kept & of).any() and (gone & of).any():
+                assert scores[kept & of].min() >= scores[gone & of].max()
+        there = kept
 
 
 def test_visual_attention(model):

@@ -136,6 +136,7 @@ class PromptRows:
         self._units = units
         self.asker = "decide"  # who is at fault where something cannot be
         self.made: list[Kept] = []  # what is known to be possible
+        self.ranked: list[tuple[Tensor, Tensor]] = []  # scores and among which rows, for report()
         self._key_valid, self._sight = key_valid, sight
         self._observation = observation
         self._backends, self._backend = backends, backends.asked
@@ -339,6 +340,7 @@ class PromptRows:
     def best(self, scores: Tensor, among: Tensor, keep: int | float) -> Tensor:
         """bool [B, S]: the rows of `among` bool [B, S] with highest scores, `keep` of each prompt's
         or, given a float, that share of them (halves rounded up)."""
+        self.note_scores(scores, among)
         k = keep
         if isinstance(keep, float):
             k = (among.sum(1).double() * keep + 0.5).floor().to(torch.int32)
@@ -349,6 +351,7 @@ class PromptRows:
     def up_to_knee(self, scores: Tensor, among: Tensor, **rule: Any) -> Tensor:
         """bool [B, S]: the rows of `among` bool [B, S] up to the knee of their sorted scores; all
         of them where there is none. `rule` as of `vtp_kernels.inflection`."""
+        self.note_scores(scores, among)
         curve = scores.masked_fill(~among, torch.nan)  # what is not a number is on no curve
         return rows_of(inflection(curve, **rule, backend=self._backend), among.shape[1]) & among
 
@@ -425,7 +428,9 @@ class PromptRows:
             if any(0 < count < most for count, most in zip(counts, there, strict=True)):
                 raise ValueError(f"{where}: scores: there is a choice to make, got None")
             scores = torch.zeros(self.visual.shape, device=self.visual.device)
-        tensor(f"{where}: scores", scores, "B, S", (batch, width), FLOATS, self.visual.device)
+        else:
+            tensor(f"{where}: scores", scores, "B, S", (batch, width), FLOATS, self.visual.device)
+            self.note_scores(scores, self.visual)
         selection = select_topk(
             scores,
             on_device(counts, self.visual.device),
@@ -458,6 +463,8 @@ class PromptRows:
             return self.keep_visual(total, None)
         if scores is None:
             scores = torch.zeros(batch, width, device=group.device)
+        else:
+            self.note_scores(scores, self.visual)
         rows = self._rows_of_groups(where, group, there)
         here = torch.arange(max(sizes), device=group.device)
         here = here < moved(torch.tensor(sizes), group.device)[:, None]
@@ -512,7 +519,7 @@ class PromptRows:
         k = on_device(counts, self.visual.device)
         per_prompt = isinstance(k, Tensor)
         options["backend"] = self._backends.of("attention_topk", query)
-        selection, _ = run_attention_topk(
+        selection, scores = run_attention_topk(
             query,
             k_per_row=k if per_prompt else None,
             k=0 if per_prompt else k,
@@ -521,7 +528,13 @@ class PromptRows:
             capacity=max(added(text, counts)),
             **options,
         )
+        self.note_scores(scores, self.visual)
         return self._made(Kept(selection, text, counts))
+
+    def note_scores(self, scores: Tensor, among: Tensor) -> None:
+        """Have report() tell what the rows of `among` bool [B, S] were ranked by: [B, S], the
+        higher the longer they stay. Whatever ranks rows here notes it by itself."""
+        self.ranked.append((scores, among))
 
     # ---- what is behind these ----------------------------------------------------------------
 

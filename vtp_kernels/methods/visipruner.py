@@ -253,7 +253,9 @@ class Judge:
     def decide(self, layer: int, rows: PromptRows) -> Kept | None:
         if not self.open or not any(rows.visual_now):
             return None
-        self._look(layer - 1, *rows.token_contribution(), rows)
+        cosine, norm = rows.token_contribution()
+        rows.note_scores(norm, rows.visual)
+        self._look(layer - 1, cosine, norm, rows)
         verdict = self._ask()
         if self.method.decision == "pipelined":
             self.pending, verdict = verdict, self.pending

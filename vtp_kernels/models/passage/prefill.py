@@ -58,7 +58,7 @@ from ..keys.reach import Blocks, LayerKind, reach_of
 from ..modules.placement import key_dtype
 from ..pictures.units import Units
 from ..pictures.watch import VisionWatch, seen_of
-from ..reports.report import PrefillRecord, StageRecord
+from ..reports.report import PrefillRecord, Ranked, StageRecord
 from .asked import rows_asked_for
 from .decision import decision
 from .forgetting import Text, forget_visual
@@ -271,10 +271,15 @@ class Prefill:
                     "pruning is for inference: call the model under torch.no_grad() or "
                     "torch.inference_mode()"
                 )
-            kept = decision(self.method, layer, self._rows(layer, hidden))
+            rows = self._rows(layer, hidden)
+            kept = decision(self.method, layer, rows)
             self.observation = None
             if kept is not None:
+                ranked = Ranked(self.origin, rows.ranked)
                 hidden = self._compact(layer, hidden, arguments, kept)
+                self.stages.append(
+                    StageRecord(layer, kept.text, kept.visual, self.origin, self.valid, ranked)
+                )
         if layer in self.parts.linear:
             self._before_linear(arguments)
             return hidden
@@ -563,7 +568,6 @@ class Prefill:
             self._close_up(arguments)
         if layer <= self.parts.counted and self.cache is not None:
             self._shorten(rows - width)
-        self.stages.append(StageRecord(layer, kept.text, kept.visual, self.origin, self.valid))
         return hidden
 
     def _real_rows(self) -> tuple[Tensor, Tensor]:

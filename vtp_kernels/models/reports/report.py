@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from vtp_kernels.contract.counts import Counts, on_host
 from vtp_kernels.contract.method import Method
 from vtp_kernels.contract.passive import PassiveVisual
-from vtp_kernels.flops import Attention, Spans, flops, passive_attention, visual_pairs
+from vtp_kernels.flops import Attention, Spans, layer_flops, passive_attention, visual_pairs
 
 from ..keys.reach import Blocks, LayerKind, reach_of
 from ..pictures.units import Units
@@ -73,6 +73,12 @@ class Report:
         or "video", count from 0; "frames" names those of the video that share the tokens, as Qwen
         merges two and two. A row whose logits are asked for stays. None where the family, or the
         call, does not tell whose the tokens are, or the model is gone.
+    flops_per_layer, dense_flops_per_layer : [L], or None where they are not known
+        Of `prefill_flops` and `dense_prefill_flops`, what each layer costs; the first without what
+        was spent on deciding.
+    scores : {layer: float32 [B, S]}
+        What columns were ranked by before that layer, the higher the longer they stay; NaN where
+        they were not. Layers before which nothing was ranked are missing. On the CPU.
     """
 
     method: dict[str, Any]
@@ -90,13 +96,21 @@ class Report:
     dense_kv_bytes: int
     events: list[dict[str, Any]]
     units: list[dict[str, Any]] | None = None
+    flops_per_layer: list[int] | None = None
+    dense_flops_per_layer: list[int] | None = None
+    scores: dict[int, Tensor] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types; `kept` as the list of columns that stayed, per layer and prompt."""
-        plain = asdict(replace(self, kept={}))  # type: ignore[arg-type]
+        """JSON types; `kept` as the list of columns that stayed, per layer and prompt; scores that
+        are not a number are None."""
+        plain = asdict(replace(self, kept={}, scores={}))  # type: ignore[arg-type]
         plain["kept"] = {
             str(layer): [row.nonzero()[:, 0].tolist() for row in mask]
             for layer, mask in self.kept.items()
+        }
+        plain["scores"] = {
+            str(layer): [[None if x != x else x for x in row] for row in scores.tolist()]
+            for layer, scores in self.scores.items()
         }
         for unit in plain["units"] or ():
             unit["kept"] = {str(layer): count for layer, count in unit["kept"].items()}
@@ -173,6 +187,16 @@ def _kept_of(units: Units, kept: dict[int, Tensor]) -> list[dict[str, Any]] | No
     return described
 
 
+class Ranked(NamedTuple):
+    """What rows were ranked by in a decision.
+
+    origin: int64 [B, S], the columns of the rows that were there. by: scores [B, S], and among
+    which of the rows, bool [B, S]; what comes later counts."""
+
+    origin: Tensor
+    by: list[tuple[Tensor, Tensor]]
+
+
 class StageRecord(NamedTuple):
     """One decision that was carried out. origin int64 [B, K] and valid bool [B, K] or None."""
 
@@ -181,6 +205,7 @@ class StageRecord(NamedTuple):
     visual: Counts
     origin: Tensor
     valid: Tensor | None
+    ranked: Ranked
 
 
 @dataclass(frozen=True)
@@ -220,11 +245,12 @@ class PrefillRecord:
         past = self._past(batch)
         keys, dense_keys = _add(tokens, past), _add(dense, past)
         try:
-            dense_spent = self._flops(dense, dense_keys, [{}] * batch)
-            spent = self._flops(tokens, keys, self._attention(text, visual, past))
-            spent, unknown = spent + self._deciding(), None
+            dense_layers = self._flops(dense, dense_keys, [{}] * batch)
+            layers = self._flops(tokens, keys, self._attention(text, visual, past))
+            spent, dense_spent, unknown = sum(layers) + self._deciding(), sum(dense_layers), None
         except NotImplementedError as error:
-            spent, dense_spent, unknown = None, None, str(error)
+            spent, dense_spent, layers, dense_layers = None, None, None, None
+            unknown = str(error)
         held = self._held(text, visual, past)
         return Report(
             method=self.method.to_dict(),
@@ -244,6 +270,11 @@ class PrefillRecord:
             dense_kv_bytes=self._kv_bytes(replace(self, stages=[])._within_windows(dense_keys)),
             events=self._events(),
             units=_kept_of(self.units, kept),
+            flops_per_layer=layers,
+            dense_flops_per_layer=dense_layers,
+            scores={
+                stage.layer: self._scores(stage.ranked) for stage in self.stages if stage.ranked.by
+            },
         )
 
     def _per_layer(self) -> tuple[list[list[int]], list[list[int]]]:
@@ -308,6 +339,15 @@ class PrefillRecord:
     def _kept(self, stage: StageRecord) -> Tensor:
         return self._columns_there(stage).cpu()
 
+    def _scores(self, ranked: Ranked) -> Tensor:
+        """float32 [B, S]: what the input columns were ranked by; NaN where they were not."""
+        out = torch.full(self.prompt_visual.shape, torch.nan)
+        for scores, among in ranked.by:
+            among = among.cpu()
+            prompt, row = among.nonzero(as_tuple=True)
+            out[prompt, ranked.origin.cpu()[prompt, row]] = scores.cpu()[prompt, row].float()
+        return out
+
     def _columns_there(self, stage: StageRecord | None) -> Tensor:
         """bool [B, S]: the input columns that are left after a decision."""
         real = self._real(stage)
@@ -322,9 +362,11 @@ class PrefillRecord:
         tokens: list[list[int]],
         keys: list[list[int]],
         attention: list[dict[int, Attention]],
-    ) -> int:
+    ) -> list[int]:
+        """Of each layer, all prompts."""
         prompts = zip(zip(*tokens, strict=True), zip(*keys, strict=True), attention, strict=True)
-        return sum(flops(self.config, n, keys=m, attention=a) for n, m, a in prompts)
+        spent = [layer_flops(self.config, n, keys=m, attention=a) for n, m, a in prompts]
+        return [sum(of_layer) for of_layer in zip(*spent, strict=True)]
 
     def _deciding(self) -> int:
         """What the method itself computed besides running the model, of all prompts."""
