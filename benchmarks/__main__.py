@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from benchmarks.files import write_json
 from benchmarks.harness import Case, Timing
 from benchmarks.identity import found_before, identity
 from benchmarks.lost_device import DEVICE_LOST, why_lost
-from vtp_kernels import reference
+from vtp_kernels import reference, terminal
 from vtp_kernels.machine import describe
 
 OPS = tuple(reference.__all__)
@@ -91,9 +91,9 @@ def all_cases(args: argparse.Namespace) -> Iterator[Case]:
         yield from importlib.import_module(f"benchmarks.{op}").cases(args.device)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None, name: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("ops", nargs="*", metavar="op", help=f"default: all of {', '.join(OPS)}")
     parser.add_argument(
@@ -114,7 +114,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the timings, machine and versions here")
     parser.add_argument("--resume", action="store_true", help="measure what --json lacks")
     parser.add_argument("--plot", type=Path, help="draw the ratios here, as PNG")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if unknown := {*args.ops, *args.order} - set(OPS):
         parser.error(f"unknown op {', '.join(sorted(unknown))}; there are {', '.join(OPS)}")
     if args.goals and (args.ops or args.order):
@@ -125,19 +125,23 @@ def arguments() -> argparse.Namespace:
         parser.error("--tiny: of --goals alone")
     if args.resume and args.json is None:
         parser.error("--resume: needs --json, the file to go on with")
+    if args.plot:
+        chart.check_matplotlib()  # now, and not when all is measured
     return args
 
 
-def main() -> int:
-    args = arguments()
+def main(argv: Sequence[str] | None = None, name: str | None = None) -> int:
+    """`name` is what the program is called in its help."""
+    args = arguments(argv, name)
     results = Results(args.json, args.device, args.resume)
     cases = goals.cases(args.device, args.tiny) if args.goals else list(all_cases(args))
     status = measure(cases, results, args)
     timings = results.rows
     if timings:
-        print(harness.table(timings))
+        terminal.show_markdown(harness.table(timings))
     if timings and not args.alone:
-        print(f"\n{harness.summary(timings)}")
+        print()
+        terminal.show_markdown(harness.summary(timings))
         if args.plot:
             chart.draw(timings, args.plot)
     for cell in results.failed:

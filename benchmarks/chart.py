@@ -1,47 +1,68 @@
 """A picture of a benchmark's ratios: one line an op, one dot a shape, beside its best rival."""
 
-import math
 import os
+import statistics
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from benchmarks.harness import Timing
+from vtp_kernels.plot.figure import (
+    COLORS,
+    FAINT,
+    INK,
+    check_matplotlib,
+    finished,
+    new_axes,
+    new_figure,
+)
 
-WIDTH, LEFT, RIGHT, TOP, LINE = 900, 190, 30, 34, 30
+__all__ = ["check_matplotlib", "draw"]
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDTH, LINE = 860, 30  # pixels
 TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
-INK, FAINT, FASTER, SLOWER = "#222222", "#d8d8d8", "#1f77b4", "#d62728"
+FASTER, SLOWER = COLORS[0], COLORS[1]
 
 
 def draw(timings: list[Timing], path: str | os.PathLike | None = None) -> Image.Image:
-    """How many times faster than the best rival, on a logarithmic scale; slower in red."""
+    """How many times faster than the best rival, on a logarithmic scale; slower as a cross."""
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     by_op: dict[str, list[float]] = {}
     for timing in timings:
         by_op.setdefault(timing.op, []).append(min(timing.speedup.values()))
-    ratios = [ratio for values in by_op.values() for ratio in values]
-    ticks = [t for t in TICKS if t <= max(2.0, 2 * max(ratios)) or t <= 2]
-    low, high = math.log(min(0.5, *ratios)), math.log(max(ticks[-1], *ratios))
+    return finished(_figure(by_op), path)
 
-    def x_of(ratio: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (math.log(ratio) - low) / (high - low)
 
-    height = TOP + LINE * len(by_op) + 34
-    picture = Image.new("RGB", (WIDTH, height), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=14)
-    pen.text((LEFT, 8), "times faster than the best rival, every shape a dot", INK, font)
-    for tick in ticks:
-        x = x_of(tick)
-        pen.line((x, TOP, x, height - 28), INK if tick == 1 else FAINT, 2 if tick == 1 else 1)
-        pen.text((x, height - 24), f"{tick:g}", INK, font, anchor="ma")
-    for i, (op, values) in enumerate(by_op.items()):
-        y = TOP + LINE * i + LINE / 2
-        pen.text((LEFT - 12, y), op, INK, font, anchor="rm")
-        for ratio in values:
-            x = x_of(ratio)
-            pen.ellipse((x - 4, y - 4, x + 4, y + 4), SLOWER if ratio < 1 else FASTER)
-        middle = x_of(math.exp(sum(map(math.log, values)) / len(values)))
-        pen.line((middle, y - 11, middle, y + 11), INK, 3)
-    if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-    return picture
+def _figure(by_op: dict[str, list[float]]) -> "Figure":
+    figure = new_figure(WIDTH, LINE * len(by_op) + 84)
+    axes = new_axes(figure, 150, 40, 20, 34)
+    low = min(0.5, *map(min, by_op.values()))
+    high = max(2.0, *map(max, by_op.values()))
+    axes.set_xscale("log")
+    axes.set_xlim(0.9 * low, 1.25 * high)
+    axes.set_ylim(len(by_op) - 0.5, -0.5)
+    ticks = [tick for tick in TICKS if 0.9 * low <= tick <= 1.25 * high]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_yticks(range(len(by_op)), list(by_op), fontsize=9)
+    axes.grid(axis="x", color=FAINT, linewidth=0.8)
+    axes.axvline(1, color=INK, linewidth=1.2)
+    for line, ratios in enumerate(by_op.values()):
+        faster = [ratio for ratio in ratios if ratio >= 1]
+        slower = [ratio for ratio in ratios if ratio < 1]
+        axes.plot(faster, [line] * len(faster), "o", color=FASTER, alpha=0.55, ms=6, mew=0)
+        axes.plot(slower, [line] * len(slower), "x", color=SLOWER, ms=6, mew=1.8)
+        mean = statistics.geometric_mean(ratios)
+        axes.plot([mean, mean], [line - 0.34, line + 0.34], color=INK, linewidth=2.5)
+    axes.set_title(
+        "times faster than the best rival: a dot a shape, a cross where slower, a bar their mean",
+        fontsize=9,
+        loc="left",
+        color=INK,
+    )
+    return figure

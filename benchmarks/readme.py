@@ -47,16 +47,7 @@ SHOWN = {
 
 def summary_of_methods() -> str:
     """At the demo's settings: how often the answer is right, what is saved, and what that gains."""
-    methods = pocket_methods()
-    ratios = ",".join(map(str, methods["LVPruning"].ratios))
-    right = {
-        "dense": _row("accuracy.json", lambda name: name == "none"),
-        "LVPruning": _row("lvpruning.json", lambda name: name.startswith(f"lvpruning, {ratios} ")),
-    }
-    files = {"Inflection": "inflection.json", "VisiPruner": "visipruner.json"}
-    for name in ("Inflection", "VisiPruner", "FastV", "random"):
-        file = files.get(name, "accuracy.json")
-        right[name] = _row(file, lambda spec, name=name: _method(spec) == methods[name])
+    right = by_method()
     times = {
         row["method"]: row["speedup"]
         for row in _read("end_to_end.json")["rows"]
@@ -72,6 +63,29 @@ def summary_of_methods() -> str:
         shares = " | ".join(f"{100 * right[name][key]:.1f}" for key in keys)
         lines.append(f"| {shown} | {shares} | {times[name]:.2f} |")
     return "\n".join(lines)
+
+
+def by_method() -> dict[str, dict]:
+    """The demo's methods, by their names there, and what was measured of each."""
+    methods = pocket_methods()
+    ratios = ",".join(map(str, methods["LVPruning"].ratios))
+    right = {
+        "dense": _row("accuracy.json", lambda name: name == "none"),
+        "LVPruning": _row("lvpruning.json", lambda name: name.startswith(f"lvpruning, {ratios} ")),
+    }
+    files = {"Inflection": "inflection.json", "VisiPruner": "visipruner.json"}
+    for name in ("Inflection", "VisiPruner", "FastV", "random"):
+        file = files.get(name, "accuracy.json")
+        right[name] = _row(file, lambda spec, name=name: _method(spec) == methods[name])
+    return right
+
+
+def leaderboard() -> dict[str, dict]:
+    """The three methods at the demo's settings, and the yardsticks of accuracy.json."""
+    ours = {"Inflection": "InflectionPruning", "VisiPruner": "VisiPruner", "LVPruning": "LVPruning"}
+    measured = by_method()
+    yardsticks = {row["method"]: row for row in _read("accuracy.json")["rows"]}
+    return yardsticks | {words: measured[name] for name, words in ours.items()}
 
 
 def _row(file: str, wanted: Callable[[str], bool]) -> dict:

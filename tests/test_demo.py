@@ -1,14 +1,20 @@
 """The demo and the command line, on the trained pocket LLaVA."""
 
 import json
+import sys
 
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("transformers")
 
 import vtp_kernels as vtp
+from benchmarks import __main__ as benchmarks
 from vtp_kernels import cli, demo
+from vtp_kernels.chat import chat_inputs
+from vtp_kernels.plot.sheet import CAPTION, GAP
+from vtp_kernels.plot.tokens import SMALL
 from vtp_kernels.pocket_llava import scenes
 from vtp_kernels.pocket_llava.model import TRAINED
 
@@ -44,9 +50,9 @@ def test_stages_group_equal_layers(comparison):
     assert fastv.stages() == "256 x2, 128 x6"
 
 
-def test_picture_has_a_row_a_method(comparison):
-    drawn = Image.open(comparison.picture)
-    assert drawn.height % len(demo.pocket_methods()) == 0 and drawn.width > 224
+def test_picture_has_a_column_a_method(comparison):
+    width = (1 + len(demo.pocket_methods())) * (SMALL + GAP) - GAP
+    assert Image.open(comparison.picture).size == (width, CAPTION + 3 * (SMALL + CAPTION) + GAP)
 
 
 def test_text_and_json_say_the_same(comparison):
@@ -72,6 +78,21 @@ def test_a_picture_of_ones_own(tmp_path):
     out = tmp_path / "kept.png"
     comparison = demo.pocket(tmp_path / "own.png", repeats=1, picture=out)
     assert comparison.expected is None and out.exists()
+
+
+@pytest.fixture(scope="module")
+def report():
+    """Of the question how many shapes there are in the demo's picture."""
+    model, processor = demo.load(TRAINED)
+    picture = Image.fromarray(scenes.scene("demo", 1).image)
+    inputs = chat_inputs(processor, [picture], ["how many shapes"])
+
+    def made(method):
+        with vtp.prune(model, method) as run, torch.no_grad():
+            model(**inputs, logits_to_keep=1)
+        return run.report()
+
+    return made
 
 
 def run(capsys, *arguments):
@@ -134,6 +155,87 @@ def test_run_says_what_is_wrong_in_one_line(capsys, tmp_path, arguments, message
 def test_run_wants_a_picture_or_a_video(capsys, files, message):
     code, _, error = run(capsys, "run", "--model", "none", "--prompt", "what", *files)
     assert code == 2 and error.splitlines()[-1] == f"vtp-kernels run: {message}"
+
+
+def test_without_matplotlib_nothing_is_answered(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    Image.new("RGB", (8, 8)).save(tmp_path / "it.png")
+    given = ("--model", "none", "--prompt", "what", "--image", str(tmp_path / "it.png"))
+    code, _, error = run(capsys, "run", *given, "--out", str(tmp_path / "kept.png"))
+    assert code == 2 and "pip install 'vtp_kernels[plot]'" in error  # before the model is loaded
+    monkeypatch.setattr(demo, "greedy_answers", lambda *given: pytest.fail("an answer"))
+    with pytest.raises(ImportError, match=r"pip install 'vtp_kernels\[plot\]'"):
+        demo.pocket(picture=tmp_path / "kept.png")
+
+
+def test_plot_tokens_and_layers_of_saved_reports(capsys, tmp_path, report):
+    scene = tmp_path / "scene.png"
+    Image.fromarray(scenes.scene("demo", 1).image).save(scene)
+    files = []
+    for name, method in (("a", vtp.FastV(2, 0.5)), ("b", vtp.FastV(4, 32))):
+        files.append(str(tmp_path / f"{name}.json"))
+        report(method).save(files[-1])
+    for kind, given in (("tokens", ["--image", str(scene)]), ("layers", [])):
+        for chosen in (files[:1], files):
+            out = tmp_path / f"{kind}{len(chosen)}.png"
+            code, text, _ = run(capsys, "plot", kind, *chosen, *given, "--out", str(out))
+            assert code == 0 and text == f"{out}\n" and Image.open(out).width > 300
+    assert Image.open(tmp_path / "tokens2.png").width == 3 * (SMALL + GAP) - GAP
+    code, _, error = run(capsys, "plot", "layers", files[0], files[0], "--out", str(out))
+    assert code == 2 and "files: expected reports of different methods, got FastV, 50 %" in error
+
+
+def test_plot_layers_and_tradeoff_of_results(capsys, tmp_path):
+    rows = [
+        {"method": "none", "prefill_flops_reduction": 0.0, "exact_match": 1.0},
+        {"method": "fastv:2:0.5", "prefill_flops_reduction": 0.4, "exact_match": 0.9},
+    ]
+    counts = [{"method": "dense", "visual_tokens_per_layer": [4, 4]}]
+    for name, found in (("right", rows), ("left", counts), ("again", rows[:1])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": found}))
+    paths = {name: str(tmp_path / f"{name}.json") for name in ("right", "left", "again")}
+    out = tmp_path / "it.png"
+    for arguments in (["tradeoff", paths["right"], paths["again"]], ["layers", paths["left"]]):
+        assert run(capsys, "plot", *arguments, "--out", str(out))[0] == 0
+        assert Image.open(out).width > 300
+        out.unlink()
+    code, _, error = run(capsys, "plot", "tradeoff", paths["left"], "--out", str(out))
+    assert code == 2 and not out.exists()
+    assert "each row with method, prefill_flops_reduction, exact_match" in error
+    (tmp_path / "again.json").write_text(json.dumps({"rows": [rows[0] | {"exact_match": 0.5}]}))
+    code, _, error = run(capsys, "plot", "tradeoff", paths["right"], paths["again"])
+    assert code == 2 and "has other numbers for 'none' than a file before it" in error
+
+
+def test_plot_a_curve(capsys, tmp_path):
+    (tmp_path / "scores.json").write_text(json.dumps([0.1 * i**2 for i in range(40)]))
+    out = tmp_path / "curve.png"
+    given = ("plot", "curve", str(tmp_path / "scores.json"), "--rule", "kneedle")
+    assert run(capsys, *given, "--out", str(out))[0] == 0 and out.exists()
+    code, _, error = run(capsys, *given, "--out", str(tmp_path / "no" / "it.png"))
+    assert code == 2 and "--out: cannot write" in error
+    (tmp_path / "scores.json").write_text("[1, true]")
+    code, _, error = run(capsys, *given, "--out", str(out))
+    assert code == 2 and "scores.json: expected a list of numbers" in error
+
+
+def test_bench_is_the_benchmarks_of_the_tree(capsys, monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(benchmarks, "measure", lambda cases, results, args: given.append(args) or 0)
+    assert run(capsys, "bench", "select_topk", "--turns", "3", "--device", "cpu")[0] == 0
+    assert given[0].ops == ["select_topk"] and given[0].turns == 3
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["bench", "--help"])
+    assert "usage: vtp-kernels bench" in capsys.readouterr().out
+    monkeypatch.setattr(vtp, "__file__", str(tmp_path / "vtp_kernels" / "__init__.py"))
+    code, _, error = run(capsys, "bench")
+    assert code == 2 and "the benchmarks are in the source repository" in error
+
+
+def test_arguments_that_are_not_known_are_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["info", "--jason"])
+    assert "unrecognized arguments: --jason" in capsys.readouterr().err
 
 
 def test_info(capsys):

@@ -1,5 +1,8 @@
 """Pictures of what was kept."""
 
+import importlib
+import itertools
+import json
 import math
 import sys
 from pathlib import Path
@@ -13,11 +16,21 @@ from PIL import Image
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parent / "models"))
 
-from tiny_llava import IMAGE, batch, prompt, tiny_llava
+from tiny_llava import IMAGE, batch, prompt, three, tiny_llava
 
 import vtp_kernels as vtp
 from vtp_kernels import plot
+from vtp_kernels.models import Report
 from vtp_kernels.models.pictures.grids import PictureGrid, View, picture_grids
+from vtp_kernels.plot import figure, labels, names, sheet
+from vtp_kernels.plot.sheet import CAPTION, GAP
+from vtp_kernels.plot.tokens import FRAME, PANEL, SMALL
+
+# The functions of these names hide their modules.
+curve_module, layers_module, over_time, tradeoff_module = (
+    importlib.import_module(f"vtp_kernels.plot.{name}")
+    for name in ("curve", "layers", "over_time", "tradeoff")
+)
 
 
 @pytest.fixture
@@ -27,9 +40,9 @@ def white():
 
 def panel(drawn, index, row, column, grid):
     """Brightness at the middle of a patch of a panel."""
-    cell = plot.PANEL / grid
-    x = index * (plot.PANEL + plot._GAP) + (column + 0.5) * cell
-    y = plot.CAPTION + (row + 0.5) * cell
+    cell = PANEL / grid
+    x = index * (PANEL + GAP) + (column + 0.5) * cell
+    y = CAPTION + (row + 0.5) * cell
     return drawn.getpixel((int(x), int(y)))[0]
 
 
@@ -47,7 +60,7 @@ def test_one_panel_a_layer_in_order(white):
     drawn = plot.tokens(
         white, {5: torch.ones(4, dtype=torch.bool), 2: torch.zeros(4, dtype=torch.bool)}
     )
-    assert drawn.width == 3 * (plot.PANEL + plot._GAP) - plot._GAP
+    assert drawn.width == 3 * (PANEL + GAP) - GAP
     assert panel(drawn, 1, 0, 0, 2) < 100 and panel(drawn, 2, 0, 0, 2) == 255
 
 
@@ -74,8 +87,8 @@ def wide():
 
 def brightness(drawn, line, index, x, y, size=(224, 112)):
     """At a place of a panel, in shares of its width and height; all lines of one height."""
-    left, top = index * (plot.PANEL + plot._GAP), line * (size[1] + plot.CAPTION + plot._GAP)
-    return drawn.getpixel((int(left + x * size[0]), int(top + plot.CAPTION + y * size[1])))[0]
+    left, top = index * (PANEL + GAP), line * (size[1] + CAPTION + GAP)
+    return drawn.getpixel((int(left + x * size[0]), int(top + CAPTION + y * size[1])))[0]
 
 
 def test_pictures_of_any_shape_have_a_row_for_each_look(wide):
@@ -85,7 +98,7 @@ def test_pictures_of_any_shape_have_a_row_for_each_look(wide):
     kept[1, 5] = kept[1, 12] = False  # crops: first cell, last cell
     kept[1, 17] = False  # second picture: third cell
     drawn = plot.tokens([picture, picture], {2: kept}, grids=grids, sample=1)
-    assert drawn.size == (2 * plot.PANEL + plot._GAP, 3 * (112 + plot.CAPTION + plot._GAP))
+    assert drawn.size == (2 * PANEL + GAP, 3 * (112 + CAPTION + GAP))
     for line in range(3):
         assert brightness(drawn, line, 0, 0.5, 0.5) == 255
     whole = [brightness(drawn, 0, 1, x, 0.5) for x in (0.25, 0.75)]
@@ -124,7 +137,7 @@ def test_a_report_is_drawn_with_all_its_pictures(white):
         drawn = plot.tokens([white, white], report)
         again = plot.tokens([white, white], report.kept)
         by_grids = plot.tokens([white, white], report, grids=picture_grids(model, inputs))
-        assert drawn.height == 2 * (plot.PANEL + plot.CAPTION + plot._GAP)
+        assert drawn.height == 2 * (PANEL + CAPTION + GAP)
         assert np.array_equal(drawn, again) and np.array_equal(drawn, by_grids)
         stayed = report.kept[2][report.kept.visual].view(2, 4, 4)
         for picture in range(2):
@@ -160,7 +173,7 @@ def test_pictures_that_do_not_fit_are_refused(white, wide):
     for images in (white, [white] * 2):
         with pytest.raises(ValueError, match="image: the visual tokens stand in 3 places"):
             plot.tokens(images, {2: kept[2][:1]}, visual=visual)
-    assert plot.tokens([white] * 3, {2: kept[2][:1]}, visual=visual).height > 3 * plot.PANEL
+    assert plot.tokens([white] * 3, {2: kept[2][:1]}, visual=visual).height > 3 * PANEL
 
 
 @pytest.fixture
@@ -180,13 +193,13 @@ def test_frames_are_drawn_on_a_sheet_for_each_layer(white, moving):
     frames = [Image.new("RGB", (64, 32), "white")] * 10
     layers = {2: torch.ones(2, 30, dtype=torch.bool), 3: kept}
     drawn = plot.tokens([white, frames], layers, grids=moving, sample=1)
-    panels, sheet = plot.PANEL + plot.CAPTION + plot._GAP, 2 * plot.CAPTION + 56 + plot._GAP
+    panels, sheet = PANEL + CAPTION + GAP, 2 * CAPTION + 56 + GAP
     assert drawn.height == panels + 2 * sheet
     for number, mask in enumerate(layers.values()):
         for index in range(5):
             for cell, stays in enumerate(mask[1, moving[1 + index].columns].tolist()):
-                x = index * (plot.FRAME + plot._GAP) + (cell % 2 + 0.5) * plot.FRAME / 2
-                y = panels + number * sheet + 2 * plot.CAPTION + (cell // 2 + 0.5) * 28
+                x = index * (FRAME + GAP) + (cell % 2 + 0.5) * FRAME / 2
+                y = panels + number * sheet + 2 * CAPTION + (cell // 2 + 0.5) * 28
                 assert (drawn.getpixel((int(x), int(y)))[0] == 255) == stays
     # Frames that are left over, or all of them: the first of each pair is drawn.
     assert plot.tokens([white, frames[:9]], layers, grids=moving, sample=1).size == drawn.size
@@ -215,10 +228,10 @@ def test_tokens_kept_over_time(tmp_path):
     report = SimpleNamespace(units=units, kept={2: None, 4: None})
     drawn = plot.over_time(report, tmp_path / "time.png")
     assert Image.open(tmp_path / "time.png").size == drawn.size
-    dark = np.asarray(drawn.convert("L")) < 40  # the last layer's line alone, and the words
-    rows = [dark[plot.CAPTION + 4 :, x].nonzero()[0] for x in range(20, drawn.width - 20, 54)]
-    heights = [int(found.mean()) for found in rows]
-    assert heights == sorted(heights, reverse=True) and heights[0] > heights[-1] + 100
+    first, last = (x.get_data() for x in over_time._figure(units).axes[0].patches)
+    assert first.values.tolist() == [100 * (8 - f) / 8 for f in range(8)]
+    assert last.values.tolist() == [100 * f / 8 for f in range(8)]
+    assert last.edges.tolist() == [f + 0.5 for f in range(9)]
     with pytest.raises(ValueError, match="report: no frames of a video 1 in prompt 0"):
         plot.over_time(report, video=1)
 
@@ -235,11 +248,9 @@ def test_errors_name_the_argument(white, tmp_path):
         plot.tokens(mask, {0: mask})
 
 
-def red(drawn):
-    """Columns of a curve's picture in which there is a red line from top to bottom."""
-    pixels = np.asarray(drawn.convert("RGB")).astype(int)
-    is_red = (pixels[:, :, 0] > 200) & (pixels[:, :, 1] < 60)
-    return (is_red.sum(0) > plot.PANEL / 2).nonzero()[0]
+def lines(drawn):
+    """(x, y) of the points, the knee's line and the curve of a curve's figure."""
+    return {line.get_color(): np.array(line.get_xydata()) for line in drawn.axes[0].lines}
 
 
 @pytest.mark.parametrize("rule", ["chord", "kneedle", "iqr", "mass"])
@@ -247,31 +258,29 @@ def test_a_curve_is_drawn_with_its_knee(draw, tmp_path, rule):
     features, cls = draw.normal(2, 120, 8), draw.normal(2, 8)
     pair = vtp.cls_inflection(features, cls, rule=rule)
     drawn = plot.curve(pair, tmp_path / "curve.png", sample=1)
-    assert Image.open(tmp_path / "curve.png").size == drawn.size == (plot.PANEL, plot.PANEL)
+    assert Image.open(tmp_path / "curve.png").size == drawn.size == curve_module.SIZE
     count = int(pair[0].counts[1])
-    margin = plot._MARGIN
-    expected = margin + (plot.PANEL - 2 * margin) * (count - 1) / 119
-    [at] = red(drawn)[:1]
-    assert abs(at - expected) <= 1
-    # The curve itself, on its first and last score: it falls from the upper to the lower margin.
-    black = np.asarray(drawn.convert("L")) < 60
-    assert black[:, margin].nonzero()[0].min() <= margin + 2
-    assert black[:, -margin - 3 : -margin + 1].nonzero()[0].max() >= plot.PANEL - margin - 2
+    scores = pair[1][1].sort(descending=True)[0]
+    found = lines(curve_module._figure(*curve_module._curve_of(pair, 1), 120))
+    knee, points = found[figure.COLORS[1]], found[figure.COLORS[0]]
+    assert knee.tolist() == [[count, pytest.approx(float(scores[count - 1]))]]
+    assert np.allclose(points, np.stack((np.arange(1, 121), scores.numpy()), 1))
 
 
 def test_curves_of_one_score_and_none(draw):
     for scores in ([[0.5]], [[math.nan, math.nan]], [[0.25] * 5], [[math.inf, 1.0, 0.0, 0.0]]):
-        curve = torch.tensor(scores)
-        assert plot.curve((vtp.inflection(curve), curve)).size == (plot.PANEL, plot.PANEL)
+        scores = torch.tensor(scores)
+        assert plot.curve((vtp.inflection(scores), scores)).size == curve_module.SIZE
 
 
 def test_infinite_scores_are_before_the_curve():
-    curve = torch.tensor([[5.0, math.inf, 4.0, 1.0, math.inf, 0.9, 0.8, math.nan, 0.7]])
-    selection = vtp.inflection(curve, clip_quantile=1.0)
-    drawn = plot.curve((selection, curve))
-    finite = torch.tensor([[5.0, 4.0, 1.0, 0.9, 0.8, 0.7]])
-    alone = plot.curve((vtp.inflection(finite, clip_quantile=1.0), finite))
-    assert red(drawn).tolist() == red(alone).tolist() != []
+    scores = torch.tensor([[5.0, math.inf, 4.0, 1.0, math.inf, 0.9, 0.8, math.nan, 0.7]])
+    selection = vtp.inflection(scores, clip_quantile=1.0)
+    finite, above, count = curve_module._curve_of((selection, scores), 0)
+    points = lines(curve_module._figure(finite, above, count, 9))[figure.COLORS[0]]
+    assert above == 2 and points[:, 0].tolist() == [3, 4, 5, 6, 7, 8]
+    alone = torch.tensor([[5.0, 4.0, 1.0, 0.9, 0.8, 0.7]])
+    assert count == 2 + int(vtp.inflection(alone, clip_quantile=1.0).counts[0])
 
 
 def test_errors_of_curves_name_the_argument(draw):
@@ -283,3 +292,160 @@ def test_errors_of_curves_name_the_argument(draw):
         plot.curve((selection, draw.normal(3, 9)))
     with pytest.raises(ValueError, match="sample: expected 0 to 1, got 2"):
         plot.curve((selection, curve), sample=2)
+
+
+def test_methods_stand_side_by_side(white, tmp_path):
+    """A column each, with a panel for each layer at which tokens left; nothing beside that."""
+    few, all_of_them = torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool)
+    reports = {"one": {2: few}, "two": {1: all_of_them, 3: few}, "none": {}}
+    drawn = plot.methods(white, reports, tmp_path / "kept.png", visual=None, grid=(2, 2))
+    pitch, row = SMALL + GAP, SMALL + CAPTION
+    assert Image.open(tmp_path / "kept.png").size == drawn.size
+    assert drawn.size == (4 * pitch - GAP, CAPTION + 2 * row + GAP)
+
+    def light(column, line):
+        at = column * pitch + SMALL // 3, CAPTION + line * row + CAPTION + SMALL // 3
+        return drawn.getpixel(at)[0] == 255
+
+    assert [light(column, 0) for column in range(4)] == [True, False, True, True]
+    assert [light(column, 1) for column in range(4)] == [True, True, False, True]
+    long = plot.methods(white, reports | {"one of a name that is too long for a line": {}})
+    assert long.size == (drawn.width + pitch, drawn.height + 2 * CAPTION)
+    with pytest.raises(ValueError, match="reports: expected at least one method"):
+        plot.methods(white, {})
+
+
+def test_words_end_where_the_next_picture_begins(white):
+    """A long caption is cut off, and so is no short one."""
+    drawn = figure.new_figure(300, 40, 72)
+    for words in ("layer 2", "layer 2, " * 30):
+        sheet.write(drawn, words, 20, 4, 100)
+    short, long = drawn.texts
+    assert short.get_text() == "layer 2" and long.get_text().endswith("…")
+    assert figure.box_of(long)[2] <= 120 and figure.box_of(long)[2] > 100
+
+
+@pytest.fixture(scope="module")
+def report():
+    model = tiny_llava()
+    with vtp.prune(model, vtp.PyramidDrop((2, 4), (0.5, 3))) as run, torch.no_grad():
+        model(**three())
+        return run.report()
+
+
+def test_tokens_left_by_layer(report, tmp_path):
+    drawn = plot.layers(report, tmp_path / "layers.png", sample=1)
+    assert Image.open(tmp_path / "layers.png").size == drawn.size
+    dense, counts = layers_module._counts(report, 1)
+    assert dense == 32 and counts == [32, 32, 16, 16, 3, 3]
+    both = layers_module._figure(dense, {"pyramid": counts, "mine": [5] * 6})
+    steps = [patch.get_data().values.tolist() for patch in both.axes[0].patches]
+    assert steps == [counts, [5] * 6]
+    (line,) = both.axes[0].lines
+    assert line.get_ydata().tolist() == [32, 32]
+    assert [text.get_text() for text in both.axes[0].texts] == [
+        "pyramid: 3 of 32",
+        "mine: 5 of 32",
+        "no pruning",
+    ]
+    for reports, message in (
+        ({}, "report: expected at least one"),
+        ({"a": [4, 4], "b": [4]}, "report: expected models of one depth"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plot.layers(reports)
+    with pytest.raises(ValueError, match="sample: expected 0 to 3, got 4"):
+        plot.layers(report, sample=4)
+
+
+def test_heights_are_moved_apart_and_no_more_than_that():
+    assert labels.apart([0, 50, 100], 10, 0) == [0, 50, 100]
+    assert labels.apart([50, 50, 50, 90], 10, 0) == [40, 50, 60, 90]
+    assert labels.apart([0, 1, 2], 10, 0) == [0, 10, 20]  # none below the floor
+    moved = labels.apart([3, 4, 11, 12, 18, 60], 10, 0)
+    assert all(b - a >= 10 for a, b in itertools.pairwise(moved))
+
+
+def test_names_of_a_tradeoff_lie_over_nothing(tmp_path):
+    """However crowded the points are, and some of them are the same."""
+    random = np.random.default_rng(7)
+    shares = np.concatenate((random.uniform(0.9, 0.99, (12, 2)), [[0.95, 0.95]] * 2))
+    points = {f"a method with a name, {i}": tuple(pair) for i, pair in enumerate(shares)}
+    drawn = plot.tradeoff(points, tmp_path / "it.png")
+    assert Image.open(tmp_path / "it.png").size == drawn.size
+    axes = next(
+        made.axes[0]
+        for height in tradeoff_module.HEIGHTS
+        if (made := tradeoff_module._figure(points, height, "saved", "right")) is not None
+    )
+    boxes = [figure.box_of(text) for text in axes.texts]
+    spots = [axes.transData.transform((100 * x, 100 * y)) for x, y in points.values()]
+    dots = [(x - 4, y - 4, x + 4, y + 4) for x, y in spots]
+    assert len(boxes) == len(points)
+    for one, other in itertools.combinations(boxes, 2):
+        assert not labels.overlap(one, other, room=0)
+    assert not any(labels.overlap(box, dot, room=0) for box in boxes for dot in dots)
+    width, height = drawn.size
+    assert all(b[0] >= 0 and b[1] >= 0 and b[2] <= width and b[3] <= height for b in boxes)
+
+
+def test_what_is_no_tradeoff_is_refused():
+    with pytest.raises(ValueError, match="points: expected at least one method"):
+        plot.tradeoff({})
+    with pytest.raises(ValueError, match=r"points: expected two shares from 0 to 1, got .* 'b'"):
+        plot.tradeoff({"a": (0.5, 1.0), "b": (50, 99.8)})
+    with pytest.raises(ValueError, match="points: 300 are too many"):
+        plot.tradeoff({f"the method of number {i}": (0.5, 0.5) for i in range(300)})
+
+
+def test_methods_in_words():
+    specs = ["none", "fastv:2:0.5", "random:0.22", "schedule:4=64", "visipruner:shallow_layers=2"]
+    assert plot.readable(specs) == [
+        "no pruning",
+        "FastV, 50 % from layer 2",
+        "22 % by chance",
+        "Schedule, 64 tokens from layer 4",
+        "VisiPruner",
+    ]
+    several = ["inflection:source=attention,min_keep=64", "inflection:rule=iqr,llm_layers="]
+    assert plot.readable(several) == [
+        "InflectionPruning, attention, chord, at least 64, both stages",
+        "InflectionPruning, similarity, iqr, stage 1 alone",
+    ]
+    alike = [vtp.VisiPruner(min_keep=1), vtp.VisiPruner(min_keep=2), vtp.FastV(3, 0.1)]
+    assert plot.readable(alike)[:2] == ["VisiPruner, min keep 1", "VisiPruner, min keep 2"]
+    assert plot.readable([vtp.FastV(3, 64), vtp.FastV(3, 64, per="frame")]) == [
+        "FastV, 64 tokens from layer 3 (per prompt)",
+        "FastV, 64 tokens from layer 3 (per frame)",
+    ]
+    assert plot.readable(["random", "RandomPruning"]) == ["random", "RandomPruning"]
+    assert plot.readable([vtp.Schedule({3: 0.5}), "fastv"])[0] == "Schedule, 50 % from layer 3"
+    words = ["FastV, of old", "random", "os:system:x=1", "none.json", "fastv:what", "objects:40"]
+    assert plot.readable(words) == [words[0], "RandomPruning", *words[2:]]
+    assert [names.kind_of(name) for name in plot.readable(specs)] == [
+        "no pruning",
+        "FastV",
+        "chance",
+        "Schedule",
+        "VisiPruner",
+    ]
+
+
+def test_without_matplotlib_the_extra_is_named(white, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'vtp_kernels\[plot\]'"):
+        plot.tokens(white, {0: torch.ones(4, dtype=torch.bool)}, tmp_path / "it.png")
+    assert not (tmp_path / "it.png").exists()
+
+
+def test_a_report_that_was_saved_is_drawn_the_same(report, white, tmp_path):
+    report.save(tmp_path / "report.json")
+    again = Report.load(tmp_path / "report.json")
+    assert again.to_dict() == report.to_dict()
+    drawn, once_more = (plot.tokens([white] * 2, x, sample=1) for x in (report, again))
+    assert np.array_equal(drawn, once_more)
+    plain = report.to_dict()
+    for changed in ({}, [], plain | {"visual": [[999]] * 4}, plain | {"kept": 3}):
+        (tmp_path / "other.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=r"other\.json: expected what report\.save\(\) wrote"):
+            Report.load(tmp_path / "other.json")

@@ -285,29 +285,25 @@ def _check_prompt(text: int, before: int, visual: int) -> None:
         raise ValueError(f"before: expected at most the {text} tokens of text, got {before}")
 
 
-def table(accounts: dict[str, Account | str]) -> str:
-    """A row per method, the first of which is what the others are compared with; below them, why
-    a method could not be counted."""
-    missing = [f"{name}: {why}" for name, why in accounts.items() if isinstance(why, str)]
+def table(accounts: dict[str, Account | str]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows, one a method that could be counted. The first of them is what the others are
+    compared with."""
     counted = {name: x for name, x in accounts.items() if not isinstance(x, str)}
-    return "\n".join([*([_rows(counted)] if counted else []), *missing])
-
-
-def _rows(accounts: dict[str, Account]) -> str:
-    first = next(iter(accounts.values()))
-    head = ("method", "FLOPs", "MACs of visual tokens", "visual attention", "read by text")
-    rows = [(*head, "visual tokens x layers")]
-    for name, x in accounts.items():
+    first = next(iter(counted.values()))
+    head = ["method", "FLOPs", "MACs of visual tokens", "visual attention", "read by text"]
+    rows = []
+    for name, x in counted.items():
         cells = [_cell(x.flops, first.flops, x is first)]
         cells.append(_cell(x.visual_macs, first.visual_macs, x is first))
         for part in (x.visual_pairs, x.visual_reads):
             cells.append("" if x is first else _less(part, first.visual_pairs) or "not known")
-        rows.append((name, *cells, _runs(x)))
-    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+        rows.append([name, *cells, _runs(x)])
+    return [*head, "visual tokens x layers"], rows
+
+
+def not_counted(accounts: dict[str, Account | str]) -> list[str]:
+    """Why methods could not be counted, a line each."""
+    return [f"{name}: {why}" for name, why in accounts.items() if isinstance(why, str)]
 
 
 def _cell(macs: float | None, of: float | None, alone: bool) -> str:

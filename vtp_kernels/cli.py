@@ -1,16 +1,20 @@
 """The command line: `python -m vtp_kernels demo | run | serve | info | models | flops | ...`."""
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
 
 import vtp_kernels as vtp
+from vtp_kernels import terminal
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, args.rest = parser.parse_known_args(argv)
+    if args.rest and args.command is not _bench:  # whose arguments the benchmarks know
+        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     try:
         status = args.command(args)
     except (OSError, ValueError, TypeError, NotImplementedError, ImportError) as error:
@@ -143,8 +147,17 @@ def _parser() -> argparse.ArgumentParser:
     flops.add_argument("--json", action="store_true")
     flops.set_defaults(command=_flops)
 
+    bench = commands.add_parser(
+        "bench",
+        help="every op beside what would be used instead, in a copy of the source repository",
+        add_help=False,
+    )
+    bench.set_defaults(command=_bench)
+
+    from vtp_kernels import drawing
     from vtp_kernels.methods.lvpruning import cli as lvpruning
 
+    drawing.add_to(commands)
     lvpruning.add_to(commands)
     return parser
 
@@ -187,7 +200,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from vtp_kernels import demo
+    from vtp_kernels import demo, plot
     from vtp_kernels.methods import method_from_spec
     from vtp_kernels.pictures import check_writable, load_frames, load_image
 
@@ -197,6 +210,7 @@ def _run(args: argparse.Namespace) -> None:
     method, images = method_from_spec(args.method), [load_image(path) for path in args.image]
     videos = [load_frames(path, args.frames) for path in args.video]
     check_writable(args.out, "--out")
+    plot.check_matplotlib()
     demo.device_of(args.device)
     model, processor = demo.load(args.model, device=args.device, dtype=args.dtype)
     comparison = demo.compare(
@@ -277,14 +291,29 @@ def _flops(args: argparse.Namespace) -> None:
         f"{args.model}: {args.visual} visual and {args.text} other tokens, prefill of the language "
         "model\n"
     )
-    print(accounting.table(accounts))
+    terminal.show(*accounting.table(accounts))
+    for reason in accounting.not_counted(accounts):
+        print(reason)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    root = Path(vtp.__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "harness.py").is_file():
+        raise FileNotFoundError(
+            f"the benchmarks are in the source repository, and not beside the package in {root}: "
+            "no wheel has them. Run this in a clone, where vtp_kernels was built: make bench, or "
+            "python -m vtp_kernels bench"
+        )
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    return importlib.import_module("benchmarks.__main__").main(args.rest, "vtp-kernels bench")
 
 
 def _print(comparison, as_json: bool) -> None:
     if as_json:
         print(json.dumps({**comparison.to_dict(), "info": vtp.info().to_dict()}, indent=2))
         return
-    print(comparison)
+    terminal.show(*comparison.table())
     if comparison.picture:
         print(f"\nWhat was kept: {comparison.picture}")
     if comparison.not_drawn:

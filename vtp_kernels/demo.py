@@ -23,6 +23,7 @@ from vtp_kernels.methods import Schedule
 from vtp_kernels.models import prune
 from vtp_kernels.models.pictures.grids import PictureGrid, picture_grids
 from vtp_kernels.pictures import check_writable, load_image
+from vtp_kernels.terminal import columns
 
 DENSE = "dense"
 
@@ -65,6 +66,10 @@ class Comparison:
         return asdict(self)
 
     def __str__(self) -> str:
+        return columns(*self.table())
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Head and rows."""
         head = ["method", *self.prompts, "visual tokens x layers", "FLOPs", "KV cache", "prefill"]
         body = [
             [
@@ -79,7 +84,7 @@ class Comparison:
         ]
         if self.expected is not None:
             body.insert(0, ["(truth)", *self.expected, "", "", "", ""])
-        return _columns(head, body)
+        return head, body
 
     def _marked(self, i: int, answer: str) -> str:
         wrong = self.expected is not None and answer != self.expected[i]
@@ -126,11 +131,13 @@ def compare(
             supported; there is no question, or no picture and no video; the processor takes no
             videos.
         OSError: a picture cannot be read, or `picture` cannot be written.
+        ImportError: there is a `picture` to draw, and no matplotlib.
     """
     if not prompts:
         raise ValueError("prompts: expected at least one question, got none")
     if picture is not None:
         check_writable(picture, "picture")
+        plot.check_matplotlib()
     for method in (Schedule({}), *methods.values()):
         prune(model, method).remove()
     images = image if isinstance(image, (list, tuple)) else [image]
@@ -150,7 +157,7 @@ def compare(
     grids, not_drawn = None, None
     if picture is not None and methods:
         grids, not_drawn = _grids(model, processor, inputs, loaded, clips, len(prompts))
-    rows, drawings = [], []
+    rows, reports = [], {}
     for label, method in tqdm(
         {DENSE: None, **methods}.items(), desc="answering", leave=False, disable=None
     ):
@@ -158,18 +165,25 @@ def compare(
             answers = greedy_answers(model, processor, inputs, max_new_tokens)
             if run is not None:
                 report = run.report()
-                if grids is not None:
-                    drawings.append(
-                        plot.tokens([*loaded, *clips], report, grids=grids, title=label)
-                    )
+                reports[label] = report
         if run is None:
             report = _dense_report(model, inputs)
         rows.append(_row(label, answers, report, expected))
     _time_prefills(model, inputs, [None, *methods.values()], rows, repeats)
-    if drawings:
-        plot.stack(drawings, picture)
-    drawn = os.fspath(picture) if drawings else None
+    if grids is not None:
+        _draw([*loaded, *clips], reports, grids, picture)
+    drawn = None if grids is None else os.fspath(picture)
     return Comparison(prompts, rows, expected, drawn, not_drawn)
+
+
+def _draw(shown: list, reports: dict, grids: list[PictureGrid], path: str | os.PathLike) -> None:
+    """One method layer by layer, several side by side."""
+    names = plot.readable(list(reports))
+    if len(names) == 1:
+        (report,) = reports.values()
+        plot.tokens(shown, report, path, grids=grids, title=names[0])
+    else:
+        plot.methods(shown, dict(zip(names, reports.values(), strict=True)), path, grids=grids)
 
 
 def pocket(
@@ -380,26 +394,3 @@ def _time_prefills(model, inputs, methods: list, rows: list[Row], repeats: int) 
 def _synchronize(model) -> None:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
-
-
-def _columns(head: list[str], body: list[list[str]]) -> str:
-    """Text columns; a long head is broken at its words."""
-    heads = [_wrapped(cell) for cell in head]
-    lines = max(map(len, heads))
-    table = [[cell[i] if i < len(cell) else "" for cell in heads] for i in range(lines)] + body
-    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-    text = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in table
-    ]
-    text.insert(lines, "  ".join("-" * width for width in widths))
-    return "\n".join(line.rstrip() for line in text)
-
-
-def _wrapped(cell: str, width: int = 14) -> list[str]:
-    lines = [""]
-    for word in cell.split():
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines

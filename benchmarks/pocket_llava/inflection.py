@@ -12,12 +12,11 @@ method can make: by the truth about where the objects are.
 import argparse
 import itertools
 import sys
-import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 if __package__ is None or __package__ == "":  # run as a file: make the source tree importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -28,18 +27,24 @@ from vtp_kernels.demo import load
 from vtp_kernels.machine import describe
 from vtp_kernels.methods import FastV, InflectionPruning, Method, RandomPruning, method_from_spec
 from vtp_kernels.models import prune
+from vtp_kernels.plot.looks import fitted
+from vtp_kernels.plot.sheet import Block, Cell
+from vtp_kernels.plot.sheet import draw as draw_blocks
+from vtp_kernels.plot.tokens import panels
 from vtp_kernels.pocket_llava import scenes
 from vtp_kernels.pocket_llava.evaluate import evaluate, table
 from vtp_kernels.pocket_llava.model import TRAINED
 from vtp_kernels.pocket_llava.results import Results, label
 
 POINT, SHARE = 0.01, 0.22
+PANEL = 200  # pixels, of a picture as high as a curve
+RULE_NAMES = ("chord", "kneedle", "iqr", "mass")
 # Stage 1 alone, by source and rule. Similarities may be negative: a share of their sum says little.
 RULES = [
     InflectionPruning(source, rule, llm_layers=())
     for source, rules in (
-        ("attention", ("chord", "kneedle", "iqr", "mass")),
-        ("similarity", ("chord", "kneedle", "iqr")),
+        ("attention", RULE_NAMES),
+        ("similarity", RULE_NAMES[:3]),
     )
     for rule in rules
 ]
@@ -132,73 +137,50 @@ class Watch(InflectionPruning):
         return super().decide(layer, rows)
 
 
-def draw(model, processor, index: int, chosen: InflectionPruning, rows: list[dict], path: Path):
-    """Curves and knees of one picture by both sources, and what stays; the answers of all rows."""
+def draw(model, processor, rows: list[dict], path: Path, index: int = 1) -> None:
+    """The answers of all rows; curves and knees of one picture by both sources, and what stays by
+    each rule alone and by the first setting."""
     case = next(itertools.islice(scenes.cases("test", index + 1), index, None))
     picture = Image.fromarray(case.scene.image)
     inputs = chat_inputs(processor, [picture], [case.question.text]).to(model.device)
-    lines = []
+
+    def kept(method: Method) -> list[Cell]:
+        with torch.inference_mode(), prune(model, method) as run:
+            model(**inputs, logits_to_keep=1)
+        return panels(picture, run.report(), PANEL)[1]
+
+    points = {row["method"]: (1 - row["visual_tokens_share"], row["exact_match"]) for row in rows}
+    words = [in_words(spec) for spec in points]
+    told = [
+        word if words.count(word) == 1 else spec for word, spec in zip(words, points, strict=True)
+    ]
+    named = dict(zip(told, points.values(), strict=True))
+    answers = plot.tradeoff(named, saved="visual tokens gone, mean over layers")
+    blocks = [Block([[Cell("", answers)]], answers.width)]
     for source in ("attention", "similarity"):
-        panels = [(f"{source}: {case.question.text}", picture)]
-        for rule in ("chord", "kneedle", "iqr", "mass"):
-            watch = Watch(source, rule, llm_layers=())
-            with torch.inference_mode(), prune(model, watch) as run:
-                model(**inputs, logits_to_keep=1)
-            kept = plot.tokens(picture, run.report().kept, title=rule)
-            panels += [(rule, plot.curve(watch.seen[0])), (rule, kept)]
-        lines.append(plot.panels(panels[:1] + panels[1::2]))
-        lines.append(plot.panels(panels[:1] + [(r, last_panel(p)) for r, p in panels[2::2]]))
-    with torch.inference_mode(), prune(model, chosen) as run:
-        model(**inputs, logits_to_keep=1)
-    lines.append(plot.tokens(picture, run.report().kept, title="both stages"))
+        watched = [Watch(source, rule, llm_layers=()) for rule in RULE_NAMES]
+        stays = [kept(watch)[-1] for watch in watched]
+        curves = [Cell(watch.rule, plot.curve(watch.seen[0])) for watch in watched]
+        head = f"{source} of CLS" if source == "attention" else "similarity to CLS"
+        heads = [f"{head}, sorted, and what stays by each rule"]
+        blocks.append(Block([curves, stays], curves[0].picture.width, heads))
+    chosen = method_from_spec(rows[1]["method"])
+    last = [Cell(case.question.text, fitted(picture, PANEL)), *kept(chosen)]
+    blocks.append(Block([last], blocks[1].side, [in_words(rows[1]["method"])]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    plot.stack([chart(rows), *lines], path)
+    draw_blocks(blocks, path)
 
 
-def last_panel(drawn: Image.Image) -> Image.Image:
-    side = plot.PANEL
-    return drawn.crop((drawn.width - side, plot.CAPTION, drawn.width, plot.CAPTION + side))
-
-
-def chart(rows: list[dict], size: tuple[int, int] = (1144, 420)) -> Image.Image:
-    """Exact match against the share of tokens: a numbered point a row, and their names beside."""
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-    left, right, top, bottom = 50, 560, 14, size[1] - 40
-    floor = min(row["exact_match"] for row in rows) // 0.1 / 10
-
-    def place(share: float, match: float) -> tuple[float, float]:
-        height = (match - floor) / max(1.0 - floor, 0.1)
-        return left + share * (right - left), bottom - height * (bottom - top)
-
-    for tenth in range(11):
-        x, _ = place(tenth / 10, 1.0)
-        pen.line((x, top, x, bottom), fill="gainsboro")
-        pen.text((x - 10, bottom + 6), f"{10 * tenth} %", fill="black")
-    for tenth in range(round(10 * floor), 11):
-        _, y = place(0, tenth / 10)
-        pen.line((left, y, right, y), fill="gainsboro")
-        pen.text((8, y - 6), f"{10 * tenth} %", fill="black")
-    pen.text((left, bottom + 22), "exact match, by visual tokens (mean over layers)", fill="black")
-    for number, row in enumerate(rows, 1):
-        x, y = place(row["visual_tokens_share"], row["exact_match"])
-        color = _color(row["method"])
-        pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
-        pen.text((x + 5, y - 12 if number % 2 else y + 1), str(number), fill=color)
-        name = row["method"].replace(",", ", ").removesuffix(", llm_layers=")
-        lines = textwrap.wrap(f"{number}. {name}", 92, subsequent_indent="    ")
-        pen.text((right + 20, top + 26 * (number - 1)), "\n".join(lines), fill=color)
-    return sheet
-
-
-def _color(method: str) -> str:
-    colors = {
-        "inflection": "crimson",
-        "fastv": "blue",
-        "random": "gray",
-        "objects": "green",
-    }
-    return colors.get(method.partition(":")[0], "black")
+def in_words(spec: str) -> str:
+    """A row of the result file, named for a picture in which most are InflectionPruning's."""
+    if spec.startswith("objects:"):
+        return "told where the objects are"
+    if not spec.startswith(InflectionPruning.name):
+        return plot.readable([spec])[0]
+    method = method_from_spec(spec)
+    if not method.llm_layers:
+        return f"{method.source}, {method.rule}"
+    return f"both stages, {method.rule}, at least {method.min_keep}"
 
 
 # --- all of it ----------------------------------------------------------------------------------
@@ -242,7 +224,7 @@ def main() -> None:
     rows.append(test(method_from_spec(args.visipruner), args.visipruner))
     rows += [test(method) for method in RULES if method not in ours]
     print(table(rows))
-    draw(model, processor, args.example, chosen, rows, args.picture)
+    draw(model, processor, rows, args.picture, args.example)
     results.write({"calibration": [dense, *tried], "rows": rows, **describe()})
 
 

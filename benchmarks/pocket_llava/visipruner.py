@@ -29,6 +29,10 @@ from vtp_kernels.machine import describe
 from vtp_kernels.methods import FastV, Method, PyramidDrop, RandomPruning, VisiPruner
 from vtp_kernels.methods.visipruner import STAGES
 from vtp_kernels.models import prune
+from vtp_kernels.plot.looks import fitted
+from vtp_kernels.plot.sheet import Block, Cell
+from vtp_kernels.plot.sheet import draw as draw_blocks
+from vtp_kernels.plot.tokens import panels
 from vtp_kernels.pocket_llava import scenes
 from vtp_kernels.pocket_llava.evaluate import evaluate, table
 from vtp_kernels.pocket_llava.model import TRAINED
@@ -46,6 +50,7 @@ GRID += [
     VisiPruner(("middle", "deep"), 0, 0.9999, 0.018, min_keep=40),
     VisiPruner(STAGES, 1, 0.9995, 0.02),
 ]
+SIDE = 200  # pixels, of a panel of the picture
 RIVALS: tuple[Callable[[float], Method], ...] = (
     lambda keep: FastV(1, keep),
     lambda keep: FastV(2, keep),
@@ -105,7 +110,7 @@ class Watch(Method):
         return {"method": "watch"}
 
 
-def draw(model, processor, method: VisiPruner, index: int, path: Path) -> None:
+def draw(model, processor, method: VisiPruner, path: Path, index: int = 1) -> None:
     """Layer by layer: how long the contribution of each token is, were none removed, the smallest
     cosine; and below, who stays."""
     case = next(itertools.islice(scenes.cases("test", index + 1), index, None))
@@ -115,14 +120,24 @@ def draw(model, processor, method: VisiPruner, index: int, path: Path) -> None:
     for what in (watch, method):
         with torch.inference_mode(), prune(model, what) as run:
             model(**inputs, logits_to_keep=1)
-    panels = [(case.question.text, picture)]
+    cells = [Cell(case.question.text, fitted(picture, SIDE))]
     for layer, (cosine, norm) in watch.seen.items():
         shades = (norm / norm.max().clamp(min=1e-9)).sqrt().view(scenes.GRID, scenes.GRID)
-        panel = Image.fromarray((255 * shades).to(torch.uint8).numpy()).convert("RGB")
-        panels.append((f"layer {layer}: cosine from {float(cosine.min()):.4f}", panel))
-    kept = plot.tokens(picture, run.report().kept, title=label(method).partition(":")[0])
+        shown = Image.fromarray((255 * shades).to(torch.uint8).numpy()).convert("RGB")
+        words = f"layer {layer}, from {float(cosine.min()):.4f}"
+        cells.append(Cell(words, fitted(shown, SIDE, Image.NEAREST)))
+    head = "how much each token contributes, layer by layer, and the smallest cosine"
     path.parent.mkdir(parents=True, exist_ok=True)
-    plot.stack([plot.panels(panels), kept], path)
+    rows = [cells[:4], cells[4:]]
+    look, kept = panels(picture, run.report(), SIDE)
+    below = Block([[look, *kept]], SIDE, [f"{plot.readable([label(method)])[0]} keeps"])
+    draw_blocks([Block(rows, SIDE, [head]), below], path)
+
+
+def named(row: dict) -> VisiPruner:
+    """The method of a row of the result file."""
+    (method,) = (method for method in GRID if label(method) == row["method"])
+    return method
 
 
 # --- all of it ----------------------------------------------------------------------------------
@@ -161,7 +176,7 @@ def main() -> None:
     config = model.config.text_config
     rows += [ask(as_thrifty(make, config, text, saved), "test", args.questions) for make in RIVALS]
     print(table(rows))
-    draw(model, processor, methods[1], args.example, args.picture)
+    draw(model, processor, methods[1], args.picture, args.example)
     results.write({"calibration": [dense, *tried], "rows": rows, **describe()})
 
 

@@ -10,8 +10,10 @@ from tiny_processors import PROCESSORS
 from transformers import LlamaForCausalLM
 
 import vtp_kernels as vtp
-from vtp_kernels import demo, plot
+from vtp_kernels import demo
 from vtp_kernels.models.families import FAMILIES as PAGES
+from vtp_kernels.plot.sheet import CAPTION, GAP
+from vtp_kernels.plot.tokens import FRAME, PANEL
 
 SCHEDULE = {"half": vtp.Schedule({3: 0.5, 5: 0})}
 LINES = {"llava": 1, "qwen2_5_vl": 1}  # rows of panels for a picture; else the crops have one, too
@@ -29,9 +31,9 @@ def model_of(family):
 def dimmed(drawn, column, lines, width, height):
     """Of the pictures in a column of panels, the share that is dimmed; what is white is not seen
     by the model."""
-    shades, left, each = np.asarray(drawn.convert("L")), column * (plot.PANEL + plot._GAP), []
+    shades, left, each = np.asarray(drawn.convert("L")), column * (PANEL + GAP), []
     for line in range(lines):
-        top = line * (height + plot.CAPTION + plot._GAP) + plot.CAPTION
+        top = line * (height + CAPTION + GAP) + CAPTION
         panel = shades[top : top + height, left : left + width]
         each.append((panel < 80).sum() / (panel < 255).sum())
     return each
@@ -53,13 +55,13 @@ def test_one_picture(family, size, tmp_path):
     )
     assert comparison.picture == str(out) and comparison.not_drawn is None
     drawn = Image.open(out)
-    width, height = (round(plot.PANEL * side / max(size)) for side in size)
+    width, height = (round(PANEL * side / max(size)) for side in size)
     lines = LINES.get(family, 2)
     if family == "internvl" and size == (80, 80):
         lines = 1  # one tile
     assert drawn.size == (
-        3 * (plot.PANEL + plot._GAP) - plot._GAP,
-        lines * (height + plot.CAPTION + plot._GAP),
+        3 * (PANEL + GAP) - GAP,
+        lines * (height + CAPTION + GAP),
     )
     half, none = (dimmed(drawn, column, lines, width, height) for column in (1, 2))
     assert max(dimmed(drawn, 0, lines, width, height)) == 0
@@ -82,7 +84,7 @@ def test_two_pictures_and_a_batch(family, tmp_path):
     # In OneVision pictures among others are not cut; in a square one, InternVL has one tile.
     heights = {"llava": (112, 224), "qwen2_5_vl": (112, 224), "llava_onevision": (112, 224)}
     heights |= {"internvl": (112, 112, 224), "llava_next": (112, 112, 224, 224)}
-    expected = sum(height + plot.CAPTION + plot._GAP for height in heights[family])
+    expected = sum(height + CAPTION + GAP for height in heights[family])
     assert Image.open(tmp_path / "kept.png").height == expected
 
 
@@ -95,10 +97,10 @@ def test_a_video_behind_a_picture(family, tmp_path):
     more = {"videos": [frames], "frames_a_second": 2.0}
     comparison = demo.compare(*given, SCHEDULE, max_new_tokens=2, repeats=1, picture=out, **more)
     assert comparison.not_drawn is None and len(comparison.rows[1].answers) == 2
-    high = round(plot.FRAME * 60 / 90) + plot.CAPTION
+    high = round(FRAME * 60 / 90) + CAPTION
     rows = 1 if family == "qwen2_5_vl" else 2  # two frames to a grid
-    sheet = plot.CAPTION + rows * high + plot._GAP
-    panels = round(plot.PANEL * 60 / 90) + plot.CAPTION + plot._GAP
+    sheet = CAPTION + rows * high + GAP
+    panels = round(PANEL * 60 / 90) + CAPTION + GAP
     lines = 2 if family == "internvl" else 1  # crops, of a prompt's only picture and of each
     lines = 2 if family == "llava_onevision" else lines
     assert Image.open(out).height == lines * panels + 2 * sheet  # two layers

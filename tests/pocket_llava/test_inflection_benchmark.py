@@ -62,4 +62,4 @@ def test_runs_and_goes_on_where_it_was_cut_off(monkeypatch, tmp_path):
     objects = next(x for x in result["rows"] if x["method"].startswith("objects"))
     share = result["rows"][1]["visual_tokens_share"]
     assert objects["visual_tokens_share"] == pytest.approx(share, abs=0.5 / scenes.GRID**2)
-    assert Image.open(tmp_path / "it.png").size[0] > 4 * 224
+    assert Image.open(tmp_path / "it.png").width > 4 * inflection.PANEL

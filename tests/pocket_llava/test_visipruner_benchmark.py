@@ -56,4 +56,4 @@ def test_runs(monkeypatch, tmp_path):
     kinds = [x["method"].split(":")[0] for x in result["rows"]]
     assert kinds == ["none", "visipruner", "fastv", "fastv", "pyramiddrop", "random"]
     assert [x["split"] for x in result["calibration"]] == ["calibration"] * 2
-    assert Image.open(tmp_path / "it.png").size[0] > 8 * 224
+    assert Image.open(tmp_path / "it.png").width >= 4 * visipruner.SIDE

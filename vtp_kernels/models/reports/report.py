@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 from vtp_kernels.contract.counts import Counts, on_host
 from vtp_kernels.contract.method import Method
 from vtp_kernels.contract.passive import PassiveVisual
+from vtp_kernels.contract.storage import read_json
 from vtp_kernels.flops import Attention, Spans, layer_flops, passive_attention, visual_pairs
 
 from ..keys.reach import Blocks, LayerKind, reach_of
@@ -102,12 +106,11 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types; `kept` as the list of columns that stayed, per layer and prompt; scores that
-        are not a number are None."""
+        are not a number are None. `visual` are the columns of the visual tokens, and `width` is how
+        many columns the input has."""
         plain = asdict(replace(self, kept={}, scores={}))  # type: ignore[arg-type]
-        plain["kept"] = {
-            str(layer): [row.nonzero()[:, 0].tolist() for row in mask]
-            for layer, mask in self.kept.items()
-        }
+        plain["kept"] = {str(layer): _columns(mask) for layer, mask in self.kept.items()}
+        plain["visual"], plain["width"] = _columns(self.kept.visual), self.kept.visual.shape[1]
         plain["scores"] = {
             str(layer): [[None if x != x else x for x in row] for row in scores.tolist()]
             for layer, scores in self.scores.items()
@@ -115,6 +118,40 @@ class Report:
         for unit in plain["units"] or ():
             unit["kept"] = {str(layer): count for layer, count in unit["kept"].items()}
         return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Report:
+        """The report that `to_dict` was called on.
+
+        Raises ValueError if that is none, or one of an older version, without `visual`.
+        """
+        names = [known.name for known in fields(cls)]
+        lacking = [name for name in (*names, "visual", "width") if name not in plain]
+        if lacking:
+            raise ValueError(f"report: expected what to_dict() gives, without {', '.join(lacking)}")
+        width = plain["width"]
+        kept = {int(layer): _masks(rows, width) for layer, rows in plain["kept"].items()}
+        units = plain["units"] and [
+            unit | {"kept": {int(layer): count for layer, count in unit["kept"].items()}}
+            for unit in plain["units"]
+        ]
+        values = {name: plain[name] for name in names}
+        columns = KeptColumns(kept, _masks(plain["visual"], width))
+        scores = {int(layer): _scores(rows) for layer, rows in plain["scores"].items()}
+        return cls(**values | {"kept": columns, "units": units, "scores": scores})
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write it as JSON, for `python -m vtp_kernels plot`."""
+        Path(path).write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Report:
+        """Read what `save` wrote. Raises ValueError for other files, OSError where none is."""
+        plain = read_json(path)
+        try:
+            return cls.from_dict(plain)
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path}: expected what report.save() wrote: {error}") from error
 
     def __str__(self) -> str:
         settings = {key: value for key, value in self.method.items() if key != "method"}
@@ -169,6 +206,23 @@ class Report:
                 f"last: {course}"
             )
         return lines
+
+
+def _columns(masks: Tensor) -> list[list[int]]:
+    """bool [B, S] as the columns that are True, prompt by prompt."""
+    return [row.nonzero()[:, 0].tolist() for row in masks]
+
+
+def _masks(columns: list[list[int]], width: int) -> Tensor:
+    """What `_columns` was called on."""
+    masks = torch.zeros(len(columns), width, dtype=torch.bool)
+    for row, of_prompt in zip(masks, columns, strict=True):
+        row[of_prompt] = True
+    return masks
+
+
+def _scores(rows: list[list[float | None]]) -> Tensor:
+    return torch.tensor([[float("nan") if x is None else x for x in row] for row in rows])
 
 
 def _kept_of(units: Units, kept: dict[int, Tensor]) -> list[dict[str, Any]] | None:

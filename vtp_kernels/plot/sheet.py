@@ -1,0 +1,103 @@
+"""Captioned pictures in rows, put on one figure pixel by pixel."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from .figure import INK, box_of, finished, new_figure, size_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CAPTION = 18  # pixels over each picture
+GAP = 6
+_TEXT = 11.5  # pixels, so that a caption has room in CAPTION
+_BOLD = 8  # pixels that a bold letter takes, about
+_DPI = 72  # at which a point is a pixel
+
+
+class Cell(NamedTuple):
+    caption: str
+    picture: Image.Image
+
+
+class Block(NamedTuple):
+    """Rows of pictures in columns of `side` pixels; None leaves a place free.
+
+    heads: one over each column, in several lines where it is long, or a single one over all.
+    """
+
+    rows: Sequence[Sequence[Cell | None]]
+    side: int
+    heads: Sequence[str] = ()
+
+    @property
+    def width(self) -> int:
+        return max(map(len, self.rows)) * (self.side + GAP) - GAP
+
+    @property
+    def head_lines(self) -> list[list[str]]:
+        """The lines of each head."""
+        if len(self.heads) == 1:
+            return [list(self.heads)]
+        return [textwrap.wrap(head, round(self.side / _BOLD)) for head in self.heads]
+
+    @property
+    def head_height(self) -> int:
+        return CAPTION * max(map(len, self.head_lines), default=0)
+
+    @property
+    def height(self) -> int:
+        return self.head_height + sum(map(row_height, self.rows)) + GAP
+
+
+def row_height(row: Sequence[Cell | None]) -> int:
+    return max(cell.picture.height for cell in row if cell is not None) + CAPTION
+
+
+def draw(blocks: Sequence[Block], path: str | os.PathLike | None = None) -> Image.Image:
+    """The blocks under each other, left-aligned on white."""
+    width = max(block.width for block in blocks)
+    figure = new_figure(width, sum(block.height for block in blocks), _DPI)
+    top = 0
+    for block in blocks:
+        _put(figure, block, top)
+        top += block.height
+    return finished(figure, path)
+
+
+def _put(figure: Figure, block: Block, top: int) -> None:
+    height = size_of(figure)[1]
+    pitch = block.side + GAP
+    room = block.side if len(block.heads) > 1 else size_of(figure)[0]
+    for column, lines in enumerate(block.head_lines):
+        for index, line in enumerate(lines):
+            write(figure, line, column * pitch, top + index * CAPTION, room, weight="bold")
+    top += block.head_height
+    for row in block.rows:
+        for column, cell in enumerate(row):
+            if cell is None:
+                continue
+            write(figure, cell.caption, column * pitch, top, block.side)
+            pixels = np.asarray(cell.picture.convert("RGB"))
+            figure.figimage(pixels, column * pitch, height - top - CAPTION - len(pixels))
+        top += row_height(row)
+
+
+def write(figure: Figure, words: str, left: int, top: int, room: int, **look) -> None:
+    """One line of text, cut off with an ellipsis where it has no room."""
+    width, height = size_of(figure)
+    place = ((left + 2) / width, 1 - (top + CAPTION - 5) / height)
+    text = figure.text(
+        *place, "", fontsize=_TEXT, color=INK, va="baseline", parse_math=False, **look
+    )
+    text.set_text(words)
+    while len(words) > 1 and box_of(text)[2] > left + room:
+        words = words[:-1]
+        text.set_text(words.rstrip() + "…")
