@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,9 +104,12 @@ def run(capsys, *arguments):
 
 def test_demo_json(capsys, tmp_path):
     out = tmp_path / "kept.png"
-    code, text, _ = run(capsys, "demo", "--json", "--repeats", "1", "--out", str(out))
+    given = ("--out", str(out), "--html", str(tmp_path / "kept.html"))
+    code, text, _ = run(capsys, "demo", "--json", "--repeats", "1", *given)
     values = json.loads(text)
     assert code == 0 and out.exists()
+    page = Path(values["page"]).read_text()
+    assert all(f"{i + 1}: {asked}" in page for i, asked in enumerate(values["prompts"]))
     assert {row["method"] for row in values["rows"]} >= {"dense", "FastV"}
     assert values["info"]["versions"]["torch"]
 
@@ -120,9 +124,10 @@ def test_run_with_a_checkpoint_and_a_method_file(capsys, tmp_path):
         *("--prompt", "how many shapes", "--prompt", "where is the circle"),
         *("--method", str(tmp_path / "method.json"), "--max-new-tokens", "4"),
         *("--out", str(tmp_path / "kept.png"), "--repeats", "1", "--json"),
+        *("--html", str(tmp_path / "kept.html")),
     )
     rows = json.loads(text)["rows"]
-    assert code == 0
+    assert code == 0 and "where is the circle" in (tmp_path / "kept.html").read_text()
     assert rows[1]["visual_tokens_per_layer"] == [256] * 3 + [32] * 5
 
 

@@ -1,5 +1,7 @@
 """From questions about pictures to answers, with any Hugging Face processor."""
 
+from itertools import takewhile
+
 import torch
 
 
@@ -71,3 +73,31 @@ def greedy_answers(model, processor, inputs, max_new_tokens: int) -> list[str]:
     generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = generated[:, inputs["input_ids"].shape[1] :]
     return [answer.strip() for answer in processor.batch_decode(new, skip_special_tokens=True)]
+
+
+def token_texts(processor, input_ids: torch.Tensor) -> list[list[str]]:
+    """What each token of prompts int64 [B, S] adds to their text. Some tokenizers put words
+    together as they decode, so that a token alone does not say whether a space is before it."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return [_texts(tokenizer, row) for row in input_ids.tolist()]
+
+
+def _texts(tokenizer, ids: list[int]) -> list[str]:
+    special = set(tokenizer.all_special_ids)
+    texts: list[str] = []
+    run: list[int] = []  # tokens since the last special one
+    said = ""
+    for token in ids:
+        if token in special:
+            texts.append(tokenizer.decode([token], skip_special_tokens=False))
+            run, said = [], ""
+            continue
+        run.append(token)
+        now = tokenizer.decode(run, skip_special_tokens=False)
+        # Not all of it: an unfinished character changes.
+        same = sum(
+            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(said, now, strict=False))
+        )
+        texts.append(now[same:])
+        said = now
+    return texts

@@ -41,6 +41,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--seed", type=int, default=1, help="which picture is drawn, and which questions are asked"
     )
+    demo.add_argument(
+        "--html",
+        type=Path,
+        default=Path("vtp_kept.html"),
+        help="a page of what was kept, to go through layer by layer",
+    )
     demo.set_defaults(command=_demo)
 
     run = commands.add_parser(
@@ -77,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--method", default="fastv", help=METHOD)
     run.add_argument("--max-new-tokens", type=_positive, default=64)
+    run.add_argument(
+        "--html", type=Path, help="write a page of what was kept, to go through layer by layer"
+    )
     run.set_defaults(command=_run)
 
     serve = commands.add_parser(
@@ -192,17 +201,20 @@ def _count(text: str, least: int = 0) -> int:
 
 def _demo(args: argparse.Namespace) -> None:
     from vtp_kernels import demo
-    from vtp_kernels.pictures import check_writable
+    from vtp_kernels.pictures import check_file, check_writable
 
     check_writable(args.out, "--out")
-    comparison = demo.pocket(args.image, seed=args.seed, repeats=args.repeats, picture=args.out)
+    check_file(args.html, "--html")
+    comparison = demo.pocket(
+        args.image, seed=args.seed, repeats=args.repeats, picture=args.out, page=args.html
+    )
     _print(comparison, args.json)
 
 
 def _run(args: argparse.Namespace) -> None:
     from vtp_kernels import demo, plot
     from vtp_kernels.methods import method_from_spec
-    from vtp_kernels.pictures import check_writable, load_frames, load_image
+    from vtp_kernels.pictures import check_file, check_writable, load_frames, load_image
 
     # What can be wrong without the model is found out before it is loaded.
     if not args.image and not args.video:
@@ -211,6 +223,8 @@ def _run(args: argparse.Namespace) -> None:
     videos = [load_frames(path, args.frames) for path in args.video]
     check_writable(args.out, "--out")
     plot.check_matplotlib()
+    if args.html is not None:
+        check_file(args.html, "--html")
     demo.device_of(args.device)
     model, processor = demo.load(args.model, device=args.device, dtype=args.dtype)
     comparison = demo.compare(
@@ -222,6 +236,7 @@ def _run(args: argparse.Namespace) -> None:
         max_new_tokens=args.max_new_tokens,
         repeats=args.repeats,
         picture=args.out,
+        page=args.html,
         videos=videos,
         frames_a_second=args.frames_a_second,
     )
@@ -316,5 +331,7 @@ def _print(comparison, as_json: bool) -> None:
     terminal.show(*comparison.table())
     if comparison.picture:
         print(f"\nWhat was kept: {comparison.picture}")
+    if comparison.page:
+        print(f"Layer by layer, in a browser: {comparison.page}")
     if comparison.not_drawn:
         print(f"\nWhat was kept is not drawn: {comparison.not_drawn}")

@@ -18,11 +18,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from vtp_kernels import plot
-from vtp_kernels.chat import chat_inputs, greedy_answers
+from vtp_kernels.chat import chat_inputs, greedy_answers, token_texts
 from vtp_kernels.methods import Schedule
 from vtp_kernels.models import prune
 from vtp_kernels.models.pictures.grids import PictureGrid, picture_grids
-from vtp_kernels.pictures import check_writable, load_image
+from vtp_kernels.pictures import check_file, check_writable, load_image
 from vtp_kernels.terminal import columns
 
 DENSE = "dense"
@@ -61,6 +61,8 @@ class Comparison:
     """The file with what was kept, if one was written."""
     not_drawn: str | None = None
     """Why there is none, where one was asked for."""
+    page: str | None = None
+    """The HTML file with what was kept, if one was written."""
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -102,12 +104,13 @@ def compare(
     max_new_tokens: int = 32,
     repeats: int = 9,
     picture: str | os.PathLike | None = None,
+    page: str | os.PathLike | None = None,
     videos: Sequence = (),
     frames_a_second: float | None = None,
 ) -> Comparison:
     """Answers every prompt about the same pictures in one batch, dense and with each method.
 
-    Methods, pictures and `picture` are checked before anything is computed.
+    Methods, pictures, `picture` and `page` are checked before anything is computed.
 
     Args:
         model: a model of a supported family, in eval mode.
@@ -121,6 +124,7 @@ def compare(
             ratios to the dense prefill of the same turn.
         picture: where to write the PNG of what was kept for the first prompt. Where it is not known
             which token shows what, none is written, and the comparison says why.
+        page: where to write the HTML page of what was kept, for all prompts; likewise.
         videos: sequences of frames, paths or PIL images: all of them come behind the pictures, of
             which there may then be none.
         frames_a_second: of the videos, for models that are told when a frame was; None: what the
@@ -130,7 +134,7 @@ def compare(
         ValueError, TypeError, NotImplementedError: the model, or one of the methods in it, is not
             supported; there is no question, or no picture and no video; the processor takes no
             videos.
-        OSError: a picture cannot be read, or `picture` cannot be written.
+        OSError: a picture cannot be read, or `picture` or `page` cannot be written.
         ImportError: there is a `picture` to draw, and no matplotlib.
     """
     if not prompts:
@@ -138,6 +142,8 @@ def compare(
     if picture is not None:
         check_writable(picture, "picture")
         plot.check_matplotlib()
+    if page is not None:
+        check_file(page, "page")
     for method in (Schedule({}), *methods.values()):
         prune(model, method).remove()
     images = image if isinstance(image, (list, tuple)) else [image]
@@ -155,7 +161,7 @@ def compare(
         if inputs.get(name) is not None:
             inputs[name] = inputs[name].to(model.dtype)
     grids, not_drawn = None, None
-    if picture is not None and methods:
+    if methods and not (picture is None and page is None):
         grids, not_drawn = _grids(model, processor, inputs, loaded, clips, len(prompts))
     rows, reports = [], {}
     for label, method in tqdm(
@@ -170,10 +176,18 @@ def compare(
             report = _dense_report(model, inputs)
         rows.append(_row(label, answers, report, expected))
     _time_prefills(model, inputs, [None, *methods.values()], rows, repeats)
+    files = {}
     if grids is not None:
-        _draw([*loaded, *clips], reports, grids, picture)
-    drawn = None if grids is None else os.fspath(picture)
-    return Comparison(prompts, rows, expected, drawn, not_drawn)
+        shown = [*loaded, *clips]
+        if picture is not None:
+            _draw(shown, reports, grids, picture)
+            files["picture"] = os.fspath(picture)
+        if page is not None:
+            texts, names = token_texts(processor, inputs["input_ids"]), plot.readable(list(reports))
+            given = {"prompt": texts, "names": names, "grids": grids}
+            plot.page(shown, list(reports.values()), page, **given)
+            files["page"] = os.fspath(page)
+    return Comparison(prompts, rows, expected, not_drawn=not_drawn, **files)
 
 
 def _draw(shown: list, reports: dict, grids: list[PictureGrid], path: str | os.PathLike) -> None:
@@ -187,7 +201,12 @@ def _draw(shown: list, reports: dict, grids: list[PictureGrid], path: str | os.P
 
 
 def pocket(
-    image=None, *, seed: int = 1, repeats: int = 9, picture: str | os.PathLike = "vtp_kept.png"
+    image=None,
+    *,
+    seed: int = 1,
+    repeats: int = 9,
+    picture: str | os.PathLike = "vtp_kept.png",
+    page: str | os.PathLike | None = None,
 ) -> Comparison:
     """The small trained LLaVA answers one question of each kind about a picture new to it."""
     from vtp_kernels.pocket_llava import scenes
@@ -207,6 +226,7 @@ def pocket(
         max_new_tokens=4,
         repeats=repeats,
         picture=picture,
+        page=page,
     )
 
 

@@ -125,6 +125,13 @@ def check_writable(path: str | os.PathLike, what: str = "out") -> None:
         raise ValueError(
             f"{what}: expected a name that ends as pictures do, .png say, got {str(path)!r}"
         )
+    check_file(path, what)
+
+
+def check_file(path: str | os.PathLike, what: str) -> None:
+    """Raise OSError, naming `what`, if no file can be written to `path`: the folder is not there,
+    or it cannot be opened for writing. Nothing there is changed."""
+    path = Path(path)
     there = os.path.lexists(path)
     try:
         with open(path, "ab"):

@@ -5,6 +5,7 @@ from .figure import check_matplotlib
 from .layers import layers
 from .names import readable
 from .over_time import over_time
+from .page import page
 from .tokens import methods, tokens
 from .tradeoff import tradeoff
 
@@ -14,6 +15,7 @@ __all__ = [
     "layers",
     "methods",
     "over_time",
+    "page",
     "readable",
     "tokens",
     "tradeoff",

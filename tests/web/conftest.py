@@ -1,0 +1,6 @@
+"""Pages are made of what small models report."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
