@@ -90,6 +90,7 @@ using Mask = View<const MaskByte, 2>;
 enum class HeadReduce : uint8_t { mean, max, sum };
 enum class Rule : uint8_t { chord, kneedle, iqr, mass };
 enum class VisualRows : uint8_t { prefix, causal, skip };
+enum class Diversity : uint8_t { maxmin, dpp };
 
 struct AttentionScores {
   Floats<4> query;                         // [B, Hq, M, D]
@@ -139,6 +140,23 @@ struct SelectTopk {
   int64_t* indices = nullptr;  // [B, capacity]
   int32_t* counts = nullptr;   // [B]
 };
+
+struct SelectDiverse {
+  Floats<3> features;     // [B, N, C]
+  int64_t k = 0;          // for all rows, unless
+  Integers<1> k_per_row;  // [B] is given; negative counts as 0
+  Diversity rule = Diversity::maxmin;
+  Floats<2> relevance;    // [B, N], float or, for double features, double; absent: ones
+  Mask candidates, keep;  // [B, N]
+  int64_t first = -1;     // the row that maxmin begins with where nothing is kept; -1: the farthest
+  int64_t capacity = 0;
+  int64_t* indices = nullptr;  // [B, capacity]
+  int32_t* counts = nullptr;   // [B]
+};
+
+// dpp: a row is a combination of those chosen, but for rounding, once no more than this share of its
+// own square is left.
+constexpr double kNothingLeft = 1e-5;
 
 // select.scores views what `attention` writes to its scores.
 struct AttentionTopk {

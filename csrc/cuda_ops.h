@@ -23,6 +23,7 @@ using Stream = void*;  // cudaStream_t
 VTP_CUDA_OP(attention_scores, AttentionScores)
 VTP_CUDA_OP(attention_topk, AttentionTopk)
 VTP_CUDA_OP(select_topk, SelectTopk)
+VTP_CUDA_OP(select_diverse, SelectDiverse)
 VTP_CUDA_OP(token_contribution, TokenContribution)
 VTP_CUDA_OP(passive_attention, PassiveAttention)
 VTP_CUDA_OP(cosine_similarity, CosineSimilarity)

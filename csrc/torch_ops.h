@@ -392,6 +392,34 @@ struct Ops {
     return selection;
   }
 
+  static std::tuple<Tensor, Tensor> select_diverse(Tensor features, OptionalTensor k_per_row,
+                                                   int64_t k, StringHandle rule,
+                                                   OptionalTensor relevance,
+                                                   OptionalTensor candidates, OptionalTensor keep,
+                                                   int64_t first, int64_t capacity) {
+    const Text rule_text(rule);
+    const Device device(features);
+    const Read read(device);
+    SelectDiverse a;
+    a.features = read.floats("features", features, {kAny, kAny, kAny});
+    const auto [batch, length, channels] = a.features.size;
+    check(channels > 0, "features must have at least 1 channel, got 0");
+    a.k = k;
+    if (k_per_row) a.k_per_row = read.integers("k_per_row", *k_per_row, batch);
+    a.rule = static_cast<Diversity>(rule_text.choose("rule", {"maxmin", "dpp"}));
+    const DType scores = a.features.dtype == DType::f64 ? DType::f64 : DType::f32;
+    if (relevance) a.relevance = read.floats_like("relevance", *relevance, scores, {batch, length});
+    a.candidates = read.mask("candidates", candidates, {batch, length});
+    a.keep = read.mask("keep", keep, {batch, length});
+    check(first >= -1 && first < length, "first must be within [-1, ", length, "), got ", first);
+    a.first = first;
+    check(capacity >= 0, "capacity must be at least 0, got ", capacity);
+    a.capacity = capacity;
+    const auto selection = selected(device, batch, a);
+    device.run(a);
+    return selection;
+  }
+
   static std::tuple<Tensor, Tensor, Tensor> attention_topk(
       Tensor query, Tensor key, OptionalTensor k_per_row, int64_t k, Tensor candidates,
       OptionalTensor valid, OptionalTensor query_positions, OptionalTensor query_valid,
@@ -631,6 +659,7 @@ class CudaKernels : public Memory {
   VTP_RUN(attention_scores, AttentionScores)
   VTP_RUN(attention_topk, AttentionTopk)
   VTP_RUN(select_topk, SelectTopk)
+  VTP_RUN(select_diverse, SelectDiverse)
   VTP_RUN(token_contribution, TokenContribution)
   VTP_RUN(passive_attention, PassiveAttention)
   VTP_RUN(inflection, Inflection)
@@ -664,6 +693,10 @@ inline void define_ops(Library& m) {
       "select_topk(Tensor scores, Tensor? k_per_row, int k, Tensor? candidates, Tensor? keep, "
       "float? threshold, "
       "int capacity) -> (Tensor indices, Tensor counts)");
+  m.def(
+      "select_diverse(Tensor features, Tensor? k_per_row, int k, str rule, Tensor? relevance, "
+      "Tensor? candidates, Tensor? keep, int first, int capacity) -> (Tensor indices, Tensor "
+      "counts)");
   m.def(
       "attention_topk(Tensor query, Tensor key, Tensor? k_per_row, int k, Tensor candidates, "
       "Tensor? valid, "

@@ -17,6 +17,7 @@ from vtp_kernels.ops import (
     debug,
     inflection,
     passive_attention,
+    select_diverse,
     select_topk,
     token_contribution,
 )
@@ -73,6 +74,7 @@ __all__ = [
     "prune",
     "reference",
     "remove",
+    "select_diverse",
     "select_topk",
     "supported_models",
     "token_contribution",

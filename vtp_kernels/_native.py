@@ -13,6 +13,7 @@ import torch
 OPS = (
     "attention_scores",
     "select_topk",
+    "select_diverse",
     "attention_topk",
     "token_contribution",
     "compact_kv",

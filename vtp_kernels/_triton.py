@@ -9,6 +9,10 @@ import os
 
 import torch
 
+#: Ops without Triton kernels: one launch for k steps that depend on each other takes barriers among
+#: the threads of a block, or of a cluster, which Triton does not have.
+WITHOUT = frozenset({"select_diverse"})
+
 #: Why Triton cannot run on the devices asked about so far, or None if it can.
 _reasons: dict[str, str | None] = {}
 

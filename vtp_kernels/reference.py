@@ -29,6 +29,7 @@ __all__ = [
     "compact_rows",
     "inflection",
     "passive_attention",
+    "select_diverse",
     "select_topk",
     "token_contribution",
 ]
@@ -282,6 +283,125 @@ def attention_topk(
         scores, k, candidates=candidates, keep=keep, threshold=threshold, capacity=capacity
     )
     return selection, scores
+
+
+# --- diverse selection ------------------------------------------------------------------------
+
+#: dpp: a row is a combination of those chosen, but for rounding, once no more than this share of
+#: its own square is left.
+NOTHING_LEFT = 1e-5
+
+
+def competing(candidates: Tensor | None, keep: Tensor | None, like: Tensor) -> Tensor:
+    """bool [B, N]: the rows of `like` [B, N, ...] that may be chosen."""
+    rows = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
+    if candidates is not None:
+        rows = rows & _truth(candidates)
+    return rows if keep is None else rows & ~_truth(keep)
+
+
+def _cosines(features: Tensor) -> tuple[Tensor, Tensor]:
+    """(cosine [B, N, N], finite [B, N]): what is not finite counts as zeros, of cosine 0."""
+    finite = features.isfinite().all(-1)
+    x = features.double().masked_fill(~finite[..., None], 0.0)
+    tiny = torch.finfo(x.dtype).tiny
+    x = x / x.abs().amax(-1, keepdim=True).clamp(min=tiny)  # so that no square of float64 overflows
+    dots = x @ x.mT
+    squares = dots.diagonal(dim1=1, dim2=2)
+    norms = (squares[:, :, None] * squares[:, None]).sqrt()
+    return (dots / norms).masked_fill(norms == 0.0, 0.0).to(_wide(features).dtype), finite
+
+
+def _maxmin(cosine: Tensor, open_: Tensor, anchors: Tensor, first: str | int, steps: int) -> Tensor:
+    """int64 [B, N]: the step in which an open row is chosen, N for all others."""
+    length = cosine.shape[1]
+    i = torch.arange(length, device=cosine.device)
+    distance = 1.0 - cosine
+    nearest = distance.masked_fill(~anchors[:, None], math.inf).amin(-1)
+    # To begin with: the distance to the nearest other candidate, or whatever lets `first` win.
+    score = distance.masked_fill(~open_[:, None] | (i == i[:, None]), math.inf).amin(-1)
+    if first != "farthest":
+        score = score.masked_fill(i == first, math.inf)  # which no other has, unless it is alone
+    score = torch.where(anchors.any(1, keepdim=True), nearest, score)
+    order = torch.full_like(open_, length, dtype=torch.int64)
+    for step in range(steps):
+        pick = score.masked_fill(~open_, -math.inf).argmax(1, keepdim=True)  # the first of equals
+        chosen = open_ & (i == pick)
+        order = order.masked_fill(chosen, step)
+        open_ = open_ & ~chosen
+        row = distance.gather(1, pick[..., None].expand(-1, -1, length))[:, 0]
+        score = nearest = torch.minimum(nearest, row)
+    return order
+
+
+def _dpp(cosine: Tensor, weight: Tensor, open_: Tensor, kept: Tensor | None, steps: int) -> Tensor:
+    """As _maxmin. With r drawn out of it, every row of the Cholesky factor is that of S: a step
+    divides by what is left of the chosen row, and `left` is d / r^2, 1 to begin with."""
+    length = cosine.shape[1]
+    i = torch.arange(length, device=cosine.device)
+    left = cosine.diagonal(dim1=1, dim2=2)  # 1, or 0 of a row of zeros
+    factor = cosine[:, :0]  # [B, rows so far, N]
+
+    def condition(row: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """`left` and `factor` with the row of index `row` [B, 1] chosen, where it counts."""
+        pivot = left.gather(1, row).sqrt()
+        index = row[..., None]
+        known = (factor * factor.gather(2, index.expand(-1, factor.shape[1], -1))).sum(1)
+        rest = (cosine.gather(1, index.expand(-1, -1, length))[:, 0] - known) / pivot
+        rest = rest.masked_fill(~counts, 0.0)
+        return left - rest * rest, torch.cat((factor, rest[:, None]), dim=1)
+
+    for j in range(length if kept is not None else 0):
+        counts = kept[:, j : j + 1] & (left[:, j : j + 1] > NOTHING_LEFT)
+        left, factor = condition(i[j].expand_as(counts), counts)
+    order = torch.full_like(open_, length, dtype=torch.int64)
+    for step in range(steps):
+        competes = open_ & (left > NOTHING_LEFT) & (weight > 0.0)
+        gain = (weight * left.sqrt()).masked_fill(~competes, -1.0)
+        pick = gain.argmax(1, keepdim=True)
+        chosen = competes & (i == pick)
+        order = order.masked_fill(chosen, step)
+        open_ = open_ & ~chosen
+        left, factor = condition(pick, chosen.any(1, keepdim=True))
+    return order
+
+
+def select_diverse(
+    features: Tensor,
+    k: int | Tensor,
+    *,
+    rule: str = "maxmin",
+    relevance: Tensor | None = None,
+    candidates: Tensor | None = None,
+    keep: Tensor | None = None,
+    first: str | int = "farthest",
+    capacity: int | None = None,
+) -> Selection:
+    batch, length, _ = features.shape
+    if capacity is None:
+        capacity = length if keep is not None else min(k, length)
+    if length == 0:
+        return Selection(
+            torch.full((batch, capacity), -1, device=features.device),
+            torch.zeros(batch, dtype=torch.int32, device=features.device),
+        )
+    competes = competing(candidates, keep, features)
+    kept = torch.zeros_like(competes) if keep is None else _truth(keep)
+    steps = min(capacity, length) if isinstance(k, Tensor) else min(k, capacity, length)
+    cosine, finite = _cosines(features)
+    if rule == "maxmin":
+        order = _maxmin(cosine, competes & finite, kept & finite, first, steps)
+        can_be_taken = competes.sum(1)  # what is not finite too, at last
+    else:
+        weight = torch.ones_like(cosine[:, 0]) if relevance is None else _wide(relevance).abs()
+        open_ = competes & finite & weight.isfinite()
+        order = _dpp(cosine, weight, open_, None if keep is None else kept & finite, steps)
+        can_be_taken = (order < length).sum(1)
+    # Kept rows first: they are what survives when the row needs more than its capacity.
+    place = torch.where(kept, -1, torch.where(competes, order, length + 1))
+    k = torch.as_tensor(k, device=features.device).clamp(min=0)
+    counts = (kept.sum(1) + torch.minimum(can_be_taken, k)).clamp(max=capacity)
+    return _first(place.sort(dim=1, stable=True)[1], counts, capacity)
 
 
 # --- inflection -------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from .compact_kv import compact_kv
 from .compact_rows import compact_rows
 from .inflection import inflection
 from .passive_attention import passive_attention
+from .select_diverse import select_diverse
 from .select_topk import select_topk
 from .token_contribution import token_contribution
 
@@ -20,6 +21,7 @@ __all__ = [
     "debug",
     "inflection",
     "passive_attention",
+    "select_diverse",
     "select_topk",
     "token_contribution",
 ]

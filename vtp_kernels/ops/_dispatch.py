@@ -29,13 +29,15 @@ def why_not(
 
 def _why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
     if backend == "triton":
-        return _why_not_triton(device, dtype)
+        return _why_not_triton(op, device, dtype)
     if backend == "native":
         return _why_not_native(op, device, dtype)
     return None
 
 
-def _why_not_triton(device: torch.device, dtype: torch.dtype | None) -> str | None:
+def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    if op in _triton.WITHOUT:
+        return "there is no Triton kernel for it"
     if dtype == torch.float64:
         return FLOAT64
     return _triton.why_not("cpu" if device.type == "cpu" else f"{device.type}:{_index(device)}")
