@@ -42,6 +42,7 @@ class Cpu {
 
   void run(const AttentionScores& a) const { cpu::attention_scores(a); }
   void run(const SelectTopk& a) const { cpu::select_topk(a); }
+  void run(const SelectDiverse& a) const { cpu::select_diverse(a); }
   void run(const AttentionTopk& a) const {
     cpu::attention_scores(a.attention);
     cpu::select_topk(a.select);
@@ -121,7 +122,10 @@ STABLE_TORCH_LIBRARY(vtp_kernels, m) {
   m.def("cuda_image(int device) -> (int, int, str)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(vtp_kernels, CPU, m) { vtp::implement_ops<vtp::Cpu>(m); }
+STABLE_TORCH_LIBRARY_IMPL(vtp_kernels, CPU, m) {
+  vtp::implement_ops<vtp::Cpu>(m);
+  m.impl("select_diverse", TORCH_BOX(&vtp::Ops<vtp::Cpu>::select_diverse));
+}
 
 #ifdef VTP_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(vtp_kernels, CUDA, m) {

@@ -76,6 +76,7 @@ const char* isa_name() { return kNames[static_cast<int>(isa())]; }
 
 VTP_DISPATCH(attention_scores, AttentionScores)
 VTP_DISPATCH(select_topk, SelectTopk)
+VTP_DISPATCH(select_diverse, SelectDiverse)
 VTP_DISPATCH(token_contribution, TokenContribution)
 VTP_DISPATCH(cosine_similarity, CosineSimilarity)
 VTP_DISPATCH(passive_attention, PassiveAttention)

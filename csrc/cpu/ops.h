@@ -24,6 +24,7 @@ void compact_rows_in_place(const CompactRows&);
 
 VTP_PER_ISA(attention_scores, AttentionScores)
 VTP_PER_ISA(select_topk, SelectTopk)
+VTP_PER_ISA(select_diverse, SelectDiverse)
 VTP_PER_ISA(token_contribution, TokenContribution)
 VTP_PER_ISA(cosine_similarity, CosineSimilarity)
 VTP_PER_ISA(passive_attention, PassiveAttention)

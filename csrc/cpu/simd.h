@@ -154,6 +154,27 @@ VTP_INLINE A exp2_of(A x) {
   return exp2_of(splat(x))[0];
 }
 
+VTP_INLINE Float32s sqrt_of(Float32s x) {
+#if defined(__AVX512F__)
+  return (Float32s)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (Float32s)_mm256_sqrt_ps((__m256)x);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
+VTP_INLINE Float64s sqrt_of(Float64s x) {
+#if defined(__AVX512F__)
+  return (Float64s)_mm512_sqrt_pd((__m512d)x);
+#elif defined(__AVX2__)
+  return (Float64s)_mm256_sqrt_pd((__m256d)x);
+#else
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
+
 template <class A>
 VTP_INLINE Vec<A> larger(Vec<A> a, Vec<A> b) {
   return b > a ? b : a;

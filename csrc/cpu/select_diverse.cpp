@@ -1,0 +1,463 @@
+// Rows that differ: the cosines of all pairs first, each pair once, then a step for each row that is
+// chosen: one pass over its cosines, which also finds the next.
+#include <algorithm>
+#include <limits>
+
+#include "gram.h"
+#include "parallel.h"
+
+namespace vtp::cpu {
+namespace VTP_ISA {
+namespace {
+
+// Cosines of all pairs are kept for the steps up to so many bytes in one row of the batch, 16,384
+// rows of floats. Beyond that a step multiplies its own.
+constexpr int64_t kMostBytes = int64_t{1} << 30;
+// A step that multiplies its own reads all rows from memory, and takes so many times what a tile
+// takes for them: with fewer steps than rows / kRowsPerStep they are the shorter way.
+constexpr int64_t kRowsPerStep = 32;
+// As many rows of the batch as fit into this are worked on together.
+constexpr int64_t kGroupBytes = int64_t{1} << 28;
+
+// The largest value, and where it came first.
+template <class A>
+class Best {
+ public:
+  VTP_INLINE explicit Best(A lowest) {
+    for (int lane = 0; lane < kLanes<A>; ++lane) lane_[lane] = lane;
+    for (int chain = 0; chain < kChains; ++chain) {
+      value_[chain] = splat(lowest);
+      at_[chain] = Ints<A>{} - 1;
+    }
+  }
+
+  // value(i) is the vector of values at i, for i in [begin, begin + kPanel).
+  template <class F>
+  VTP_INLINE void add_panel(int64_t begin, const F& value) {
+    for (int64_t i = begin; i < begin + kPanel; i += kChains * kLanes<A>) {
+      for (int chain = 0; chain < kChains; ++chain) {  // none waits for another
+        const int64_t at = i + chain * kLanes<A>;
+        const Vec<A> x = value(at);
+        const Ints<A> above = x > value_[chain];
+        value_[chain] = above ? x : value_[chain];
+        at_[chain] = above ? lane_ + static_cast<Lane>(at) : at_[chain];
+      }
+    }
+  }
+
+  // -1 where none was above the lowest.
+  VTP_INLINE int64_t index() const {
+    int64_t found = -1;
+    A top = 0;
+    for (int chain = 0; chain < kChains; ++chain) {
+      for (int lane = 0; lane < kLanes<A>; ++lane) {
+        const A x = value_[chain][lane];
+        const int64_t at = at_[chain][lane];
+        if (at < 0 || (found >= 0 && (x < top || (x == top && at > found)))) continue;
+        top = x, found = at;
+      }
+    }
+    return found;
+  }
+
+ private:
+  static constexpr int kChains = 3;
+  using Lane = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  Vec<A> value_[kChains];
+  Ints<A> lane_, at_[kChains];
+};
+
+// What there is to do for one row of the batch. A row of features is open where it is finite and
+// competes, an anchor where it is finite and kept, and active if it is either.
+struct Plan {
+  int64_t active = 0, open = 0, anchors = 0;
+  int64_t steps = 0;          // rows to choose by their cosines, at most
+  int64_t odd = 0;            // rows to choose at last
+  int64_t first = -1;         // the active row that maxmin begins with
+  bool of_all_pairs = false;  // maxmin begins with the farthest
+  bool keeps_cosines = false;
+
+  VTP_INLINE int64_t panels() const { return (active + kPanel - 1) / kPanel; }
+  VTP_INLINE int64_t tiles() const {
+    return of_all_pairs || keeps_cosines ? panels() * (panels() + 1) / 2 : 0;
+  }
+};
+
+enum State : uint8_t { kOut, kOdd, kTaken };  // of a row of features; odd ones compete
+
+template <class T>
+class SelectGroup {
+ public:
+  using A = Wide<T>;
+  static constexpr A kLowest = -std::numeric_limits<A>::infinity();
+
+  SelectGroup(const SelectDiverse& a, int64_t begin, int64_t size)
+      : a_(a),
+        features_(view_as<const T>(a.features)),
+        begin_(begin),
+        size_(size),
+        length_(features_.size[1]),
+        channels_(features_.size[2]),
+        width_((length_ + kPanel - 1) / kPanel * kPanel),
+        plans_(size),
+        states_(size * length_),
+        scales_(size * length_),
+        positions_(size * width_),
+        open_(size * width_),
+        squares_(size * width_) {}
+
+  void run() const {
+    measure();
+    bool steps = false, pairs = false, kept = false;
+    for (int64_t g = 0; g < size_; ++g) {
+      const Plan& plan = plans_[g] = planned(g);
+      steps |= plan.steps > 0, pairs |= plan.of_all_pairs, kept |= plan.keeps_cosines;
+    }
+    const Scratch<A> packed(steps ? size_ * width_ * channels_ : 0);
+    const Scratch<A> cosines(kept ? size_ * width_ * width_ : 0);
+    const Scratch<A> largest(pairs ? size_ * width_ / kPanel * width_ : 0);
+    pack(packed);
+    multiply_pairs(packed, cosines, largest);
+    parallel(size_, 1 + length_ * (1 + a_.capacity), [&](int64_t g) {
+      const Plan& plan = plans_[g];
+      const Cosines of{*this, g, packed + g * width_ * channels_, cosines + g * width_ * width_};
+      if (plan.steps > 0 && a_.rule == Diversity::maxmin) {
+        maxmin(g, of, largest + g * width_ / kPanel * width_);
+      } else if (plan.steps > 0) {
+        dpp(g, of);
+      }
+      emit(g);
+    });
+  }
+
+ private:
+  // The cosines of an active row and all others, as they were kept or multiplied now.
+  struct Cosines {
+    const SelectGroup& group;
+    int64_t g;
+    const A *packed, *kept;
+
+    const A* row(int64_t j, A* space) const {
+      const Plan& plan = group.plans_[g];
+      if (plan.keeps_cosines) return kept + j * group.width_;
+      const int64_t channels = group.channels_;
+      const A* squares = group.squares_ + g * group.width_;
+      const A* factors = packed + j / kPanel * kPanel * channels + j % kPanel;
+      parallel(plan.panels(), 4 * channels, [&](int64_t p) {
+        A* dots = space + p * kPanel;
+        multiply<A, 1>(packed + p * kPanel * channels, factors, 1, channels, dots);
+        to_cosines(dots, squares[j], squares + p * kPanel);
+      });
+      return space;
+    }
+  };
+
+  bool is_kept(int64_t g, int64_t i) const { return a_.keep && *a_.keep.at(begin_ + g, i); }
+  bool competes(int64_t g, int64_t i) const {
+    return (!a_.candidates || *a_.candidates.at(begin_ + g, i)) && !is_kept(g, i);
+  }
+  A relevance(int64_t g, int64_t i) const {
+    return a_.relevance ? std::fabs(*view_as<const A>(a_.relevance).at(begin_ + g, i)) : A{1};
+  }
+
+  // Scales of all rows that compete or are kept.
+  void measure() const {
+    constexpr int64_t kUnit = 16;
+    const int64_t units = (length_ + kUnit - 1) / kUnit;
+    parallel(size_ * units, kUnit * (4 + channels_ / 8), [&](int64_t unit) {
+      const int64_t g = unit / units, begin = unit % units * kUnit;
+      for (int64_t i = begin; i < std::min(begin + kUnit, length_); ++i) {
+        if (!competes(g, i) && !is_kept(g, i)) continue;
+        scales_[g * length_ + i] = scale_of<T>(features_.at(begin_ + g, i), channels_);
+      }
+    });
+  }
+
+  Plan planned(int64_t g) const {
+    Plan plan;
+    int64_t kept = 0, competing = 0;
+    for (int64_t i = 0; i < length_; ++i) {
+      const bool keep = is_kept(g, i), in = !keep && competes(g, i);
+      uint8_t& state = states_[g * length_ + i];
+      state = keep && kept < a_.capacity ? kTaken : in ? kOdd : kOut;
+      kept += keep, competing += in;
+      if (!(keep || in) || scales_[g * length_ + i] == 0) continue;
+      if (in && !(relevance(g, i) <= std::numeric_limits<A>::max())) continue;
+      if (in && i == a_.first) plan.first = plan.active;
+      if (in) state = kOut;
+      positions_[g * width_ + plan.active] = static_cast<int32_t>(i);
+      open_[g * width_ + plan.active] = in;
+      ++plan.active, plan.open += in, plan.anchors += keep;
+    }
+    const int64_t k = a_.k_per_row ? a_.k_per_row.at(begin_ + g) : a_.k;
+    const int64_t room = std::max<int64_t>(0, a_.capacity - kept);
+    const int64_t wanted = std::max<int64_t>(0, std::min({k, competing, room}));
+    const bool is_maxmin = a_.rule == Diversity::maxmin;
+    plan.steps = std::min(wanted, plan.open);
+    plan.odd = is_maxmin ? wanted - plan.steps : 0;
+    if (is_maxmin && plan.steps == plan.open) {  // all, without a look at them
+      for (int64_t j = 0; j < plan.active; ++j) take(g, j);
+      plan.steps = 0;
+    }
+    if (plan.steps == 0) return plan;
+    plan.of_all_pairs = is_maxmin && plan.anchors == 0 && plan.first < 0;
+    plan.keeps_cosines =
+        width_ * width_ * static_cast<int64_t>(sizeof(A)) <= kMostBytes &&
+        (plan.of_all_pairs || (plan.anchors + plan.steps) * kRowsPerStep >= plan.active);
+    return plan;
+  }
+
+  void pack(A* packed) const {
+    const int64_t panels = width_ / kPanel;
+    parallel(size_ * panels, 2 * kPanel * channels_, [&](int64_t unit) {
+      const int64_t g = unit / panels, p = unit % panels;
+      const Plan& plan = plans_[g];
+      if (plan.steps == 0 || p >= plan.panels()) return;
+      A* panel = packed + (g * width_ + p * kPanel) * channels_;
+      pack_panel(features_.at(begin_ + g), features_.stride[1],
+                 positions_ + g * width_ + p * kPanel, scales_ + g * length_,
+                 std::min<int64_t>(kPanel, plan.active - p * kPanel), channels_, panel);
+      square_rows<A>(panel, channels_, squares_ + g * width_ + p * kPanel);
+    });
+  }
+
+  // Tiles of panels (x, y), x <= y: tile t of a row of the batch is in column x of row y.
+  void multiply_pairs(const A* packed, A* cosines, A* largest) const {
+    int64_t all = 0;
+    for (int64_t g = 0; g < size_; ++g) all += plans_[g].tiles();
+    parallel(all, kPanel * kPanel * channels_ / 32, [&](int64_t tile) {
+      int64_t g = 0, y = 0;
+      for (; tile >= plans_[g].tiles(); ++g) tile -= plans_[g].tiles();
+      for (; tile > y; ++y) tile -= y + 1;
+      multiply_tile(g, tile, y, packed + g * width_ * channels_, cosines + g * width_ * width_,
+                    largest + g * width_ / kPanel * width_);
+    });
+  }
+
+  // Writes the cosines of two panels, also transposed; or, for the farthest of all, the largest of
+  // each row of one panel with the rows of the other: largest[panel][row].
+  void multiply_tile(int64_t g, int64_t x, int64_t y, const A* packed, A* cosines,
+                     A* largest) const {
+    const Plan& plan = plans_[g];
+    const A* squares = squares_ + g * width_;
+    alignas(64) A tile[kPanel * kPanel];
+    const int64_t rows_y = std::min<int64_t>(kPanel, plan.active - y * kPanel);
+    multiply<A, kTileRows>(packed + x * kPanel * channels_, packed + y * kPanel * channels_, rows_y,
+                           channels_, tile);
+    for (int64_t j = 0; j < rows_y; ++j) {
+      to_cosines(tile + j * kPanel, squares[y * kPanel + j], squares + x * kPanel);
+    }
+    if (plan.keeps_cosines) {
+      for (int64_t j = 0; j < rows_y; ++j) {
+        std::memcpy(cosines + (y * kPanel + j) * width_ + x * kPanel, tile + j * kPanel,
+                    sizeof(A) * kPanel);
+      }
+      for (int64_t i = 0; x < y && i < kPanel; ++i) {
+        A* row = cosines + (x * kPanel + i) * width_ + y * kPanel;
+        for (int64_t j = 0; j < rows_y; ++j) row[j] = tile[j * kPanel + i];
+      }
+    }
+    if (!plan.of_all_pairs) return;
+    if (x == y) {  // a row is no other, and lanes without a row are none
+      for (int64_t j = 0; j < rows_y; ++j) {
+        tile[j * kPanel + j] = kLowest;
+        std::fill(tile + j * kPanel + rows_y, tile + (j + 1) * kPanel, kLowest);
+      }
+    }
+    A* of_x = largest + y * width_ + x * kPanel;
+    A* of_y = largest + x * width_ + y * kPanel;
+    std::fill(of_x, of_x + kPanel, kLowest);
+    for (int64_t j = 0; j < rows_y; ++j) {
+      Vec<A> most = splat(kLowest);
+      for (int i = 0; i < kPanel; i += kLanes<A>) {
+        const Vec<A> row = load(tile + j * kPanel + i);
+        most = larger<A>(most, row);
+        store<A>(of_x + i, larger<A>(load(of_x + i), row));
+      }
+      if (x == y) continue;
+      of_y[j] = kLowest;
+      for (int lane = 0; lane < kLanes<A>; ++lane) of_y[j] = std::max<A>(of_y[j], most[lane]);
+    }
+  }
+
+  void take(int64_t g, int64_t j) const {
+    states_[g * length_ + positions_[g * width_ + j]] = kTaken;
+  }
+
+  // score: the smallest distance to what is kept or chosen, -inf for rows that are not open.
+  void maxmin(int64_t g, const Cosines& cosines, const A* largest) const {
+    const Plan& plan = plans_[g];
+    const uint8_t* open = open_ + g * width_;
+    const int64_t size = plan.panels() * kPanel;
+    const Scratch<A> score(size), space(size);
+    for (int64_t i = 0; i < size; ++i) score[i] = i < plan.active && open[i] ? -kLowest : kLowest;
+    int64_t next = plan.anchors > 0 ? -1 : plan.first >= 0 ? plan.first : farthest(plan, largest);
+    for (int64_t j = 0; plan.anchors > 0 && j < plan.active; ++j) {
+      if (!open[j]) next = come_closer(score, cosines.row(j, space), size);
+    }
+    for (int64_t step = 0; step < plan.steps; ++step) {
+      take(g, next);
+      score[next] = kLowest;
+      if (step + 1 < plan.steps) next = come_closer(score, cosines.row(next, space), size);
+    }
+  }
+
+  // The row whose nearest other is farthest.
+  int64_t farthest(const Plan& plan, const A* largest) const {
+    Best<A> best(kLowest);
+    for (int64_t p = 0; p < plan.panels(); ++p) {
+      best.add_panel(p * kPanel, [&](int64_t i) {
+        Vec<A> most = splat(kLowest);
+        for (int64_t q = 0; q < plan.panels(); ++q) {
+          most = larger<A>(most, load(largest + q * width_ + i));
+        }
+        Vec<A> distance = 1 - most;
+        for (int lane = 0; lane < kLanes<A>; ++lane) {
+          if (i + lane >= plan.active) distance[lane] = kLowest;
+        }
+        return distance;
+      });
+    }
+    return best.index();
+  }
+
+  // The smaller of each score and the distance to a row; returns where the largest is.
+  static int64_t come_closer(A* score, const A* cosines, int64_t size) {
+    Best<A> best(kLowest);
+    for (int64_t begin = 0; begin < size; begin += kPanel) {
+      best.add_panel(begin, [&](int64_t i) {
+        const Vec<A> old = load(score + i), distance = 1 - load(cosines + i);
+        const Vec<A> nearer = distance < old ? distance : old;
+        store<A>(score + i, nearer);
+        return nearer;
+      });
+    }
+    return best.index();
+  }
+
+  // Greedy MAP with the relevance drawn out of L = diag(r) S diag(r): the rows of the Cholesky
+  // factor are those of S, and what is left of a row's square is a share of its own.
+  void dpp(int64_t g, const Cosines& cosines) const {
+    const Plan& plan = plans_[g];
+    const uint8_t* open = open_ + g * width_;
+    const int64_t size = plan.panels() * kPanel;
+    const Scratch<A> space(size), weight(size), left(size);
+    const Scratch<A> factor((plan.anchors + plan.steps) * size);  // by panels: [panel][row][lane]
+    for (int64_t i = 0; i < size; ++i) {
+      const bool in = i < plan.active && open[i];
+      weight[i] = in ? relevance(g, positions_[g * width_ + i]) : A{0};
+      left[i] = i < plan.active && squares_[g * width_ + i] > 0 ? 1 : 0;
+    }
+    const Determinant d{plan.anchors + plan.steps, size, weight, left, factor};
+    int64_t rows = 0;
+    for (int64_t j = 0; j < plan.active; ++j) {
+      if (!open[j] && left[j] > d.least()) d.condition(rows++, j, cosines.row(j, space));
+    }
+    int64_t next = d.largest_gain();
+    for (int64_t step = 0; step < plan.steps && next >= 0; ++step) {
+      take(g, next);
+      weight[next] = 0;
+      if (step + 1 < plan.steps) next = d.condition(rows++, next, cosines.row(next, space));
+    }
+  }
+
+  struct Determinant {
+    int64_t most_rows, size;
+    A *weight, *left, *factor;  // weight 0: does not compete
+
+    static A least() { return static_cast<A>(kNothingLeft); }
+
+    VTP_INLINE Vec<A> gain(int64_t i) const {
+      const Vec<A> share = load(left + i), w = load(weight + i), none = splat(A{-1});
+      const Vec<A> all = w > 0 ? w * sqrt_of(share) : none;
+      return share > least() ? all : none;
+    }
+
+    // -1 where none competes.
+    int64_t largest_gain() const {
+      Best<A> best(-1);
+      for (int64_t begin = 0; begin < size; begin += kPanel) {
+        best.add_panel(begin, [&](int64_t i) { return gain(i); });
+      }
+      return best.index();
+    }
+
+    // Adds row j to those chosen, `rows` so far; returns where the largest gain is then.
+    int64_t condition(int64_t rows, int64_t j, const A* cosines) const {
+      const Scratch<A> share(rows);
+      const A* column = factor + j / kPanel * kPanel * most_rows + j % kPanel;
+      for (int64_t t = 0; t < rows; ++t) share[t] = column[t * kPanel];
+      const A pivot = std::sqrt(left[j]);
+      Best<A> best(-1);
+      for (int64_t begin = 0; begin < size; begin += kPanel) {
+        A* panel = factor + begin * most_rows;
+        add_row(panel, rows, share, cosines + begin, pivot, left + begin);
+        best.add_panel(begin, [&](int64_t i) { return gain(i); });
+      }
+      return best.index();
+    }
+
+    static VTP_INLINE void add_row(A* panel, int64_t rows, const A* share, const A* cosines, A pivot,
+                                   A* left) {
+      constexpr int kStep = kLanes<A>, kVectors = 3;
+      for (int i = 0; i < kPanel; i += kVectors * kStep) {
+        Vec<A> rest[kVectors];
+        for (int v = 0; v < kVectors; ++v) rest[v] = load(cosines + i + v * kStep);
+        for (int64_t t = 0; t < rows; ++t) {
+          const Vec<A> factor = splat(share[t]);
+          for (int v = 0; v < kVectors; ++v) {
+            rest[v] = rest[v] - factor * load(panel + t * kPanel + i + v * kStep);
+          }
+        }
+        for (int v = 0; v < kVectors; ++v) {
+          const Vec<A> row = rest[v] / pivot;
+          store<A>(panel + rows * kPanel + i + v * kStep, row);
+          store<A>(left + i + v * kStep, load(left + i + v * kStep) - row * row);
+        }
+      }
+    }
+  };
+
+  // What was taken, after the odd rows that maxmin takes last.
+  void emit(int64_t g) const {
+    uint8_t* state = states_ + g * length_;
+    int64_t odd = plans_[g].odd;
+    int64_t* indices = a_.indices + (begin_ + g) * a_.capacity;
+    int64_t count = 0;
+    for (int64_t i = 0; i < length_; ++i) {
+      const bool last = state[i] == kOdd && odd > 0;
+      odd -= last;
+      if (last || state[i] == kTaken) indices[count++] = i;
+    }
+    std::fill(indices + count, indices + a_.capacity, int64_t{-1});
+    a_.counts[begin_ + g] = static_cast<int32_t>(count);
+  }
+
+  const SelectDiverse& a_;
+  const View<const T, 3> features_;
+  const int64_t begin_, size_, length_, channels_;
+  const int64_t width_;  // rows in whole panels
+  const Scratch<Plan> plans_;
+  const Scratch<uint8_t> states_;
+  const Scratch<A> scales_;           // by row of features
+  const Scratch<int32_t> positions_;  // of active rows, ascending
+  const Scratch<uint8_t> open_;       // by active row
+  const Scratch<A> squares_;
+};
+
+}  // namespace
+
+void select_diverse(const SelectDiverse& a) {
+  with_type(a.features.dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto [batch, length, channels] = a.features.size;
+    const int64_t bytes = static_cast<int64_t>(sizeof(Wide<T>)) * length * (channels + length);
+    const int64_t together = std::max<int64_t>(1, kGroupBytes / std::max<int64_t>(1, bytes));
+    for (int64_t begin = 0; begin < batch; begin += together) {
+      SelectGroup<T>(a, begin, std::min(together, batch - begin)).run();
+    }
+  });
+}
+
+}  // namespace VTP_ISA
+}  // namespace vtp::cpu
