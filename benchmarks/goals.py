@@ -16,6 +16,7 @@ from benchmarks import (
     compact_rows,
     inflection,
     passive_attention,
+    select_diverse,
     select_topk,
     token_contribution,
 )
@@ -49,6 +50,10 @@ def cases(device: str, tiny: bool = False) -> list[Case]:
     def select(length: int, k: int) -> Case:
         return select_topk.case(1, tokens(length), max(tokens(k), 1), device)
 
+    def diverse(rule: str) -> Case:
+        width, k = (64, 4) if tiny else (4096, 64)
+        return select_diverse.case(1, tokens(576), width, k, rule, torch.bfloat16, device)
+
     rows = 4 if tiny else 100
     return [
         microseconds(select(576, 64), 4),
@@ -65,6 +70,7 @@ def cases(device: str, tiny: bool = False) -> list[Case]:
         share_of_copy(token_contribution.case(of(LLAVA, batch=32), device), 0.8),
         share_of_copy(compact_rows.case(of(NEXT, batch=8), 2, device), 0.8),
         attention_scores.case(of(LLAVA), rows, device),
+        *(diverse(rule) for rule in ("maxmin", "dpp")),
         passive_attention.case(of(LLAVA), device),
         passive_attention.case(of(NEXT), device),
         inflection.case(1, tokens(10_000), device),

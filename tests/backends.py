@@ -25,7 +25,8 @@ def runs(op: str) -> list:
         for backend in BACKENDS
         if why_not(op, backend, device) is None
     ]
-    if serving.why_not() is None and why_not(op, "native", "cpu") is None and not INTERPRETED:
+    runs_emulated = op in cases.OPS and why_not(op, "native", "cpu") is None and not INTERPRETED
+    if runs_emulated and serving.why_not() is None:
         for architecture in cases.ARCHITECTURES.get(op, (90,)):
             name = "emulated" if architecture == 90 else f"emulated-sm_{architecture}"
             found.append(pytest.param("cpu", "native", architecture, id=name))

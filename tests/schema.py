@@ -8,6 +8,7 @@ DEFAULTS = {
     "head_reduce": "mean",
     "k": 4,
     "capacity": 20,
+    "first": -1,
     "align": "right",
     "rule": "chord",
     "min_keep": 1,

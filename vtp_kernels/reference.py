@@ -300,6 +300,12 @@ def competing(candidates: Tensor | None, keep: Tensor | None, like: Tensor) -> T
     return rows if keep is None else rows & ~_truth(keep)
 
 
+def _settled(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 as it is compared: in float32 or, for float64 features, to 13 digits. What would be
+    equal but for the order of a sum is equal then."""
+    return (x * 2.0**44).round() * 2.0**-44 if dtype == torch.float64 else x.float()
+
+
 def _cosines(features: Tensor) -> tuple[Tensor, Tensor]:
     """(cosine [B, N, N], finite [B, N]): what is not finite counts as zeros, of cosine 0."""
     finite = features.isfinite().all(-1)
@@ -309,7 +315,7 @@ def _cosines(features: Tensor) -> tuple[Tensor, Tensor]:
     dots = x @ x.mT
     squares = dots.diagonal(dim1=1, dim2=2)
     norms = (squares[:, :, None] * squares[:, None]).sqrt()
-    return (dots / norms).masked_fill(norms == 0.0, 0.0).to(_wide(features).dtype), finite
+    return _settled((dots / norms).masked_fill(norms == 0.0, 0.0), features.dtype), finite
 
 
 def _maxmin(cosine: Tensor, open_: Tensor, anchors: Tensor, first: str | int, steps: int) -> Tensor:
@@ -337,7 +343,7 @@ def _maxmin(cosine: Tensor, open_: Tensor, anchors: Tensor, first: str | int, st
 def _dpp(cosine: Tensor, weight: Tensor, open_: Tensor, kept: Tensor | None, steps: int) -> Tensor:
     """As _maxmin. With r drawn out of it, every row of the Cholesky factor is that of S: a step
     divides by what is left of the chosen row, and `left` is d / r^2, 1 to begin with."""
-    length = cosine.shape[1]
+    dtype, cosine, length = cosine.dtype, cosine.double(), cosine.shape[1]
     i = torch.arange(length, device=cosine.device)
     left = cosine.diagonal(dim1=1, dim2=2)  # 1, or 0 of a row of zeros
     factor = cosine[:, :0]  # [B, rows so far, N]
@@ -352,12 +358,13 @@ def _dpp(cosine: Tensor, weight: Tensor, open_: Tensor, kept: Tensor | None, ste
         return left - rest * rest, torch.cat((factor, rest[:, None]), dim=1)
 
     for j in range(length if kept is not None else 0):
-        counts = kept[:, j : j + 1] & (left[:, j : j + 1] > NOTHING_LEFT)
+        counts = kept[:, j : j + 1] & (_settled(left, dtype)[:, j : j + 1] > NOTHING_LEFT)
         left, factor = condition(i[j].expand_as(counts), counts)
     order = torch.full_like(open_, length, dtype=torch.int64)
     for step in range(steps):
-        competes = open_ & (left > NOTHING_LEFT) & (weight > 0.0)
-        gain = (weight * left.sqrt()).masked_fill(~competes, -1.0)
+        share = _settled(left, dtype)
+        competes = open_ & (share > NOTHING_LEFT) & (weight > 0.0)
+        gain = (weight * share.sqrt()).masked_fill(~competes, -1.0)
         pick = gain.argmax(1, keepdim=True)
         chosen = competes & (i == pick)
         order = order.masked_fill(chosen, step)

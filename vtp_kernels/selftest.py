@@ -218,6 +218,27 @@ def _select_topk_inputs(draw: Draw) -> Iterator[Arguments]:
     }
 
 
+def _select_diverse_inputs(draw: Draw) -> Iterator[Arguments]:
+    """Exact cosines, many of them equal: of rows of four signs, and of rows along axes."""
+    for dtype in FLOATS:
+        order = draw.normal(BATCH, LENGTH, 32).argsort(-1)
+        features = (2.0 * draw.integers(0, 2, BATCH, LENGTH, 32) - 1.0).masked_fill(order > 3, 0.0)
+        features[:, ::40, 5], features[:, 7::40] = math.nan, 0.0
+        masks = {
+            "candidates": draw.bools(BATCH, LENGTH, p=0.8),
+            "keep": draw.bools(BATCH, LENGTH, p=0.02),
+        }
+        yield {"features": features.to(dtype), "k": 40}
+        yield {"features": features.to(dtype), "k": 40, "first": 3}
+        k = draw.integers(0, 60, BATCH)
+        yield {"features": features.to(dtype), "k": k, **masks, "capacity": 45}
+        axes = torch.nn.functional.one_hot(draw.integers(0, 32, BATCH, LENGTH), 32)
+        sizes = 2.0 ** draw.integers(-3, 4, BATCH, LENGTH)
+        relevance = draw.integers(-9, 10, BATCH, LENGTH).float()
+        features = (axes * sizes[..., None]).to(dtype)
+        yield {"features": features, "k": 40, "rule": "dpp", "relevance": relevance, **masks}
+
+
 def _token_contribution_inputs(draw: Draw) -> Iterator[Arguments]:
     for dtype in FLOATS:
         for heads, dim in ((8, 64), (2, 128)):
@@ -422,6 +443,7 @@ class Trial:
 TRIALS = {
     "attention_scores": Trial(_attention_inputs, _scores_differ),
     "select_topk": Trial(_select_topk_inputs, _selection_differs("select_topk")),
+    "select_diverse": Trial(_select_diverse_inputs, _selection_differs("select_diverse")),
     "attention_topk": Trial(_attention_topk_inputs, _attention_topk_differs),
     "token_contribution": Trial(_token_contribution_inputs, _contribution_differs),
     "compact_kv": Trial(_compact_kv_inputs, _rows_differ("compact_kv")),

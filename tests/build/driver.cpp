@@ -212,6 +212,26 @@ void run_select_topk() {
   check_selection(a.indices, a.counts, batch, a.capacity, length);
 }
 
+void run_select_diverse() {
+  const int64_t batch = integer(0, 4), length = any_length();
+  SelectDiverse a;
+  a.features = floats(any_dtype(), {batch, length, coin() ? integer(1, 5) : integer(1, 300)});
+  auto* k = allocate<int64_t>(batch);
+  std::generate_n(k, batch, [&] { return integer(-2, length + 3); });
+  a.k_per_row = {k, true, {1}};
+  a.rule = coin() ? Diversity::maxmin : Diversity::dpp;
+  const DType wide = a.features.dtype == DType::f64 ? DType::f64 : DType::f32;
+  if (coin()) a.relevance = floats(wide, {batch, length});
+  a.candidates = maybe_mask(batch, length);
+  a.keep = maybe_mask(batch, length);
+  a.first = coin() && length > 0 ? integer(0, length - 1) : -1;
+  a.capacity = integer(0, length + 3);
+  a.indices = allocate<int64_t>(batch * a.capacity);
+  a.counts = allocate<int32_t>(batch);
+  select_diverse(a);
+  check_selection(a.indices, a.counts, batch, a.capacity, length);
+}
+
 void run_inflection() {
   const int64_t batch = integer(0, 4), length = coin() ? any_length() : integer(0, 3000),
                 channels = integer(1, 70);
@@ -300,6 +320,7 @@ int main(int argc, char** argv) {
     run_token_contribution();
     run_passive_attention();
     run_select_topk();
+    run_select_diverse();
     run_inflection();
     run_compact_rows();
     memory.clear();

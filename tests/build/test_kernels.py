@@ -24,6 +24,7 @@ PER_ISA = tuple(
         "attention_scores",
         "cls_inflection",
         "passive_attention",
+        "select_diverse",
         "select_topk",
         "token_contribution",
     )

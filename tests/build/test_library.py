@@ -96,6 +96,10 @@ def test_results_do_not_depend_on_the_number_of_threads():
                 query, key[:, :, :70], key[:, :, :70], visual=visual, backend="native"
             ),
             vtp_kernels.cls_inflection(key[:, 0], query[:, 0, 0], backend="native")[1],
+            *(
+                vtp_kernels.select_diverse(key[:, 0], k, rule=rule, backend="native").indices
+                for k, rule in ((200, "maxmin"), (200, "dpp"), (9, "dpp"))
+            ),
         )
 
     threads = torch.get_num_threads()

@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[2].resolve()
 EPOCH = "1700000000"  # of SOURCE_DATE_EPOCH, if it is not set
 TORCHES = ("2.10", "2.11", "2.13")  # and the newest
 OLDEST_PYTHON = (3, 10)
-NATIVE_OPS = 9
+NATIVE_OPS = 10
 PROVIDED = ("libtorch.so", "libtorch_cpu.so", "libc10.so")  # by torch, wherever the wheel runs
 DISK_NEEDED = 15e9  # bytes, for a build of torch for CUDA as downloaded and installed
 

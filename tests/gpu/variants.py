@@ -229,6 +229,43 @@ def scores_and_masks(k_dtype):
     return make
 
 
+def signed_rows(dtype, channels, masks=False):
+    """Four signs in a row, and zeros: the cosines are exact, and many of them equal."""
+
+    def make(draw, batch, length):
+        order = draw.uniform(batch, length, channels).argsort(-1)
+        features = (2.0 * draw.bools(batch, length, channels) - 1.0).masked_fill(order > 3, 0.0)
+        features[:, 5::11, 0] = NAN
+        arguments = {"features": features.to(dtype), "k": length // 9}
+        if masks:
+            arguments["k"] = draw.integers(-2, length + 3, batch)
+            arguments["candidates"] = draw.bools(batch, length, p=0.7)
+            arguments["keep"] = draw.bools(batch, length, p=0.05)
+            arguments["capacity"] = length // 2 + 1
+        return arguments
+
+    return make
+
+
+def axes(dtype, channels):
+    """Rows along axes, which "dpp" takes once each."""
+
+    def make(draw, batch, length):
+        axis = draw.integers(0, channels, batch, length)
+        sizes = 2.0 ** draw.integers(-3, 4, batch, length)
+        features = torch.nn.functional.one_hot(axis, channels) * sizes[..., None]
+        return {
+            "features": features.to(dtype),
+            "k": draw.integers(-2, channels, batch),
+            "relevance": draw.integers(-9, 10, batch, length).float(),
+            "candidates": draw.bools(batch, length, p=0.7),
+            "keep": draw.bools(batch, length, p=0.05),
+            "capacity": length // 2 + 1,
+        }
+
+    return make
+
+
 def one_query(dtype, heads, kv_heads, dim):
     def make(draw, batch, length):
         return {
@@ -351,6 +388,9 @@ VARIANTS = [
     Variant("select_topk", "float16", scores_alone(HALF)),
     Variant("select_topk", "masks", scores_and_masks(torch.int32), {"threshold": -0.5}),
     Variant("select_topk", "k-per-row", scores_and_masks(torch.int64)),
+    Variant("select_diverse", "maxmin", signed_rows(BFLOAT, 64)),
+    Variant("select_diverse", "masks", signed_rows(FLOAT, 37, masks=True)),
+    Variant("select_diverse", "dpp", axes(HALF, 40), {"rule": "dpp"}),
     Variant("token_contribution", "bfloat16", one_query(BFLOAT, 8, 4, 128)),
     Variant("token_contribution", "float32", one_query(FLOAT, 6, 2, 80), {"scale": 0.05}),
     Variant("token_contribution", "float16", one_query(HALF, 8, 8, 64)),
@@ -432,6 +472,10 @@ def _check_select_topk(arguments, options, got) -> None:
     _check_selection(got, reference.select_topk(**arguments, **options))
 
 
+def _check_select_diverse(arguments, options, got) -> None:
+    _check_selection(got, reference.select_diverse(**arguments, **options))
+
+
 def _check_token_contribution(arguments, options, got) -> None:
     """As in tests/ops, where cosines are bounded case by case: no token is nearly all here."""
     cosine, norm = reference.token_contribution(**_wide(arguments), **options)
@@ -468,6 +512,7 @@ _CHECKS = {
     "attention_scores": _check_scores,
     "attention_topk": _check_attention_topk,
     "select_topk": _check_select_topk,
+    "select_diverse": _check_select_diverse,
     "token_contribution": _check_token_contribution,
     "passive_attention": _check_passive_attention,
     "compact_kv": _check_rows,

@@ -71,6 +71,15 @@ INPUTS = {
         "threshold": -0.5,
         "capacity": 9,
     },
+    "select_diverse": lambda draw: {
+        "features": draw.normal(2, 20, 8),
+        "k": draw.integers(0, 9, 2),
+        "rule": "dpp",
+        "relevance": draw.uniform(2, 20),
+        "candidates": draw.bools(2, 20),
+        "keep": draw.bools(2, 20, p=0.1),
+        "capacity": 9,
+    },
     "token_contribution": token_contribution,
     "passive_attention": passive_attention,
     "compact_kv": compact_kv,
@@ -205,6 +214,7 @@ MASK = torch.ones(1, 4, dtype=torch.bool)
 #: op, argument and what it has too many of -> every argument
 TOO_LONG = {
     ("select_topk", "scores"): {"scores": LONG[0, :, :, 0], "k": 3},
+    ("select_diverse", "features"): {"features": LONG[0], "k": 3},
     ("inflection", "curve"): {"curve": LONG[0, :, :, 0]},
     ("cls_inflection", "features"): {"features": LONG[0], "cls": LONG[0, 0, :1]},
     ("attention_scores", "query"): {
@@ -310,6 +320,7 @@ rows = torch.tensor([[0, 3], [1, 8]])
 with torch.no_grad():
     vtp.attention_scores(x, x, candidates=mask)
     vtp.select_topk(x[:, 0, 0], 3)
+    vtp.select_diverse(x[:, 0], 3)
     vtp.attention_topk(x, x, 3, candidates=mask)
     vtp.token_contribution(x[:, :, 0], x, x, candidates=mask)
     vtp.compact_kv([x], [x], rows)
