@@ -77,7 +77,6 @@ INPUTS = {
         "rule": "dpp",
         "relevance": draw.uniform(2, 20),
         "candidates": draw.bools(2, 20),
-        "keep": draw.bools(2, 20, p=0.1),
         "capacity": 9,
     },
     "token_contribution": token_contribution,
