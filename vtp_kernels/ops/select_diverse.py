@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from vtp_kernels import reference
-from vtp_kernels.ops import _checks
-from vtp_kernels.ops._dispatch import choose, kernel, rowwise, score_dtype
-from vtp_kernels.ops._fakes import register_fake
-from vtp_kernels.ops.select_topk import check_topk
 from vtp_kernels.selection import Selection
+
+from . import _checks
+from ._dispatch import choose, kernel, rowwise, score_dtype
+from ._fakes import register_fake
+from .select_topk import check_topk
 
 RULES = ("maxmin", "dpp")
 FARTHEST = "farthest"
