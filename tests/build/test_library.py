@@ -98,7 +98,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
             vtp_kernels.cls_inflection(key[:, 0], query[:, 0, 0], backend="native")[1],
             *(
                 vtp_kernels.select_diverse(key[:, 0], k, rule=rule, backend="native").indices
-                for k, rule in ((200, "maxmin"), (200, "dpp"), (9, "dpp"))
+                for k, rule in ((200, "maxmin"), (300, "dpp"), (9, "dpp"))
             ),
         )
 
