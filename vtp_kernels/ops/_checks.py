@@ -21,7 +21,8 @@ _debug = False
 
 
 def debug(enabled: bool = True) -> None:
-    """Turns checks that wait for the GPU on or off (off at first): the ranges of indices."""
+    """Turns checks that wait for the GPU on or off (off at first): of indices, and of numbers that
+    must be finite."""
     global _debug
     _debug = bool(enabled)
 
