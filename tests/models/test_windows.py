@@ -5,6 +5,7 @@ families, these among them, is in test_every_family.py.
 """
 
 import copy
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -19,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import vtp_kernels as vtp
 from vtp_kernels.contract.method import Method
+from vtp_kernels.contract.rows import PromptRows
 from vtp_kernels.models.attention.stand_ins import ScoringAttention
 
 SETTINGS = GREEDY | DETAILS | {"suppress_tokens": [IMAGE]}
@@ -109,8 +111,9 @@ class Looking(Method):
 
 
 @pytest.mark.parametrize("name", ["gemma3", "paligemma", "cohere2_vision"])
-def test_what_any_row_pays(name):
-    """Those too that see others behind them, and those whose windows differ."""
+def test_what_any_row_pays(name, monkeypatch):
+    """Those too that see others behind them, and those whose windows differ, some rows at once."""
+    monkeypatch.setattr(sys.modules[PromptRows.__module__], "LOGITS", 4 * 4 * 50)
     family = FAMILIES[name]
     model = family.model("eager")
     inputs = family.batch(model, ((0,), 9), ((1,), 3), ((), 5))

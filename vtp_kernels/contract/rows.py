@@ -32,6 +32,8 @@ from .vision import PromptVision
 __all__ = ["KINDS", "Kept", "PromptRows", "rows_of"]
 
 KINDS = ("text rows", "visual tokens")
+LOGITS = 1 << 24
+"""Of rows in a sliding window, how many are computed at once: 64 MiB."""
 
 
 class Kept(NamedTuple):
@@ -197,7 +199,7 @@ class PromptRows:
         past, observation = self.past if rotary else 0, self._observed()
         among = self.visual if among is None else among
         if len(range(*rows.indices(self.hidden.shape[1]))) > 1 and self._in_window(causal):
-            return self._scores_one_by_one(rows, query_valid, among, support, rotary)
+            return self._scores_in_windows(rows, query_valid, among, support, rotary)
         query, options = self._asked_of(observation, rows, query_valid, rotary, causal)
         return self._scores_of(query, options, past, among, support)
 
@@ -213,22 +215,41 @@ class PromptRows:
             )
         return True
 
-    def _scores_one_by_one(
+    def _scores_in_windows(
         self, rows: slice, query_valid: Tensor | None, among: Tensor, support: str, rotary: bool
     ) -> Tensor:
-        """The same of rows that see different keys: the op knows but one first key for all."""
-        past, total = self.past if rotary else 0, 0.0
-        first, last, _ = rows.indices(self.hidden.shape[1])
-        counts = torch.ones_like(self.visual[:, rows]) if query_valid is None else query_valid
-        for row in range(first, last):
-            query, options = self._asked_of(
-                self._observed(),
-                slice(row, row + 1),
-                counts[:, row - first : row - first + 1],
-                rotary,
-            )
-            total = total + self._scores_of(query, options, past, among, support)
-        return total / counts.sum(1, keepdim=True).clamp(min=1)
+        """The same of rows each of which sees keys from another one on. The op knows of last keys
+        alone, so a row is a batch entry of its own here, with keys of its own that are valid; all
+        entries read the same keys."""
+        past, observation = self.past if rotary else 0, self._observed()
+        query, options = self._asked_of(observation, rows, query_valid, rotary)
+        key, valid = options.pop("key"), options.pop("valid")
+        last, counts = options.pop("query_positions"), options.pop("query_valid")
+        columns = self._sight.columns[:, self.past - past :]
+        first = self._sight.first[:, rows]
+        candidates, total = behind(past, among), []
+        at_once = max(1, LOGITS // (query.shape[1] * key.shape[2]))
+        for prompt in range(len(query)):
+            score = torch.zeros((), device=query.device)
+            for some in torch.arange(query.shape[2]).split(at_once):
+                part = slice(int(some[0]), int(some[-1]) + 1)
+                seen = columns[prompt] >= first[prompt, part, None]
+                paid = attention_scores(
+                    query[prompt, :, part].transpose(0, 1)[:, :, None],
+                    key[prompt].expand(len(some), -1, -1, -1),
+                    candidates=candidates[prompt].expand(len(some), -1),
+                    valid=seen if valid is None else seen & valid[prompt],
+                    query_positions=last[prompt, part, None],
+                    support=support,
+                    **options,
+                )
+                if counts is not None:
+                    paid = paid * counts[prompt, part, None]
+                score = score + paid.sum(0)
+            total.append(score)
+        scores = torch.stack(total)
+        number = query.shape[2] if counts is None else counts.sum(1, keepdim=True).clamp(min=1)
+        return observation.heads(query).mean(scores / number, query)[:, past:]
 
     def _scores_of(
         self, query: Tensor, options: dict[str, Any], past: int, among: Tensor, support: str = "all"
@@ -249,7 +270,7 @@ class PromptRows:
         first, last, _ = rows.indices(self.hidden.shape[1])
         positions = None
         valid = self._key_valid() if past else self.valid
-        if self._in_window(causal):  # of one row: see attention_scores
+        if last - first == 1 and self._in_window(causal):  # of several: see attention_scores
             valid = _both(valid, self._sight.keys(first)[:, self.past - past :])
         if causal and self._sight is not None:
             positions = self._sight.last(rows) - (self.past - past)
