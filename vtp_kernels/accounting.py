@@ -177,7 +177,7 @@ def account(
         layer: passive_attention(text=text, visual=counts[layer], before_visual=before, passive=how)
         for layer, how in passive.items()
     }
-    spent = flops(config, [text + n for n in counts], attention=attention)
+    spent = flops(config, [text + n for n in counts], visual=counts, attention=attention)
     pairs = reads = 0
     for layer, n in enumerate(counts):
         if not layers[layer].pair:

@@ -48,6 +48,7 @@ def flops(
     config: Any,
     tokens: int | Sequence[int],
     *,
+    visual: int | Sequence[int] | None = None,
     keys: Sequence[int] | None = None,
     attention: Mapping[int, Attention] | None = None,
     images: int | Sequence[tuple[int, int]] = 0,
@@ -61,6 +62,9 @@ def flops(
         Of an image-text model, or of a text model alone.
     tokens : int, or one int per decoder layer
         Rows entering each layer: text and visual tokens together.
+    visual : int, or one int per decoder layer, optional
+        How many of these are visual tokens. Asked for by models that have experts for them alone
+        (ERNIE 4.5 VL); to others it makes no difference.
     keys : one int per decoder layer, optional
         Keys each layer attends to, where that is more than its rows (a cache came along).
     attention : {layer: Attention}, optional
@@ -83,6 +87,8 @@ def flops(
     ------
     NotImplementedError
         For language models, and with images for towers, whose layers were not looked at.
+    ValueError
+        For numbers that do not fit, or that are needed and not given.
 
     Examples
     --------
@@ -92,7 +98,7 @@ def flops(
     """
     config = getattr(config, "config", config)
     text = getattr(config, "text_config", config)
-    spent = sum(layer_flops(text, tokens, keys=keys, attention=attention))
+    spent = sum(layer_flops(text, tokens, visual=visual, keys=keys, attention=attention))
     if isinstance(images, int):
         macs = images * picture(config) if images else 0
     else:
@@ -105,6 +111,7 @@ def layer_flops(
     text: Any,
     tokens: int | Sequence[int],
     *,
+    visual: int | Sequence[int] | None = None,
     keys: Sequence[int] | None = None,
     attention: Mapping[int, Attention] | None = None,
 ) -> list[int]:
@@ -112,16 +119,31 @@ def layer_flops(
     layers = decoder_layers(text)
     rows = [tokens] * len(layers) if isinstance(tokens, int) else list(tokens)
     keys = rows if keys is None else list(keys)
-    for name, given in (("tokens", rows), ("keys", keys)):
+    shown = _visual(text, layers, visual)
+    for name, given in (("tokens", rows), ("visual", shown), ("keys", keys)):
         if len(given) != len(layers):
             raise ValueError(f"{name}: got {len(given)} numbers for {len(layers)} decoder layers")
     spent = []
-    for index, (layer, n, m) in enumerate(zip(layers, rows, keys, strict=True)):
+    for index, (layer, n, v, m) in enumerate(zip(layers, rows, shown, keys, strict=True)):
         of_layer = (attention or {}).get(index)
         if of_layer is not None:
             _check_attention(index, layer, m)
-        spent.append(2 * _decoder_layer(layer, n, m, of_layer))
+        if not 0 <= v <= n:
+            raise ValueError(f"visual: expected 0 to {n} of the tokens of layer {index}, got {v}")
+        spent.append(2 * _decoder_layer(layer, n, v, m, of_layer))
     return spent
+
+
+def _visual(text: Any, layers: list[DecoderLayer], visual: Any) -> list[int]:
+    """Visual tokens entering each layer; 0 where it makes no difference."""
+    if visual is None:
+        if any(layer.visual_mlp is not None for layer in layers):
+            raise ValueError(
+                f"visual: a {text.model_type!r} language model has experts for visual tokens "
+                "alone; say how many of the tokens are such, or 0"
+            )
+        return [0] * len(layers)
+    return [visual] * len(layers) if isinstance(visual, int) else list(visual)
 
 
 def passive_attention(
@@ -198,20 +220,24 @@ def _check_attention(index: int, layer: DecoderLayer, keys: int) -> None:
     """What a layer's attention computes can be said only where it goes over all keys."""
     if layer.pair and (layer.window is None or keys <= layer.window):
         return
-    what = f"sees {layer.window} of {keys} keys" if layer.pair else "is linear"
+    what = f"sees {layer.window} of {keys} keys" if layer.pair else "is linear, or a convolution"
     raise NotImplementedError(
         f"attention: of layer {index}, whose attention {what}, FLOPs with passive visual tokens "
         "are not known"
     )
 
 
-def _decoder_layer(layer: DecoderLayer, rows: int, keys: int, attention: Attention | None) -> int:
+def _decoder_layer(
+    layer: DecoderLayer, rows: int, visual: int, keys: int, attention: Attention | None
+) -> int:
     if attention is None:
         attention = Attention(rows, 2 * rows * min(keys, layer.window or keys))
     chunks = -(-rows // CHUNK)
+    visual_mlp = layer.mlp if layer.visual_mlp is None else layer.visual_mlp
     return (
         attention.rows * layer.projections
         + attention.pairs * layer.pair
         + chunks * layer.chunk
-        + rows * layer.mlp
+        + (rows - visual) * layer.mlp
+        + visual * visual_mlp
     )

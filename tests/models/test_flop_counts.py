@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, LINEAR
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CONFIG_MAPPING,
@@ -70,6 +70,7 @@ SIZES = {
     "moe_num_experts": 4,
     "moe_topk": 2,
     "moe_num_shared_experts": 1,
+    "block_multiple_of": 8,
     "n_group": 1,
     "topk_group": 1,
     "linear_num_key_heads": 2,
@@ -80,9 +81,15 @@ SIZES = {
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 OWN = {
     "cosmos3_edge_text": {"rope_parameters": MROPE},
+    "ernie4_5_vl_moe_text": {
+        "moe_intermediate_size": [40, 24],
+        "moe_k": 3,
+        "rope_parameters": MROPE | {"mrope_section": [3, 3, 2]},
+    },
     "glm4v_moe_text": {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}},
     "glm4v_text": {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}},
     "glm_ocr_text": {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}},
+    "lfm2": {"full_attn_idxs": [1, 3]},
     "paddleocr_vl_text": {"rope_parameters": MROPE},
     "qwen2_5_omni_text": {"rope_parameters": MROPE},
     "qwen2_5_vl_text": {"rope_parameters": MROPE},
@@ -94,6 +101,7 @@ OWN = {
     "qwen3_vl_text": {"rope_parameters": MROPE},
 }
 NOT_AUTO = {
+    "ernie4_5_vl_moe_text": ("ernie4_5_vl_moe", "Ernie4_5_VLMoeTextModel"),
     "granite4_vision_text": ("granite4_vision", "Granite4VisionTextModel"),
     "qwen3_omni_moe_text": ("qwen3_omni_moe", "Qwen3OmniMoeThinkerTextModel"),
     "paddleocr_vl_text": ("paddleocr_vl", "PaddleOCRTextModel"),
@@ -121,8 +129,26 @@ def test_language_models(kind):
     model = language_model(kind)
     rows = torch.randn(1, 7, 64)
     torch_count = counted(lambda: model(inputs_embeds=rows, use_cache=False))
-    tolerance = 0.01 if "qwen3_5" in kind else CLOSE  # its convolution is padded
-    assert vtp.flops(model, 7) == pytest.approx(torch_count, rel=tolerance)
+    padded = "qwen3_5" in kind or kind == "lfm2"  # their convolutions
+    tolerance = 0.01 if padded else CLOSE
+    assert vtp.flops(model, 7, visual=0) == pytest.approx(torch_count, rel=tolerance)
+
+
+def test_experts_for_visual_tokens():
+    """Of five rows three are visual."""
+    model, rows = language_model("ernie4_5_vl_moe_text"), torch.randn(1, 5, 64)
+    types = torch.tensor([[0, 1, 1, 2, 0]])
+    torch_count = counted(
+        lambda: model(inputs_embeds=rows, moe_mm_token_type_ids=types, use_cache=False)
+    )
+    assert vtp.flops(model, 5, visual=3) == pytest.approx(torch_count, rel=CLOSE)
+    assert vtp.flops(model, 5, visual=0) > vtp.flops(model, 5, visual=5)
+    with pytest.raises(ValueError, match=r"visual: a 'ernie4_5_vl_moe_text' .* experts for visual"):
+        vtp.flops(model, 5)
+    with pytest.raises(ValueError, match="visual: expected 0 to 5 of the tokens of layer 0, got 6"):
+        vtp.flops(model, 5, visual=6)
+    with pytest.raises(ValueError, match="visual: got 2 numbers for 4 decoder layers"):
+        vtp.flops(model, 5, visual=[3, 2])
 
 
 def test_sliding_layers_see_their_window():
@@ -149,7 +175,7 @@ def test_chunks_of_linear_attention():
 
 
 def of_pictures(model, images):
-    return vtp.flops(model, 1, images=images) - vtp.flops(model, 1)
+    return vtp.flops(model, 1, visual=1, images=images) - vtp.flops(model, 1, visual=1)
 
 
 def features_of(model, picture):
@@ -168,6 +194,9 @@ def model(family):
     model = family.model("eager")
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
+    for module in model.modules():  # those of Segment Anything are chosen when they are made
+        if type(module).__name__ == "SamVisionSdpaAttention":
+            module.__class__ = type(module).__base__
     return model.requires_grad_(False)
 
 
@@ -199,6 +228,8 @@ def test_pictures(family, model):
     picture = family.picture(torch.Generator().manual_seed(0), 2)
     vision = model.config.vision_config
     images = picture["pixel_values"].shape[:-3].numel()
+    if "image_merge_sizes" in picture:
+        picture["image_merge_sizes"] = torch.ones(1, dtype=torch.int64)  # as its processor says
     if "image_grid_thw" in picture:
         images = [[vision.patch_size * n for n in picture["image_grid_thw"][0, 1:].tolist()]]
     elif vision.model_type == "pixtral":
@@ -215,7 +246,7 @@ LLAVA = {"text_config": LlamaConfig(**tiny.TEXT), "image_token_index": tiny.IMAG
 
 
 def other_kinds():
-    """(config, picture, its size): what the pages' own small models do not have."""
+    """(config, picture, its size or its crops'): what the pages' own small models do not have."""
     several = {"vision_feature_layer": [-2, -1], "vision_feature_select_strategy": "full"}
     yield LlavaConfig(vision_config=tiny.clip(), **LLAVA, **several), PIXELS, SIZE
     pixtral = PixtralVisionConfig(**tiny.VISION, head_dim=8, image_size=56, patch_size=14)
@@ -247,6 +278,26 @@ def other_kinds():
     ovis = FAMILIES["ovis2"].make().config
     ovis.vision_config.hidden_stride = 2
     yield ovis, PIXELS, SIZE
+    idefics2, granite = FAMILIES["idefics2"], FAMILIES.get("granite4_vision")
+    config = idefics2.make().config
+    config.perceiver_config.resampler_depth = 2
+    smaller = {"pixel_values": torch.ones(1, 1, 3, 28, 56)}
+    yield config, smaller | {"pixel_attention_mask": torch.ones(1, 1, 28, 56)}, (28, 56)
+    if granite is not None:
+        config = granite.make().config
+        config.downsample_rate, former = "2/4", config.qformer_config
+        former.num_hidden_layers, former.cross_attention_frequency = 3, 2
+        yield config, granite.picture(torch.Generator(), 0), [SIZE] * 3
+    config = LINEAR["lfm2_vl"].make().config
+    tiles = LINEAR["lfm2_vl"].picture(torch.Generator(), 2)
+    for name in ("pixel_values", "pixel_attention_mask"):
+        tiles[name] = tiles[name][:, :24]  # without what fills it up
+    yield config, tiles, (24, 16)
+    for name in ("minicpmv4_6", "minicpm_ocr"):
+        if name in LINEAR:
+            config = LINEAR[name].make().config
+            config.merger_times = 1 if name == "minicpm_ocr" else 2
+            yield config, LINEAR[name].picture(torch.Generator(), 0), (64, 64)
     text = SIZES | {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}}
     qwen = {"vision_config": QWEN_VISION | {"num_position_embeddings": 64}, "text_config": text}
     for kind in (Qwen3_5Config, Qwen3_5MoeConfig):
@@ -258,7 +309,9 @@ def other_kinds():
 )
 def test_other_kinds_of_pictures(config, picture, size):
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
-    assert of_pictures(model, [size]) == pytest.approx(features_of(model, picture), rel=CLOSE)
+    model.requires_grad_(False)
+    sizes = size if isinstance(size, list) else [size]
+    assert of_pictures(model, sizes) == pytest.approx(features_of(model, picture), rel=CLOSE)
 
 
 def test_the_head_of_a_tower():

@@ -111,6 +111,108 @@ def _got_ocr2(config: Any, seen: Features) -> int:
     return first + tokens * out * (9 * 2 * channels + out)
 
 
+def _deepseek_hybrid(config: Any, seen: Features) -> int:
+    """A second tower, and a neck once more; both are scaled to four times the patches of the first,
+    and two convolutions bring each down to these."""
+    larger, out = config.high_res_vision_config, config.text_config.hidden_size
+    second = features(larger, larger.model_type, None)
+    channels, tokens = second.channels, seen.rows * seen.columns
+    neck = second.rows * second.columns * channels * (larger.hidden_size + 9 * channels)
+    down = 4 * tokens * 9 * channels * 2 * channels + tokens * 9 * 2 * channels * 4 * channels
+    aligner = tokens * (out // 2 * (seen.channels + 4 * channels) + out * out)
+    return second.macs + neck + 2 * down + aligner
+
+
+def _idefics2(config: Any, seen: Features) -> int:
+    """A gated MLP of all patches, and layers of latents that attend to these and to each other."""
+    perceiver, text = config.perceiver_config, config.text_config
+    patches, width, latents = (
+        seen.rows * seen.columns,
+        perceiver.hidden_size,
+        perceiver.resampler_n_latents,
+    )
+    projection = patches * text.intermediate_size * (2 * seen.channels + text.hidden_size)
+    queries = perceiver.resampler_n_heads * perceiver.resampler_head_dim
+    keys = perceiver.num_key_value_heads * perceiver.resampler_head_dim
+    everything = patches + latents
+    layer = 2 * latents * width * queries + 2 * everything * width * keys
+    layer += 2 * latents * everything * queries + latents * 12 * width**2
+    return projection + perceiver.resampler_depth * layer
+
+
+def _aria(config: Any, seen: Features) -> int:
+    """Queries attend to all patches, behind two projections each."""
+    patches, width, out = seen.rows * seen.columns, seen.channels, config.text_config.hidden_size
+    tokens = {int(k): v for k, v in config.projector_patch_to_query_dict.items()}.get(patches)
+    if tokens is None:
+        raise ValueError(
+            f"images: {patches} patches, and projector_patch_to_query_dict has "
+            f"{sorted(map(int, config.projector_patch_to_query_dict))}"
+        )
+    attending = (4 * tokens + 4 * patches) * width**2 + 2 * tokens * patches * width
+    return attending + tokens * out * (width + out)
+
+
+def _granite_docling(config: Any, seen: Features) -> int:
+    """Squares of patches become a token, once more for each layer whose features come between
+    those of the decoder; and the patches vote for the size of squares. By the coarse way."""
+    vision = config.vision_config
+    square, out, patches = vision.scale_factor**2, vision.out_hidden_size, seen.rows * seen.columns
+    merging = patches * seen.channels * out + patches // square * out**2
+    votes = patches * seen.channels if config.density_router_hidden_size is not None else 0
+    return (1 + len(vision.deepstack_visual_indexes)) * merging + votes
+
+
+def _granite4_vision(config: Any, seen: Features) -> int:
+    """Queries of a window attend to each other, and to its patches; once for each layer that gets
+    them."""
+    former, width = config.qformer_config, seen.channels
+    query_side, side = map(int, config.downsample_rate.split("/"))
+    windows = (seen.rows // side) * (seen.columns // side)
+    queries, patches = query_side**2, side**2
+    mlp = 2 * width * former.intermediate_size
+    itself = queries * (4 * width**2 + mlp) + 2 * queries**2 * width
+    across = 2 * width**2 * (queries + patches) + 2 * queries * patches * width
+    layers = former.num_hidden_layers
+    crossing = -(-layers // former.cross_attention_frequency)
+    out = queries * width * config.text_config.hidden_size
+    times = len(config.deepstack_layer_map) + len(config.spatial_target_layers)
+    return times * windows * (layers * itself + crossing * across + out)
+
+
+def _video_llama_3(config: Any, seen: Features) -> int:
+    """A token for each patch, as pictures have: those of videos are scaled down before."""
+    return _two_layers(config, seen.rows * seen.columns, seen.channels)
+
+
+def _ernie(config: Any, seen: Features) -> int:
+    """Of a picture, which is taken for two frames."""
+    vision = config.vision_config
+    square = seen.channels * vision.spatial_merge_size**2
+    frames = square * vision.temporal_merge_size
+    row = square * (square + square + frames + square + config.text_config.hidden_size)
+    return seen.rows * seen.columns * row
+
+
+def _lfm2(config: Any, seen: Features) -> int:
+    side, inner = config.downsample_factor, config.projector_hidden_size
+    tokens = (seen.rows // side) * (seen.columns // side)
+    return tokens * inner * (side**2 * seen.channels + config.text_config.hidden_size)
+
+
+def _minicpm(config: Any, seen: Features) -> int:
+    if config.downsample_mode == "4x":
+        raise NotImplementedError(
+            "images: FLOPs of a vision tower that merges no patches between its layers "
+            "(downsample_mode='4x') are not known; count them elsewhere and pass images=0"
+        )
+    rows, width, macs = seen.rows * seen.columns, seen.channels, 0
+    for left in reversed(range(config.merger_times)):
+        rows //= 4
+        macs += rows * 4 * width * (4 * width + (width if left else config.text_config.hidden_size))
+    return macs
+
+
 def _two_layers(config: Any, rows: int, width: int) -> int:
     out = config.text_config.hidden_size
     return rows * out * (width + out)
@@ -124,25 +226,36 @@ def _layers(config: Any) -> int:
 
 
 PROJECTORS: dict[str, Callable[[Any, Features], int]] = {
+    "aria": _aria,
     "aya_vision": _cohere,
     "cohere2_vision": _cohere,
     "cosmos3_edge": _cosmos3_edge,
     "deepseek_vl": _deepseek,
+    "deepseek_vl_hybrid": _deepseek_hybrid,
+    "ernie4_5_vl_moe": _ernie,
+    "exaone4_5": _nothing,
     "gemma3": _gemma3,
     "glm46v": _nothing,
     "glm4v": _nothing,
     "glm4v_moe": _nothing,
     "glm_ocr": _nothing,
     "got_ocr2": _got_ocr2,
+    "granite4_vision": _granite4_vision,
+    "granite_docling": _granite_docling,
     "hyperclovax_vision_v2": _one_layer,
+    "idefics2": _idefics2,
     "idefics3": _one_layer,
     "internvl": _internvl,
     "janus": _janus,
+    "lfm2_vl": _lfm2,
     "lighton_ocr": _mistral3,
     "llava": _llava,
     "llava_next": _llava,
     "llava_next_video": _llava,
     "llava_onevision": _llava,
+    "minicpm_ocr": _minicpm,
+    "minicpmv4_6": _minicpm,
+    "minicpmv4_7": _minicpm,
     "mistral3": _mistral3,
     "ovis2": _one_layer,
     "paddleocr_vl": _paddleocr,
@@ -157,6 +270,7 @@ PROJECTORS: dict[str, Callable[[Any, Features], int]] = {
     "qwen3_vl": _nothing,
     "qwen3_vl_moe": _nothing,
     "smolvlm": _one_layer,
+    "video_llama_3": _video_llama_3,
     "video_llava": _llava,
     "vipllava": _vipllava,
 }

@@ -16,7 +16,8 @@ class DecoderLayer(NamedTuple):
 
     `projections` and `mlp` for each row; `pair` for each row with each key, once for their logit
     and once for the value; `chunk` for each CHUNK rows begun, in layers of linear attention, which
-    have no pairs. A row sees at most `window` keys.
+    have no pairs. A row sees at most `window` keys. `visual_mlp`: of visual rows, where these go
+    through others than text does.
     """
 
     projections: int
@@ -24,6 +25,7 @@ class DecoderLayer(NamedTuple):
     pair: int = 0
     chunk: int = 0
     window: int | None = None
+    visual_mlp: int | None = None
 
 
 def decoder_layers(text: Any) -> list[DecoderLayer]:
@@ -40,8 +42,13 @@ def decoder_layers(text: Any) -> list[DecoderLayer]:
         name = _layer_type(text, layer)
         if name == "linear_attention" and kind in QWEN3_5:
             layers.append(_delta_net(text, mlp(text, layer)))
+        elif name == "conv" and kind == "lfm2":
+            layers.append(_short_convolution(text, mlp(text, layer)))
         elif name in (None, "full_attention", "sliding_attention"):
-            layers.append(_attention(text, mlp(text, layer), name))
+            attention = _attention(text, mlp(text, layer), name)
+            if kind in VISUAL_MLP:
+                attention = attention._replace(visual_mlp=VISUAL_MLP[kind](text, layer))
+            layers.append(attention)
         else:
             raise NotImplementedError(
                 f"FLOPs of a {kind!r} language model are not known: its layer {layer} is a "
@@ -95,6 +102,13 @@ def _delta_net(text: Any, mlp: int) -> DecoderLayer:
     )
 
 
+def _short_convolution(text: Any, mlp: int) -> DecoderLayer:
+    """Of three parts of what a row is projected to, one goes through a convolution of each channel,
+    and the others are gates. It has no pairs."""
+    width = text.hidden_size
+    return DecoderLayer(projections=width * (4 * width + text.conv_L_cache), mlp=mlp)
+
+
 # ---- MLP ------------------------------------------------------------------------------------
 
 
@@ -138,6 +152,34 @@ def _glm_experts(text: Any, layer: int) -> int:
     return text.hidden_size * (text.n_routed_experts + 3 * experts * text.moe_intermediate_size)
 
 
+def _lfm2(text: Any, layer: int) -> int:
+    """Gated, of a width that is rounded up."""
+    inner = text.intermediate_size
+    if text.block_auto_adjust_ff_dim:
+        inner = int(2 * inner / 3)
+        if text.block_ffn_dim_multiplier is not None:
+            inner = int(text.block_ffn_dim_multiplier * inner)
+            inner = -(-inner // text.block_multiple_of) * text.block_multiple_of
+    return 3 * text.hidden_size * inner
+
+
+def _ernie_text(text: Any, layer: int) -> int:
+    return _ernie(text, layer, text.moe_intermediate_size[0])
+
+
+def _ernie_visual(text: Any, layer: int) -> int:
+    return _ernie(text, layer, text.moe_intermediate_size[1])
+
+
+def _ernie(text: Any, layer: int, inner: int) -> int:
+    """Text and visual rows have experts of their own, and those of all rows besides; the first
+    layers have none."""
+    if text.mlp_layer_types[layer] != "sparse":
+        return _gated(text, layer)
+    shared = text.moe_intermediate_size[0] * text.moe_num_shared_experts
+    return text.hidden_size * (text.moe_num_experts + 3 * (text.moe_k * inner + shared))
+
+
 def _aria(text: Any, layer: int) -> int:
     """Experts of all rows beside the chosen ones, all of one size."""
     experts = text.moe_topk + text.moe_num_shared_experts
@@ -151,12 +193,16 @@ QWEN3_5 = ("qwen3_5_text", "qwen3_5_moe_text")
 """Model types with gated delta nets, and with a gate on what the other layers' attention puts out,
 which the query's projection makes."""
 
+VISUAL_MLP: dict[str, Callable[[Any, int], int]] = {"ernie4_5_vl_moe_text": _ernie_visual}
+"""As TEXT, of visual rows, where these have an MLP of their own."""
+
 TEXT: dict[str, Callable[[Any, int], int]] = {
     **dict.fromkeys(
         (
             "cohere",
             "cohere2",
             "ernie4_5",
+            "exaone4",
             "gemma",
             "gemma2",
             "gemma3_text",
@@ -186,6 +232,8 @@ TEXT: dict[str, Callable[[Any, int], int]] = {
     ),
     **dict.fromkeys(("apertus", "cosmos3_edge_text", "starcoder2"), _plain),
     "aria_text": _aria,
+    "ernie4_5_vl_moe_text": _ernie_text,
+    "lfm2": _lfm2,
     "mixtral": _mixtral,
     **dict.fromkeys(("qwen3_moe", "qwen3_omni_moe_text", "qwen3_vl_moe_text"), _qwen_experts),
     **dict.fromkeys(("qwen2_moe", "qwen3_5_moe_text"), _qwen_shared_expert),

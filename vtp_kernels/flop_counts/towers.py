@@ -83,10 +83,14 @@ def _embedding(vision: Any, patches: int, width: int) -> int:
     return patches * width * channels * tall * broad * _pair(frames)[0]
 
 
-def _layer(rows: int, width: int, mlp: int, pairs: int | None = None) -> int:
-    """`mlp`: of a row; `pairs` of rows that see each other, or all."""
+def _layer(
+    rows: int, width: int, mlp: int, pairs: int | None = None, keys: int | None = None
+) -> int:
+    """`mlp`: of a row; `pairs` of rows that see each other, or all; `keys`: their width, where that
+    is less."""
     pairs = rows * rows if pairs is None else pairs
-    return 4 * rows * width**2 + 2 * pairs * width + rows * mlp
+    keys = width if keys is None else keys
+    return 2 * rows * width * (width + keys) + 2 * pairs * width + rows * mlp
 
 
 # ---- towers ---------------------------------------------------------------------------------
@@ -98,7 +102,15 @@ def _clip(vision: Any, size: Size) -> Features:
 
 def _siglip(vision: Any, size: Size) -> Features:
     """Some have a head in which one query attends to all patches; it runs, though nobody asks."""
-    found = _plain(vision, size)
+    return _with_head(vision, _plain(vision, size))
+
+
+def _siglip2(vision: Any, size: Size) -> Features:
+    """The same of pictures in all sizes, without what fills them up to the largest."""
+    return _with_head(vision, _of_patches(vision, _any_size(vision, size, 1)))
+
+
+def _with_head(vision: Any, found: Features) -> Features:
     if not getattr(vision, "vision_use_head", True):
         return found
     width, rows = vision.hidden_size, found.rows * found.columns
@@ -106,11 +118,21 @@ def _siglip(vision: Any, size: Size) -> Features:
     return found._replace(macs=found.macs + head)
 
 
+def _idefics(vision: Any, size: Size) -> Features:
+    """Of tiles in one size; and of pictures in their own, where these come whole (Aria, Idefics
+    2)."""
+    return _of_patches(vision, _any_size(vision, size or _pair(vision.image_size), 1))
+
+
 def _plain(vision: Any, size: Size, others: int = 0) -> Features:
-    rows, columns = _one_size(vision, size)
-    width, patches = vision.hidden_size, rows * columns
-    layer = _layer(patches + others, width, 2 * width * vision.intermediate_size)
-    macs = _embedding(vision, patches, width) + vision.num_hidden_layers * layer
+    return _of_patches(vision, _one_size(vision, size), others)
+
+
+def _of_patches(vision: Any, patches: tuple[int, int], others: int = 0) -> Features:
+    rows, columns = patches
+    width, total = vision.hidden_size, rows * columns
+    layer = _layer(total + others, width, 2 * width * vision.intermediate_size)
+    macs = _embedding(vision, total, width) + vision.num_hidden_layers * layer
     return Features(macs, rows, columns, width, others)
 
 
@@ -137,11 +159,23 @@ def _pixtral(vision: Any, size: Size) -> Features:
 
 
 def _siglip_of_any_size(vision: Any, size: Size) -> Features:
-    rows, columns = _any_size(vision, size, vision.spatial_merge_size)
-    width, patches = vision.hidden_size, rows * columns
-    layer = _layer(patches, width, 2 * width * vision.intermediate_size)
-    macs = _embedding(vision, patches, width) + vision.num_hidden_layers * layer
-    return Features(macs, rows, columns, width)
+    merged = getattr(vision, "spatial_merge_size", 1)
+    return _of_patches(vision, _any_size(vision, size, merged))
+
+
+def _minicpm(vision: Any, size: Size) -> Features:
+    """Between two layers squares of patches become a row: they attend to each other, and an MLP
+    merges them."""
+    side = vision.window_kernel_size[0]
+    rows, columns = _any_size(vision, size, 2 * side)
+    width, patches, square = vision.hidden_size, rows * columns, side**2
+    fewer, before = patches // square, vision.insert_layer_id + 1
+    mlp = 2 * width * vision.intermediate_size
+    macs = _embedding(vision, patches, width) + before * _layer(patches, width, mlp)
+    macs += _layer(patches, width, 0, pairs=patches * square)
+    macs += fewer * vision.window_intermediate_size * (vision.window_hidden_size + width)
+    macs += (vision.num_hidden_layers - before) * _layer(fewer, width, mlp)
+    return Features(macs, rows // side, columns // side, width)
 
 
 def _qwen2(vision: Any, size: Size) -> Features:
@@ -161,7 +195,9 @@ def _qwen2_5(vision: Any, size: Size) -> Features:
         (mlp, None if layer in vision.fullatt_block_indexes else pairs)
         for layer in range(vision.depth)
     ]
-    return _merged(vision, size, width, layers, vision.out_hidden_size)
+    head_dim = width // vision.num_heads
+    keys = getattr(vision, "num_key_value_heads", vision.num_heads) * head_dim
+    return _merged(vision, size, width, layers, vision.out_hidden_size, keys=keys)
 
 
 def _in_windows(length: int, side: int) -> int:
@@ -184,6 +220,7 @@ def _merged(
     layers: list[tuple[int, int | None]],
     out: int,
     mergers: int = 1,
+    keys: int | None = None,
 ) -> Features:
     """A tower with layers of (mlp, pairs), and an MLP that makes one token of a square of patches;
     with several, the others' tokens go to layers of the decoder."""
@@ -192,8 +229,18 @@ def _merged(
     patches, square = rows * columns, width * merge**2
     merger = patches // merge**2 * square * (square + out)
     macs = _embedding(vision, patches, width) + mergers * merger
-    macs += sum(_layer(patches, width, mlp, pairs) for mlp, pairs in layers)
+    macs += sum(_layer(patches, width, mlp, pairs, keys) for mlp, pairs in layers)
     return Features(macs, rows // merge, columns // merge, out)
+
+
+def _ernie(vision: Any, size: Size) -> Features:
+    """Squares are merged behind it."""
+    width, merge = vision.hidden_size, vision.spatial_merge_size
+    rows, columns = _any_size(vision, size, merge)
+    patches = rows * columns
+    layer = _layer(patches, width, 2 * width * vision.intermediate_size)
+    macs = _embedding(vision, patches, width) + vision.depth * layer
+    return Features(macs, rows // merge, columns // merge, width)
 
 
 def _glm4v(vision: Any, size: Size) -> Features:
@@ -217,7 +264,7 @@ def _convolved(vision: Any, size: Size, inner: int, merger_inner: int) -> Featur
     return Features(macs, rows // merge, columns // merge, out)
 
 
-def _got_ocr2(vision: Any, size: Size) -> Features:
+def _sam(vision: Any, size: Size) -> Features:
     """Segment Anything's: windows, padded to be full, in all layers but some; positions of a row's
     place to others' rows and columns are products, too."""
     rows, columns = _one_size(vision, size)
@@ -238,13 +285,20 @@ def _got_ocr2(vision: Any, size: Size) -> Features:
 TOWERS: dict[str, Callable[[Any, Size], Features]] = {
     "clip_vision_model": _clip,
     "cosmos3_edge_vision": _siglip_of_any_size,
+    "ernie4_5_vl_moe_vision": _ernie,
+    "exaone4_5_vision": _qwen2_5,
     "glm4v_moe_vision": _glm4v,
     "glm4v_vision": _glm4v,
     "glm_ocr_vision": _glm_ocr,
-    "got_ocr2_vision": _got_ocr2,
-    "idefics3_vision": _plain,
+    "granite_docling_vision": _plain,
+    "idefics2_vision": _idefics,
+    "got_ocr2_vision": _sam,
+    "idefics3_vision": _idefics,
     "internvl_vision": _clip,
     "janus_vision_model": _plain,
+    "minicpm_ocr_vision": _minicpm,
+    "minicpmv4_6_vision": _minicpm,
+    "minicpmv4_7_vision": _minicpm,
     "ovis2_vision": _ovis2,
     "paddleocr_vl_vision": _siglip_of_any_size,
     "pixtral": _pixtral,
@@ -261,8 +315,11 @@ TOWERS: dict[str, Callable[[Any, Size], Features]] = {
     "qwen3_vl_moe": _qwen3,
     "qwen3_vl_moe_vision": _qwen3,
     "qwen3_vl_vision": _qwen3,
+    "sam_vision_model": _sam,
+    "siglip2_vision_model": _siglip2,
     "siglip_vision_model": _siglip,
     "smolvlm_vision": _plain,
+    "video_llama_3_vision": _siglip_of_any_size,
 }
 """{model_type: what a tower with that configuration makes of a picture of that size}; several have
 had two names."""

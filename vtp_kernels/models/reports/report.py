@@ -299,8 +299,8 @@ class PrefillRecord:
         past = self._past(batch)
         keys, dense_keys = _add(tokens, past), _add(dense, past)
         try:
-            dense_layers = self._flops(dense, dense_keys, [{}] * batch)
-            layers = self._flops(tokens, keys, self._attention(text, visual, past))
+            dense_layers = self._flops(dense, [self.visual] * self.depth, dense_keys, [{}] * batch)
+            layers = self._flops(tokens, visual, keys, self._attention(text, visual, past))
             spent, dense_spent, unknown = sum(layers) + self._deciding(), sum(dense_layers), None
         except NotImplementedError as error:
             spent, dense_spent, layers, dense_layers = None, None, None, None
@@ -414,12 +414,16 @@ class PrefillRecord:
     def _flops(
         self,
         tokens: list[list[int]],
+        visual: list[list[int]],
         keys: list[list[int]],
         attention: list[dict[int, Attention]],
     ) -> list[int]:
         """Of each layer, all prompts."""
-        prompts = zip(zip(*tokens, strict=True), zip(*keys, strict=True), attention, strict=True)
-        spent = [layer_flops(self.config, n, keys=m, attention=a) for n, m, a in prompts]
+        by_prompt = (zip(*counts, strict=True) for counts in (tokens, visual, keys))
+        spent = [
+            layer_flops(self.config, n, visual=v, keys=m, attention=a)
+            for n, v, m, a in zip(*by_prompt, attention, strict=True)
+        ]
         return [sum(of_layer) for of_layer in zip(*spent, strict=True)]
 
     def _deciding(self) -> int:
