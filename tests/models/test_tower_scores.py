@@ -1,5 +1,7 @@
 """What tokens get in every kind of vision tower: as the tower's own attention weights say."""
 
+from unittest import mock
+
 import pytest
 import torch
 from inflection_reference import knee
@@ -11,7 +13,10 @@ from tower_models import (
     masked_pictures,
     packed_pictures,
     patched_pictures,
+    pictures_to_scale,
+    random,
     sized_pictures,
+    sliced_pictures,
     square_pictures,
     tower_model,
     videos,
@@ -27,6 +32,7 @@ from tower_reference import (
 
 import vtp_kernels as vtp
 from vtp_kernels.models.families import FAMILIES as PAGES
+from vtp_kernels.models.families.tiny import anyres
 from vtp_kernels.models.pictures.watch import SEEN, VisionWatch
 from vtp_kernels.models.towers.idefics import IdeficsLayers
 from vtp_kernels.models.towers.packed import received_in_segments
@@ -42,9 +48,13 @@ QWEN = (
     "qwen3_5",
     "cosmos3_edge",
     "hyperclovax_vision_v2",
+    "glm4v",
+    "glm4v_moe",
+    "glm46v",
+    "glm_ocr",
+    "exaone4_5",
 )
-PICTURES_ALONE = ("glm4v", "glm4v_moe", "glm46v", "glm_ocr", "ernie4_5_vl_moe")
-WINDOWS = ("qwen2_5_vl", "qwen2_5_omni_thinker", "hyperclovax_vision_v2")
+WINDOWS = ("qwen2_5_vl", "qwen2_5_omni_thinker", "hyperclovax_vision_v2", "exaone4_5")
 PATCHES = [16, 12, 8]  # of the three pictures that have a size of their own
 
 
@@ -54,7 +64,7 @@ def look(name, modality, given, attention="eager"):
     tower = PAGES[family].tower(base)
     watch = VisionWatch(base, tower, "attention", None)
     watch.attach()
-    with torch.no_grad(), eager_weights(tower.scoring(given)) as weights:
+    with torch.no_grad(), eager_weights(tower.scoring(modality, given)) as weights:
         # The pixels of videos have different names in different versions.
         pixels, *more = given.items()
         encode = getattr(base, f"get_{modality}_features")
@@ -163,7 +173,7 @@ def test_padding_of_siglip2_neither_pays_nor_counts():
 @pytest.mark.parametrize(
     "name, modality",
     [
-        *((name, "image") for name in (*QWEN, *PICTURES_ALONE) if name in TOWER_MODELS),
+        *((name, "image") for name in (*QWEN, "ernie4_5_vl_moe") if name in TOWER_MODELS),
         *((name, "video") for name in QWEN if name in TOWER_MODELS),
     ],
 )
@@ -196,11 +206,224 @@ def test_squares_of_paddleocr_have_the_mean_of_their_patches():
     assert in_order(seen) == 34
 
 
+def means(states, received, patches):
+    """Of tokens, the mean of what the patches behind them have."""
+    features = torch.stack([states[square].mean(0) for square in patches])
+    return features, torch.stack([received[square].mean() for square in patches])
+
+
+def test_tokens_of_ernies_videos_show_two_frames():
+    grids = [[4, 4, 8], [2, 8, 4]]
+    given = pictures_of("ernie4_5_vl_moe", grids, "video")
+    base, seen, weights, output = look("ernie4_5_vl_moe", "video", given)
+    states = output.last_hidden_state
+    patches = patches_behind(lambda x: base.resampler_model(x, torch.tensor(grids)), states)
+    assert {len(square) for square in patches} == {8}
+    _, paid = means(states, torch.cat([paid.mean((0, 1, 2)) for paid in weights]), patches)
+    assert_seen(seen, torch.cat(output.pooler_output).split(8), paid.split(8))
+    assert in_order(seen) == 24
+
+
+@pytest.mark.parametrize("modality", ["image", "video"])
+def test_what_videollama_scales_down(modality):
+    """Squares of patches, by a factor that each picture has for itself."""
+    grids = GRIDS if modality == "image" else VIDEO_GRIDS
+    given, before = pictures_to_scale(grids, modality), []
+    vision = tower_model("video_llama_3")[1].vision_model
+    hook = vision.post_layernorm.register_forward_hook(lambda m, args, out: before.append(out))
+    base, seen, weights, output = look("video_llama_3", modality, given)
+    hook.remove()
+    vision, merges = base.vision_model, given[f"{modality}_merge_sizes"]
+    states = torch.cat([paid.mean((0, 1, 2))[:, None] for paid in weights])
+    patches = patches_behind(
+        lambda x: vision.pixel_unshuffle(x, torch.tensor(grids), merges), states
+    )
+    assert {len(square) for square in patches} == {1, 4}
+    _, paid = means(states, states[:, 0], patches)
+    frames = [
+        h * w // merge**2
+        for (t, h, w), merge in zip(grids, merges.tolist(), strict=True)
+        for _ in range(t)
+    ]
+    assert_seen(seen, output.last_hidden_state.split(frames), paid.split(frames))
+    assert in_order(seen) == len(torch.cat(output.pooler_output))
+
+
+@pytest.mark.parametrize("mode", ["16x", "4x"])
+@pytest.mark.parametrize("name", ["minicpmv4_6", "minicpmv4_7", "minicpm_ocr"])
+@pytest.mark.parametrize("modality", ["image", "video"])
+def test_squares_of_minicpm_have_the_mean_of_what_the_last_layer_has(name, mode, modality):
+    if name not in TOWER_MODELS:
+        pytest.skip("not taken of this transformers")
+    given = sliced_pictures(modality)
+    sizes = given[f"target_sizes{'_videos' if modality == 'video' else ''}"]
+    sizes = sizes if mode == "4x" else sizes // 2
+    base, seen, weights, output = look(name, modality, given | {"downsample_mode": mode})
+    states = output.last_hidden_state[0]
+    patches = patches_behind(lambda x: torch.cat(base.merger(x[None], sizes)), states)
+    received = torch.cat([paid.mean((0, 1, 2)) for paid in weights])
+    features, paid = means(states, received, patches)
+    counts = [len(rows) for rows in output.pooler_output]
+    assert_seen(seen, features.split(counts), paid.split(counts))
+    assert in_order(seen) == sum(counts) == int(sizes.prod(1).sum()) // 4
+
+
+def test_a_token_of_got_is_what_its_convolutions_read():
+    """Of a last layer that sees all; of one with windows nothing is known."""
+    given, found = {"pixel_values": random(3, 3, 64, 64)}, []
+    _, base, family = tower_model("got_ocr2")
+    tower = PAGES[family].tower(base)
+    tower.attentions[-1].register_forward_hook(lambda m, args, out: found.append(out[1]))
+    watch = VisionWatch(base, tower, "attention", None)
+    watch.attach()
+    with torch.no_grad():
+        output = base.get_image_features(**given, return_dict=True)
+    watch.detach()
+    seen, states = getattr(output, SEEN), output.last_hidden_state
+    received = found[0].view(3, 2, 256, 256).mean((1, 2))
+
+    def project(rows):
+        return base.multi_modal_projector(rows.T.view(1, -1, 16, 16))
+
+    patches = patches_behind(project, states[0].flatten(1).T)
+    assert {len(square) for square in patches} == {16, 28, 49}  # of 7 x 7, less at the edges
+    paid = torch.stack([torch.stack([x[square].mean() for square in patches]) for x in received])
+    assert_seen(seen, output.pooler_output, paid)
+    torch.testing.assert_close(seen.summary, output.pooler_output.mean(1))
+    assert in_order(seen) == 48
+    base.vision_tower.layers[-1].window_size = 4
+    assert PAGES[family].tower(base) is None
+
+
+@pytest.mark.parametrize("name, square", [("ovis2", 1), ("ovis2 squares", 4)])
+def test_words_of_ovis_are_squares_of_patches(name, square):
+    given = square_pictures()
+    base, seen, weights, output = look(name, "image", given)
+    vision = base.vision_tower
+    with torch.no_grad():
+        states = vision.transformer(given["pixel_values"]).last_hidden_state
+
+    def fold(rows):
+        with mock.patch.object(vision.transformer, "forward", lambda *_, **__: (rows[None],)):
+            return vision(given["pixel_values"][:1]).last_hidden_state
+
+    patches = patches_behind(fold, states[0])
+    assert {len(rows) for rows in patches} == {square} and len(patches) * square == 16
+    each = [means(*one, patches) for one in zip(states, from_all(weights), strict=True)]
+    assert_seen(seen, [features for features, _ in each], [paid for _, paid in each])
+    torch.testing.assert_close(seen.summary, states.mean(1))
+    assert in_order(seen) == output.pooler_output.shape[:2].numel()
+
+
+@pytest.mark.skipif("granite_docling" not in TOWER_MODELS, reason="not taken of this transformers")
+@pytest.mark.parametrize("name", ["granite_docling", "granite_docling fine"])
+def test_tokens_of_docling_are_squares_in_two_sizes(name):
+    real = torch.tensor([[True, True], [True, False]])
+    given = {"pixel_values": random(2, 2, 3, 56, 56), "pixel_attention_mask": real}
+    fine = name.endswith("fine")
+    if fine:
+        given["tile_fine_mask"] = torch.ones(2, dtype=torch.bool)
+    base, seen, weights, output = look(name, "image", given)
+    states = output.last_hidden_state
+    connector = base.vision_model.connector
+    weights_of_channels = random(64)  # a norm leaves no sum of them
+
+    def connect(rows):
+        tokens, _ = connector(rows[None], [states[:1]] * 2, fine=fine)
+        return tokens * weights_of_channels
+
+    patches = patches_behind(connect, states[0])
+    assert {len(square) for square in patches} == {1 if fine else 4}
+    each = [means(*one, patches) for one in zip(states, from_all(weights), strict=True)]
+    assert_seen(seen, [features for features, _ in each], [paid for _, paid in each])
+    assert in_order(seen) == len(torch.cat(output.pooler_output)) == 3 * len(patches)
+
+
+@pytest.mark.skipif("granite4_vision" not in TOWER_MODELS, reason="not taken of this transformers")
+@pytest.mark.parametrize("name", ["granite4_vision", "granite4_vision windows"])
+def test_a_token_of_granite_has_a_place_in_its_window(name):
+    """The whole of it, or a quarter. Rows are told by their values."""
+    given = anyres(torch.Generator().manual_seed(3), 1)
+    projected = []
+    _, base, _ = tower_model(name)
+    hook = base.layerwise_projectors[0].register_forward_hook(
+        lambda m, args, out: projected.append(out)
+    )
+    base, seen, weights, output = look(name, "image", given)
+    hook.remove()
+    states = output.hidden_states[-1]
+    place = torch.arange(16).view(2, 2, 2, 2).transpose(1, 2).reshape(4, 4)
+    projector = base.layerwise_projectors[0]
+    patches = patches_behind(lambda x: projector(x[None]), states[0, 1:])
+    if name == "granite4_vision":
+        assert torch.equal(torch.stack(patches), place)
+    else:
+        assert {len(square) for square in patches} == {16}
+    assert_seen(seen, states[:, 1:][:, place].mean(2), from_cls(weights, 1)[:, place].mean(2))
+    assert torch.equal(seen.summary, states[:, 0])
+    rows = torch.cat(output.deepstack_features[0][1])
+    newline = seen.shows < 0
+    assert len(rows) == len(seen.shows) and 0 < newline.sum() < len(rows) / 2
+    with torch.no_grad():
+        rows_of_tokens = projector(output.hidden_states[-2][:, 1:]).flatten(0, 1)
+    torch.testing.assert_close(rows[~newline], rows_of_tokens[seen.shows[~newline]])
+    assert torch.equal(rows[newline], base.image_newline.expand(int(newline.sum()), -1))
+
+
+def test_tokens_of_aria_have_what_the_patches_have_that_they_read():
+    mask = torch.ones(3, 56, 56, dtype=torch.long)
+    mask[1, 28:] = 0
+    given, reads = square_pictures() | {"pixel_mask": mask}, []
+    _, base, _ = tower_model("aria")
+    asking = type(base.multi_modal_projector.cross_attn.multihead_attn)
+    forward = asking.forward
+
+    def note(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        reads.append(output[1])
+        return output
+
+    with mock.patch.object(asking, "forward", note):
+        base, seen, weights, output = look("aria", "image", given)
+    valid = torch.ones(3, 16, dtype=torch.bool)
+    valid[1, 8:] = False
+    received = torch.stack(list(from_all(weights, valid)))
+    assert not reads[0][1, :, 8:].any() and reads[0].std() > 0.01
+    assert_seen(seen, output.pooler_output, (reads[0] * received[:, None]).sum(2))
+    torch.testing.assert_close(seen.summary, output.pooler_output.mean(1))
+    assert in_order(seen) == 48
+
+
+def test_tokens_of_idefics2_have_no_attention_of_patches():
+    model, base, _ = tower_model("idefics2")
+    watch = VisionWatch(base, PAGES["idefics2"].tower(base), "similarity", None)
+    watch.attach()
+    with torch.no_grad():
+        output = base.get_image_features(**masked_pictures(), return_dict=True)
+    watch.detach()
+    seen = getattr(output, SEEN)
+    features = torch.cat(output.pooler_output).view(3, 8, 64)
+    assert torch.equal(seen.features, features) and in_order(seen) == 24
+    torch.testing.assert_close(seen.summary, features.mean(1))
+    with pytest.raises(NotImplementedError, match="its vision tower for attention: its visual"):
+        vtp.apply(model, vtp.InflectionPruning("attention", llm_layers=()))
+
+
 @pytest.mark.skipif("video_llava" not in TOWER_MODELS, reason="not taken of this transformers")
-def test_video_llava_sees_pictures_as_llava_does():
-    _, seen, weights, output = look("video_llava", "image", square_pictures())
-    assert_seen(seen, output.hidden_states[-2][:, 1:], from_cls(weights, 1))
-    assert in_order(seen) == 48 == output.pooler_output.shape[:2].numel()
+@pytest.mark.parametrize("modality", ["image", "video"])
+def test_video_llava_sees_pictures_as_llava_does(modality):
+    """Frames too, by a tower of their own; the text gets CLS of each."""
+    given = square_pictures() if modality == "image" else videos()
+    _, seen, weights, output = look("video_llava", modality, given)
+    hidden = output.hidden_states[-2]
+    assert_seen(seen, hidden[:, 1:], from_cls(weights, 1))
+    assert torch.equal(seen.summary, hidden[:, 0])
+    if modality == "image":
+        assert in_order(seen) == 48 == output.pooler_output.shape[:2].numel()
+        return
+    order = torch.arange(96).view(6, 16)
+    assert torch.equal(seen.shows.view(6, 17)[:, 1:], order) and output.pooler_output.shape[1] == 17
+    assert (seen.shows.view(6, 17)[:, 0] == -1).all()
 
 
 def test_vipllava_is_scored_by_the_deepest_layer_it_takes():
@@ -213,6 +436,7 @@ def test_vipllava_is_scored_by_the_deepest_layer_it_takes():
 WHOLE = {  # what makes rows of the tower's output
     "paligemma": "multi_modal_projector",
     "deepseek_vl": "aligner",
+    "deepseek_vl_hybrid": "aligner",
     "janus": "aligner",
     "gemma3": "multi_modal_projector",
     "aya_vision": "multi_modal_projector",
@@ -229,9 +453,14 @@ def test_tokens_have_the_mean_of_the_patches_that_they_show(name):
     if WHOLE[name] == "connector":
         given, valid = masked_pictures(), torch.ones(3, 16, dtype=torch.bool)
         valid[1, 8:] = False
+    if name == "deepseek_vl_hybrid":
+        given["high_res_pixel_values"] = random(3, 3, 128, 128)
     base, seen, weights, output = look(name, "image", given)
     states = output.hidden_states[-1] if name == "aya_vision" else output.last_hidden_state
     project = getattr(base, WHOLE[name])
+    if name == "deepseek_vl_hybrid":  # of two towers
+        larger = output.high_res_vision_last_hidden_state[:1]
+        project = lambda x: base.aligner(x, larger)  # noqa: E731
     squares = patches_behind(lambda x: project(x[None]), states[0])
     features = [torch.stack([rows[square].mean(0) for square in squares]) for rows in states]
     paid = [

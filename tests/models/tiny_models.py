@@ -85,7 +85,7 @@ class TinyFamily:
             ids[ids == VIDEO] = self.tiny.video.token
         pictures = [picture for _, shown in drawn for picture in shown]
         for name in {name: None for picture in pictures for name in picture}:
-            side_by_side = self.tiny.side_by_side and name == "pixel_values"
+            side_by_side = self.tiny.side_by_side and name.startswith("pixel_values")
             given = [picture[name] for picture in pictures if name in picture]
             given = torch.cat(given, dim=-1 if side_by_side else 0)
             inputs[name] = given.to(model.dtype) if given.is_floating_point() else given
@@ -96,7 +96,10 @@ class TinyFamily:
         if "pixel_values" in picture:
             return torch.full((self.tokens(model, picture),), IMAGE)
         video, total = self.tiny.video, self.tokens(model, picture)
-        frames = int(picture["video_grid_thw"][0, 0]) if video.before else 1
+        frames = 1
+        if video.before:
+            sizes = picture.get("target_sizes_videos")
+            frames = int(picture["video_grid_thw"][0, 0]) if sizes is None else len(sizes)
         frame = [*video.before, *[VIDEO] * (total // frames), *video.after]
         return torch.tensor([*video.around[:1], *frame * frames, *video.around[1:]])
 

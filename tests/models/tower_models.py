@@ -2,7 +2,7 @@
 
 import torch
 import transformers
-from tiny_models import FAMILIES, TinyFamily
+from tiny_models import ALL, TinyFamily
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vtp_kernels.models.families import FAMILIES as PAGES
@@ -97,6 +97,17 @@ def qwen3_5():
     )
 
 
+def changed(name, **settings):
+    """The family's own small model, with some settings of its configuration changed; those of its
+    parts as part__setting."""
+    config = ALL[name].make().config
+    for where, value in settings.items():
+        *parts, setting = where.split("__")
+        part = getattr(config, parts[0]) if parts else config
+        setattr(part, setting, value)
+    return getattr(transformers, ALL[name].page.architectures[0])(config)
+
+
 #: Towers that no tiny family has: how to make a model, and of which family.
 OTHERS = {
     "dinov2": (dinov2, "llava"),
@@ -109,10 +120,19 @@ OTHERS = {
     "aya_vision": (lambda: cohere("AyaVision", image_token_index=IMAGE), "aya_vision"),
     "cohere2_vision": (lambda: cohere("Cohere2Vision", image_token_id=IMAGE), "cohere2_vision"),
     "qwen3_5": (qwen3_5, "qwen3_5"),
+    "ovis2 squares": (lambda: changed("ovis2", vision_config__hidden_stride=2), "ovis2"),
+    "granite_docling fine": (
+        lambda: changed("granite_docling", vision_config__use_fine_route=True),
+        "granite_docling",
+    ),
+    "granite4_vision windows": (
+        lambda: changed("granite4_vision", downsample_rate="2/4"),
+        "granite4_vision",
+    ),
 }
 
 
-TOWER_MODELS = (*FAMILIES, *OTHERS)
+TOWER_MODELS = (*ALL, *OTHERS)
 
 
 def tower_model(name, attention="eager"):
@@ -121,7 +141,7 @@ def tower_model(name, attention="eager"):
         make, family = OTHERS[name]
         tiny = TinyFamily(PAGES.get(family), Tiny(make, None))
     else:
-        tiny = FAMILIES[name]
+        tiny = ALL[name]
         family = tiny.page.name
     model = tiny.model(attention)
     base = model.model if tiny.page is None else tiny.page.base(model)
@@ -165,6 +185,23 @@ def masked_pictures():
     pixels = random(2, 2, 3, 56, 56)
     pixels[1, 1] = 0
     return {"pixel_values": pixels, "pixel_attention_mask": mask}
+
+
+def sliced_pictures(modality="image"):
+    """As MiniCPM is given them: pictures and slices, or frames, side by side."""
+    pixels, sizes = ("pixel_values", "target_sizes")
+    if modality == "video":
+        pixels, sizes = ("pixel_values_videos", "target_sizes_videos")
+    grids = torch.tensor([[16, 16], [8, 24], [12, 8]])
+    return {pixels: random(1, 3, 4, 4 * int(grids.prod(1).sum())), sizes: grids}
+
+
+def pictures_to_scale(grids, modality):
+    """As VideoLLaMA 3 is given them."""
+    given = packed_pictures(grids, modality)
+    pixels = next(iter(given))
+    given[pixels] = given[pixels][:, :48]
+    return given | {f"{modality}_merge_sizes": torch.tensor([2, 1, 2][: len(grids)])}
 
 
 def videos():

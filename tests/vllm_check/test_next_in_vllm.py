@@ -143,7 +143,7 @@ def rows_that_stay(model, processor, image, keep, score):
     else:
         scores = torch.nn.functional.cosine_similarity(hidden[:, 1:], hidden[:, :1], dim=-1)
     tower = FAMILIES["llava_next"].tower(model.model)
-    shows = tower._shows({"image_sizes": sizes}, views, PATCHES).tolist()
+    shows = tower.shows({"image_sizes": sizes}, views, PATCHES).tolist()
     assert len(shows) == len(dense)
     if keep >= len(shows):
         return dense

@@ -151,6 +151,11 @@ def _check_width(masks: Mapping[int, Tensor], grids: list[PictureGrid]) -> None:
 
 
 def _check_frames(frames: Any, grids: list[PictureGrid], index: int) -> None:
+    if not all(grid.views for grid in grids):
+        raise NotImplementedError(
+            f"image: number {index + 1} in the prompt is a video, and of some of its frames the "
+            "model was given some tokens alone, it is not told which"
+        )
     first, last = grids[-1].frames[0], grids[-1].frames[-1]
     if not isinstance(frames, list) or not first < len(frames) <= last + 1:
         got = f"{len(frames)} frames" if isinstance(frames, list) else "a picture"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..towers import AskingTower
 from .family import Family
 from .tiny import IMAGE, SQUARE, TEXT, VISION, Tiny, square
 
@@ -15,6 +16,7 @@ class Aria(Family):
     architectures = ("AriaForConditionalGeneration",)
     example = "rhymes-ai/Aria"
     text_models = ("aria_text",)
+    towers = (AskingTower,)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import AriaConfig, AriaForConditionalGeneration, AriaTextConfig

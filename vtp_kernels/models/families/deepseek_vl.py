@@ -45,9 +45,11 @@ class DeepseekVL(Family):
 
 
 class DeepseekVLHybrid(DeepseekVL):
+    """A second tower sees the picture larger, and is scaled down to the patches of the first, whose
+    each is a visual token: what counts is what the first saw."""
+
     name = "deepseek_vl_hybrid"
     architectures = ("DeepseekVLHybridForConditionalGeneration",)
-    towers = ()  # not known
     example = "deepseek-community/deepseek-vl-7b-chat"
 
     def tiny(self) -> dict[str, Tiny]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..towers import QwenTower
 from .cohere2_vision import LIMITS
 from .family import Family
 from .looks import Given, Looks
-from .qwen2_vl import QWEN_VISION, grid, merged
-from .tiny import IMAGE, TEXT, VIDEO, Tiny
+from .qwen2_vl import QWEN_VISION, grid, merged, merged_frames, video
+from .tiny import IMAGE, TEXT, VIDEO, Tiny, TinyVideo
 
 __all__ = ["Exaone45"]
 
@@ -18,11 +19,15 @@ class Exaone45(Family):
     name = "exaone4_5"
     architectures = ("Exaone4_5_ForConditionalGeneration",)
     text_models = ("exaone4",)
+    towers = (QwenTower,)
     example = "LGAI-EXAONE/EXAONE-4.5-33B"
     limits = LIMITS
 
     def looks(self, given: Given) -> list[Looks]:
         return merged(given)
+
+    def frames(self, given: Given) -> list[Looks]:
+        return merged_frames(given)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (
@@ -50,4 +55,4 @@ class Exaone45(Family):
                 )
             )
 
-        return {"exaone4_5": Tiny(make, grid)}
+        return {"exaone4_5": Tiny(make, grid, video=TinyVideo(video))}

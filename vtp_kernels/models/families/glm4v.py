@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..towers import GlmTower
+from ..towers import QwenTower
 from .qwen2_vl import ROPE, ByGrid, grid, video
 from .tiny import EXPERTS, IMAGE, TEXT, VIDEO, Tiny, TinyVideo
 
@@ -39,7 +39,7 @@ class Glm4v(ByGrid):
     architectures = ("Glm4vForConditionalGeneration",)
     example = "zai-org/GLM-4.1V-9B-Thinking"
     text_models = ("glm4v_text",)
-    towers = (GlmTower,)
+    towers = (QwenTower,)
 
     def placeholders(self, base: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor]:
         """Frames of videos have the token of pictures, between tokens that begin and end a video.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..towers import ConvolvedTower
 from .family import Family
 from .looks import Given, Looks, cells, one_size
 from .squares import arrangement, side_of, squares, tiles_then_whole
@@ -17,6 +18,7 @@ class GotOcr2(Family):
     architectures = ("GotOcr2ForConditionalGeneration",)
     example = "stepfun-ai/GOT-OCR-2.0-hf"
     text_models = ("qwen2",)
+    towers = (ConvolvedTower,)
 
     def looks(self, given: Given) -> list[Looks]:
         """A picture that is cut comes as its crops and then the whole of it; pages of one prompt

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..towers import QueriedTower
 from .deepstack import Planes
 from .family import Family
 from .tiny import IMAGE, SQUARE, TEXT, VISION, Tiny, anyres
@@ -20,6 +21,7 @@ class Granite4Vision(Family):
     architectures = ("Granite4VisionForConditionalGeneration",)
     since = "5.23"
     text_models = ("granite4_vision_text",)
+    towers = (QueriedTower,)
 
     def take_planes(self, arguments: dict[str, Any], first: int) -> Planes | None:
         features = arguments.get("deepstack_features")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..towers import DoclingTower
 from .deepstack import Planes
 from .family import Family
 from .idefics3 import Idefics3, tile
@@ -21,7 +22,7 @@ class GraniteDocling(Idefics3):
     example = "ibm-granite/granite-for-docling-500m"
     since = "5.23"
     text_models = ("granite_docling_text",)
-    towers = ()  # not known
+    towers = (DoclingTower,)
     looks = Family.looks  # not known
 
     def take_planes(self, arguments: dict[str, Any], first: int) -> Planes | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..towers import IdeficsTower
+from ..towers import IdeficsTower, PerceiverTower
 from .family import Family
 from .looks import Given, Looks, cells
 from .squares import tiles_then_whole
@@ -61,7 +61,7 @@ class Idefics2(Idefics3):
     architectures = ("Idefics2ForConditionalGeneration",)
     example = "HuggingFaceM4/idefics2-8b"
     text_models = ("mistral",)
-    towers = ()  # not known
+    towers = (PerceiverTower,)
     looks = Family.looks  # not known
 
     def tiny(self) -> dict[str, Tiny]:

@@ -27,7 +27,7 @@ class InternVL(Family):
 
     def looks(self, given: Given) -> list[Looks]:
         """Frames of videos come as pictures of one tile."""
-        patches = given.tower._patches(given.side**2)
+        patches = given.tower.patches_of_tokens(given.arguments, given.side**2)
         side = round(len(patches) ** 0.5)
         # Where a token's patches are, as the model's own shuffling puts them.
         y, x = (patches // given.side).min(1).values, (patches % given.side).min(1).values

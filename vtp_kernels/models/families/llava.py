@@ -88,7 +88,7 @@ class Llava(Family):
 def _squares(given: Given) -> list[Looks]:
     """Every picture as one square, perhaps with CLS before it."""
     side, outline = given.side, given.told("image")
-    shows = given.tower._shows(given.arguments, 1, side * side)
+    shows = given.tower.shows(given.arguments, 1, side * side)
     (tokens,) = (shows >= 0).nonzero(as_tuple=True)
     boxes = (shown_by(given.processor, given.size_of(i)) for i in range(outline.parts))
     cells = tokens.view(side, side)

@@ -55,7 +55,7 @@ def crops_together(given: Given, cut: list[bool] | None = None) -> list[Looks]:
         model.image_size_to_num_patches(size, pinpoints, edge) if is_cut else 1
         for size, is_cut in zip(sizes, cut or [True] * len(sizes), strict=True)
     ]
-    shows = tower._shows(given.arguments, sum(counts), side * side)
+    shows = tower.shows(given.arguments, sum(counts), side * side)
     picture = torch.arange(len(sizes)).repeat_interleave(torch.tensor(counts) * side * side)[shows]
     # A newline belongs to the picture of the token before it.
     latest = torch.where(shows < 0, 0, torch.arange(len(shows))).cummax(0).values

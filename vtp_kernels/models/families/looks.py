@@ -81,6 +81,8 @@ LAYOUT = (
     "image_grid_thw",
     "video_grid_thw",
     "image_merge_sizes",
+    "video_merge_sizes",
+    "video_compression_mask",
     "image_sizes",
     "batch_num_images",
     "vision_feature_layer",

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from ..towers import MiniCPMTower
 from .family import Family
 from .qwen3_5 import LIMITS, ROTARY
-from .tiny import IMAGE, LINEAR, TEXT, VIDEO, Tiny
+from .tiny import IMAGE, LINEAR, TEXT, VIDEO, Tiny, TinyVideo
 
 __all__ = ["MiniCPMOcr", "MiniCPMV46", "MiniCPMV47"]
 
@@ -22,6 +23,7 @@ class MiniCPMV46(Family):
     name = "minicpmv4_6"
     architectures = ("MiniCPMV4_6ForConditionalGeneration",)
     text_models = ("qwen3_5_text",)
+    towers = (MiniCPMTower,)
     example = "openbmb/MiniCPM-V-4.6"
     limits = LIMITS
 
@@ -31,13 +33,14 @@ class MiniCPMV46(Family):
         def make() -> Any:
             return MiniCPMV4_6ForConditionalGeneration(MiniCPMV4_6Config(**CONFIG))
 
-        return {"minicpmv4_6": Tiny(make, squares, linear=True, side_by_side=True)}
+        return {"minicpmv4_6": Tiny(make, squares, **SIDE_BY_SIDE)}
 
 
 class MiniCPMV47(Family):
     name = "minicpmv4_7"
     architectures = ("MiniCPMV4_7ForConditionalGeneration",)
     text_models = ("qwen3_5_text",)
+    towers = (MiniCPMTower,)
     example = "openbmb/MiniCPM-V-4.7-1B"
     since = "5.23"
     grid_positions = True
@@ -50,13 +53,14 @@ class MiniCPMV47(Family):
             return MiniCPMV4_7ForConditionalGeneration(MiniCPMV4_7Config(**CONFIG, **MARKS))
 
         types = ("mm_token_type_ids",)
-        return {"minicpmv4_7": Tiny(make, patches, types, linear=True, side_by_side=True)}
+        return {"minicpmv4_7": Tiny(make, patches, types, **SIDE_BY_SIDE)}
 
 
 class MiniCPMOcr(Family):
     name = "minicpm_ocr"
     architectures = ("MiniCPMOcrForConditionalGeneration",)
     text_models = ("qwen3_5_text",)
+    towers = (MiniCPMTower,)
     example = "openbmb/MiniCPM-OCR-1.0"
     since = "5.23"
     limits = LIMITS
@@ -68,7 +72,7 @@ class MiniCPMOcr(Family):
             config = MiniCPMOcrConfig(**CONFIG, downsample_mode="16x")
             return MiniCPMOcrForConditionalGeneration(config)
 
-        return {"minicpm_ocr": Tiny(make, patches, linear=True, side_by_side=True)}
+        return {"minicpm_ocr": Tiny(make, patches, **SIDE_BY_SIDE)}
 
 
 VISION = {
@@ -102,6 +106,23 @@ def patches(generator: torch.Generator, index: int) -> dict[str, Any]:
         "pixel_values": torch.randn(1, 3, 4, 4 * height * width, generator=generator),
         "target_sizes": torch.tensor([[height, width]]),
     }
+
+
+def frames(generator: torch.Generator, index: int) -> dict[str, Any]:
+    """Videos of 2, 3 or 64 frames of 8, 4 or 1 tokens."""
+    count, height, width = ((2, 8, 16), (3, 8, 8), (64, 4, 4))[index]
+    pixels = 4 * count * height * width
+    return {
+        "pixel_values_videos": torch.randn(1, 3, 4, pixels, generator=generator),
+        "target_sizes_videos": torch.tensor([[height, width]] * count),
+    }
+
+
+SIDE_BY_SIDE: dict[str, Any] = {
+    "linear": True,
+    "side_by_side": True,
+    "video": TinyVideo(frames, before=(96,), after=(97,)),
+}
 
 
 def squares(generator: torch.Generator, index: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..towers import OvisTower
 from .family import Family
 from .looks import Given, Looks
 from .squares import squares
@@ -17,6 +18,7 @@ class Ovis2(Family):
     architectures = ("Ovis2ForConditionalGeneration",)
     example = "thisisiron/Ovis2-2B-hf"
     text_models = ("qwen2",)
+    towers = (OvisTower,)
 
     def looks(self, given: Given) -> list[Looks]:
         return squares(given)

@@ -18,7 +18,7 @@ from vtp_kernels.contract.counts import Counts, added, on_host
 from vtp_kernels.contract.method import Method
 from vtp_kernels.contract.rows import Kept, PromptRows
 from vtp_kernels.contract.seen import Sight
-from vtp_kernels.contract.vision import PromptVision, Shown
+from vtp_kernels.contract.vision import PromptVision, Seen, Shown
 from vtp_kernels.ops import compact_rows, select_topk
 from vtp_kernels.ops.compact_rows import run as run_compact_rows
 from vtp_kernels.selection import Selection
@@ -112,9 +112,11 @@ class Prefill:
         self.units = Units(parts, arguments, self.placeholders)
         visual = any_of(self.placeholders)
         # Where the tower runs within this call, it adds what it sees.
-        self.seen = {}
+        self.seen, self.handed_on = {}, {}
         if engine.watch is not None:
-            self.seen = seen_of(arguments, self.placeholders.keys(), engine.watch.tower)
+            tower = engine.watch.tower
+            self.seen = seen_of(arguments, self.placeholders.keys(), tower)
+            self.handed_on = tower.handed_on(arguments)
         batch, rows = visual.shape
         cache = arguments.get("past_key_values")
         self.past = 0 if cache is None else int(cache.get_seq_length())
@@ -529,10 +531,15 @@ class Prefill:
                 "applied; encode them anew"
             )
         shown = [
-            Shown(self.seen[modality], rows, self.placed[modality])
+            Shown(self._handed_on(modality), rows, self.placed[modality])
             for modality, rows in self.placeholders.items()
         ]
         return PromptVision(shown, self.backend)
+
+    def _handed_on(self, modality: str) -> Seen:
+        """What was seen, with the rows that the text gets of it."""
+        seen, rows = self.seen[modality], self.handed_on.get(modality)
+        return seen if rows is None else seen._replace(shows=seen.shows[rows])
 
     def _compact(self, layer: int, hidden: Tensor, arguments: dict[str, Any], kept: Kept) -> Tensor:
         """Carry out a decision: gather what stays, right-aligned so that prompts end together."""

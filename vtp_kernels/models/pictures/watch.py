@@ -79,7 +79,12 @@ class VisionWatch(StaysBehind):
             self.shadows.append(EncodingShadow(self.base, modality, self))
             self.shadows[-1].put()
         if self.source == "attention":
-            for attention in self.tower.attentions:
+            watched = dict.fromkeys(
+                attention
+                for shadow in self.shadows
+                for attention in self.tower.layers_of(shadow.modality).attentions
+            )
+            for attention in watched:
                 hook = attention.register_forward_pre_hook(self._look, with_kwargs=True)
                 self.hooks.append(hook)
 
@@ -100,8 +105,10 @@ class VisionWatch(StaysBehind):
         now = self.now
         if getattr(now, "given", None) is not None:
             return shadow.original(*args, **kwargs)  # some encode videos by way of pictures
-        now.scoring = self.tower.scoring(given) if self.source == "attention" else None
-        now.given, now.scores = given, None
+        now.scoring = None
+        if self.source == "attention":
+            now.scoring = self.tower.scoring(shadow.modality, given)
+        now.given, now.scores, now.modality = given, None, shadow.modality
         try:
             output = shadow.original(*args, **kwargs)
         finally:
@@ -122,4 +129,5 @@ class VisionWatch(StaysBehind):
             return
         arguments = {"hidden_states": args[0], **kwargs} if args else kwargs
         with torch.no_grad():
-            now.scores = self.tower.layers.received(module, arguments, now.given, self.backend)
+            layers = self.tower.layers_of(now.modality)
+            now.scores = layers.received(module, arguments, now.given, self.backend)

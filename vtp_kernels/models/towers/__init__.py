@@ -10,7 +10,8 @@ on its curve, those too that show padding around the picture and get no row.
 Frames of a video are pictures, each with a curve of its own: towers see them one by one, and no
 frame is to lose all its tokens to another. A frame is what the tower takes for one, which in Qwen's
 is a pair. Where tokens are put together, patches of a picture or of a frame that is scaled down, a
-visual token has the mean of what they have.
+visual token has the mean of what they have. One that asks the picture for what it shows has it by
+how much it reads of each patch; where it asks again and again, nothing of patches is its own.
 """
 
 from __future__ import annotations
@@ -22,35 +23,48 @@ from torch import nn
 from .crops import CroppedTower, NextVideoTower, ResizedTower
 from .dino import Dinov2Layers, Dinov3Layers
 from .folded import AyaTower, CohereTower
+from .granite import DoclingLayers, DoclingTower, QueriedTower
 from .idefics import IdeficsLayers, IdeficsTower
 from .internvl import InternLayers, ShuffledTower
 from .layers import Layers
+from .minicpm import MiniCPMLayers, MiniCPMTower
+from .ovis2 import OvisLayers, OvisTower
 from .paddleocr import PaddleLayers, PaddleTower
 from .pixtral import LightOnTower, MergedPixtralTower, PixtralLayers, PixtralTower
-from .qwen import CosmosLayers, ErnieTower, GlmTower, HyperClovaTower, QwenLayers, QwenTower
+from .qwen import CosmosLayers, ErnieTower, ExaoneLayers, HyperClovaTower, QwenLayers, QwenTower
+from .resampled import AskingTower, PerceiverTower
+from .sam import ConvolvedTower, SamLayers
 from .siglip2 import Siglip2Layers, UnshuffledTower
 from .tower import Tower, VideoLlavaTower, VipTower
+from .video_llama import ScaledTower, VideoLlamaLayers
 from .whole import AlignedTower, JanusLayers, PooledTower, WholeTower
 
 __all__ = [
     "KINDS",
     "AlignedTower",
+    "AskingTower",
     "AyaTower",
     "CohereTower",
+    "ConvolvedTower",
     "CroppedTower",
+    "DoclingTower",
     "ErnieTower",
-    "GlmTower",
     "HyperClovaTower",
     "IdeficsTower",
     "Layers",
     "LightOnTower",
     "MergedPixtralTower",
+    "MiniCPMTower",
     "NextVideoTower",
+    "OvisTower",
     "PaddleTower",
+    "PerceiverTower",
     "PixtralTower",
     "PooledTower",
+    "QueriedTower",
     "QwenTower",
     "ResizedTower",
+    "ScaledTower",
     "ShuffledTower",
     "Tower",
     "UnshuffledTower",
@@ -70,10 +84,16 @@ KINDS: dict[str, type[Layers]] = {
         Siglip2Layers,
         PixtralLayers,
         QwenLayers,
+        ExaoneLayers,
         CosmosLayers,
         PaddleLayers,
+        VideoLlamaLayers,
         JanusLayers,
         IdeficsLayers,
+        DoclingLayers,
+        SamLayers,
+        OvisLayers,
+        MiniCPMLayers,
     )
     for name in kind.models
 }
@@ -88,5 +108,6 @@ def tower_of(known: Iterable[type[Tower]], base: nn.Module) -> Tower | None:
         kind = None if vision is None else vision.config.model_type
         if kind in tower.models:
             layers = KINDS[kind](getattr(vision, "vision_model", vision))
-            return tower(base, layers) if layers.attentions else None
+            known = layers.attentions and tower.is_known(base)
+            return tower(base, layers) if known else None
     return None

@@ -19,7 +19,7 @@ class CroppedTower(Tower):
     """LLaVA-NeXT: a picture is seen as a whole and in crops, each a picture of its own here. The
     rows of the crops are put together, and an `image_newline` ends each."""
 
-    def _shows(self, given: Mapping[str, Any], pictures: int, tokens: int) -> Tensor:
+    def shows(self, given: Mapping[str, Any], pictures: int, tokens: int) -> Tensor:
         config, model = self.base.config, sys.modules[type(self.base).__module__]
         side, edge = round(tokens**0.5), config.vision_config.image_size
         sizes = torch.as_tensor(given["image_sizes"]).tolist()
@@ -34,13 +34,16 @@ class CroppedTower(Tower):
                 f"make {sum(crops)} crops"
             )
         # The model's own packing, told which token is which instead of what it looks like.
-        packed, _ = self.base.pack_image_features(
+        packed = self._packed(
             order.split(crops),
             sizes,
             vision_feature_select_strategy=self._setting(given, "vision_feature_select_strategy"),
             image_newline=torch.full((1,), -1.0, dtype=torch.float64),
         )
         return torch.cat(packed).view(-1).long()
+
+    def _packed(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        return self.base.pack_image_features(*args, **kwargs)[0]
 
 
 class NextVideoTower(CroppedTower):
@@ -49,7 +52,7 @@ class NextVideoTower(CroppedTower):
 
     videos = True
 
-    def _tokens(self, modality: str, patches: Tensor) -> Tensor:
+    def _tokens(self, modality: str, given: Mapping[str, Any], patches: Tensor) -> Tensor:
         if modality == "image":
             return patches
         side = round(patches.shape[1] ** 0.5)
@@ -58,7 +61,7 @@ class NextVideoTower(CroppedTower):
 
     def _rows(self, modality: str, given: Mapping[str, Any], pictures: int, tokens: int) -> Tensor:
         if modality == "image":
-            return self._shows(given, pictures, tokens)
+            return self.shows(given, pictures, tokens)
         return torch.arange(pictures * tokens)
 
 
@@ -70,19 +73,19 @@ class ResizedTower(Tower):
 
     videos = True
 
-    def _tokens(self, modality: str, patches: Tensor) -> Tensor:
+    def _tokens(self, modality: str, given: Mapping[str, Any], patches: Tensor) -> Tensor:
         # The model scales what the projector made; what the tower saw is scaled alike.
         return patches if modality == "image" else self.base.apply_pooling(patches)
 
     def _rows(self, modality: str, given: Mapping[str, Any], pictures: int, tokens: int) -> Tensor:
         if modality == "image":
-            return self._shows(given, pictures, tokens)
+            return self.shows(given, pictures, tokens)
         pixels = given.get("pixel_values_videos")
         videos = len(given["pixel_values"] if pixels is None else pixels)  # transformers 5.17
         order = torch.arange(pictures * tokens).view(videos, -1)
         return torch.cat((order, torch.full((videos, 1), -1)), dim=1).view(-1)
 
-    def _shows(self, given: Mapping[str, Any], pictures: int, tokens: int) -> Tensor:
+    def shows(self, given: Mapping[str, Any], pictures: int, tokens: int) -> Tensor:
         config, model = self.base.config, sys.modules[type(self.base).__module__]
         side, edge = round(tokens**0.5), config.vision_config.image_size
         sizes = torch.as_tensor(given["image_sizes"]).tolist()

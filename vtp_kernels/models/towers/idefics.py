@@ -19,7 +19,7 @@ __all__ = ["IdeficsLayers", "IdeficsTower"]
 class IdeficsLayers(Layers):
     """SigLIP with a mask over patches, where pictures do not fill their square."""
 
-    models = ("idefics3_vision", "smolvlm_vision")
+    models = ("idefics2_vision", "idefics3_vision", "smolvlm_vision")
 
     def _prefix(self) -> int:
         return 0
@@ -41,10 +41,10 @@ class IdeficsLayers(Layers):
 class IdeficsTower(LastLayer, FoldedTower):
     """Frames of videos come as pictures."""
 
-    models = IdeficsLayers.models
+    models = ("idefics3_vision", "smolvlm_vision")
     place = "vision_model"
     videos = True
 
-    def _fold(self, order: Tensor) -> Tensor:
+    def _fold(self, given: Mapping[str, Any], order: Tensor) -> Tensor:
         connector = self.base.connector
         return connector.pixel_shuffle(order.view(1, -1, 1), connector.scale_factor)

@@ -39,7 +39,7 @@ class ShuffledTower(FoldedTower):
     models = InternLayers.models
     videos = True
 
-    def _fold(self, order: Tensor) -> Tensor:
+    def _fold(self, given: Mapping[str, Any], order: Tensor) -> Tensor:
         side = round(len(order) ** 0.5)
         ratio = self.base.config.downsample_ratio
         return self.base.pixel_shuffle(order.view(1, side, side, 1), scale_factor=ratio)

@@ -23,7 +23,7 @@ from .tower import Tower
 __all__ = [
     "CosmosLayers",
     "ErnieTower",
-    "GlmTower",
+    "ExaoneLayers",
     "HyperClovaTower",
     "QwenLayers",
     "QwenTower",
@@ -69,6 +69,20 @@ class QwenLayers(PackedLayers):
         return hasattr(self.model, "window_size")
 
 
+class ExaoneLayers(QwenLayers):
+    """Fewer heads have keys than queries."""
+
+    models = ("exaone4_5_vision",)
+    places = (Place("blocks", "attn", ("qkv",)),)
+
+    def heads(self, attention: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        rows = arguments["hidden_states"]
+        widths = (attention.q_dim, attention.kv_dim, attention.kv_dim)
+        query, key, _ = attention.qkv(rows).split(widths, dim=1)
+        shape = (len(rows), -1, attention.head_dim)
+        return self.rotated(query.view(shape), key.view(shape), arguments)
+
+
 class CosmosLayers(QwenLayers):
     """Nothing is rotated."""
 
@@ -90,7 +104,7 @@ class QwenTower(Tower):
     A frame of a video is a picture of its own, for no frame attends to another.
     """
 
-    models = (*QwenLayers.models, *CosmosLayers.models)
+    models = (*QwenLayers.models, *ExaoneLayers.models, *CosmosLayers.models)
     place = "visual"
     videos = ragged = True
 
@@ -99,12 +113,22 @@ class QwenTower(Tower):
     ) -> Seen:
         square = self.layers.model.config.spatial_merge_size**2
         grid = torch.as_tensor(given[f"{modality}_grid_thw"])
-        lengths = [h * w // square for t, h, w in grid.tolist() for _ in range(t)]
+        together = self._together(modality)
+        sizes = [(t // together, h * w // square) for t, h, w in grid.tolist()]
         if scores is not None:
             scores = scores.view(-1, square).mean(1)
             if self.layers.windowed:
                 scores = scores[moved(self._unwindowed(modality, given, grid), scores.device)]
+            if together > 1:
+                parts = scores.split([frames * together * n for frames, n in sizes])
+                parts = (x.view(-1, together, n) for x, (_, n) in zip(parts, sizes, strict=True))
+                scores = torch.cat([part.mean(1).flatten() for part in parts])
+        lengths = [n for frames, n in sizes for _ in range(frames)]
         return seen_ragged(torch.cat(list(output.pooler_output)), scores, runs(lengths))
+
+    def _together(self, modality: str) -> int:
+        """How many frames, each of which attends to itself, a visual token shows."""
+        return 1
 
     def _layer(self, given: Mapping[str, Any]) -> int:
         return len(self.attentions)
@@ -129,15 +153,10 @@ class HyperClovaTower(QwenTower):
     place = "vision_model"
 
 
-class GlmTower(QwenTower):
-    """GLM-4V. Its prompts have the tokens of pictures in place of frames too, so that which of them
-    a video fills is not known here."""
-
-    videos = False
-
-
 class ErnieTower(QwenTower):
-    """ERNIE 4.5 VL. A token of a video shows two frames, each of which attends to itself."""
+    """ERNIE 4.5 VL. A token of a video shows two frames, which are one picture here."""
 
     place = "vision_tower"
-    videos = False
+
+    def _together(self, modality: str) -> int:
+        return self.layers.model.config.temporal_merge_size if modality == "video" else 1

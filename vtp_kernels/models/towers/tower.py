@@ -36,8 +36,9 @@ class Tower:
     )
     #: Where the model has it.
     place = "vision_tower"
-    #: What there is to score by.
+    #: What there is to score by; and why not by the rest, where that is not all.
     scores: tuple[str, ...] = SOURCES
+    unscored = ""
     #: Whether frames of videos are seen as pictures are.
     videos = False
     #: Whether pictures have tokens according to their size.
@@ -46,13 +47,22 @@ class Tower:
     def __init__(self, base: nn.Module, layers: Layers) -> None:
         self.base, self.layers = base, layers
 
+    @staticmethod
+    def is_known(base: nn.Module) -> bool:
+        """Whether a model, whose vision model is known, makes visual tokens as it is told here."""
+        return True
+
     @property
     def attentions(self) -> list[nn.Module]:
         return self.layers.attentions
 
     # ---- attention ----------------------------------------------------------------------------
 
-    def scoring(self, given: Mapping[str, Any]) -> nn.Module:
+    def layers_of(self, modality: str) -> Layers:
+        """Those that see pictures, or videos."""
+        return self.layers
+
+    def scoring(self, modality: str, given: Mapping[str, Any]) -> nn.Module:
         """The attention whose output goes into the features, given the arguments of the call that
         encodes the pictures."""
         layer = self._layer(given)
@@ -61,7 +71,7 @@ class Tower:
                 "vision_feature_layer: the features are taken before the first layer, and no "
                 "attention made them; use source='similarity'"
             )
-        return self.attentions[layer - 1]
+        return self.layers_of(modality).attentions[layer - 1]
 
     # ---- what was seen ------------------------------------------------------------------------
 
@@ -73,9 +83,9 @@ class Tower:
         hidden = self._states(given, output)
         prefix, lost = self.layers.prefix, self._lost(given)
         patches = slice(max(prefix, lost), None)
-        features = self._tokens(modality, hidden[:, patches])
+        features = self._tokens(modality, given, hidden[:, patches])
         if scores is not None:
-            scores = self._tokens(modality, scores[:, patches, None])[:, :, 0]
+            scores = self._tokens(modality, given, scores[:, patches, None])[:, :, 0]
         return Seen(
             features=features,
             summary=hidden[:, 0] if self.layers.has_cls else hidden.mean(1),
@@ -87,18 +97,23 @@ class Tower:
         """[I, M, C]: what the feature layer put out."""
         return output.hidden_states[self._layer(given)]
 
-    def _tokens(self, modality: str, patches: Tensor) -> Tensor:
+    def handed_on(self, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+        """By modality, bool [F] on the CPU: which of the rows that were encoded a call of the model
+        with these arguments hands on to its text; all of those that are not named."""
+        return {}
+
+    def _tokens(self, modality: str, given: Mapping[str, Any], patches: Tensor) -> Tensor:
         """[I, N, C]: visual tokens, of [I, M, C]."""
         return patches
 
     def _rows(self, modality: str, given: Mapping[str, Any], pictures: int, tokens: int) -> Tensor:
         """Seen.shows."""
-        return self._shows(given, pictures, tokens)
+        return self.shows(given, pictures, tokens)
 
-    def _shows(self, given: Mapping[str, Any], pictures: int, tokens: int) -> Tensor:
-        order = torch.arange(pictures * tokens).view(pictures, tokens)
+    def shows(self, given: Mapping[str, Any], pictures: int, tokens: int) -> Tensor:
+        """Seen.shows of so many pictures, given the arguments of the call that encodes them."""
         others = max(self.layers.prefix - self._lost(given), 0)  # CLS and registers
-        return torch.cat((torch.full((pictures, others), -1), order), dim=1).view(-1)
+        return _in_order(pictures, tokens, others)
 
     def _lost(self, given: Mapping[str, Any]) -> int:
         """Rows in front of the tower's output that the text does not get."""
@@ -131,10 +146,23 @@ class VipTower(Tower):
 
 
 class VideoLlavaTower(Tower):
-    """Video-LLaVA. Its videos have a vision model of their own."""
+    """Video-LLaVA. Its videos have a vision model of their own, and CLS of a frame is a row."""
 
     models = ("clip_vision_model",)
     place = "image_tower"
+    videos = True
+
+    def __init__(self, base: nn.Module, layers: Layers) -> None:
+        super().__init__(base, layers)
+        self._of_videos = type(layers)(getattr(base.video_tower, "vision_model", base.video_tower))
+
+    def layers_of(self, modality: str) -> Layers:
+        return self.layers if modality == "image" else self._of_videos
+
+    def _rows(self, modality: str, given: Mapping[str, Any], pictures: int, tokens: int) -> Tensor:
+        if modality == "image":
+            return super()._rows(modality, given, pictures, tokens)
+        return _in_order(pictures, tokens, self._of_videos.prefix)
 
 
 class LastLayer:
@@ -149,3 +177,9 @@ class LastLayer:
 
     def _lost(self, given: Mapping[str, Any]) -> int:
         return 0
+
+
+def _in_order(pictures: int, tokens: int, others: int) -> Tensor:
+    """Seen.shows: rows that show nothing come before the tokens of each picture."""
+    order = torch.arange(pictures * tokens).view(pictures, tokens)
+    return torch.cat((torch.full((pictures, others), -1), order), dim=1).view(-1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from .internvl import InternLayers
@@ -35,7 +38,7 @@ class AlignedTower(WholeTower):
 class PooledTower(WholeTower):
     """Gemma 3: a visual token is the mean of a square of patches."""
 
-    def _tokens(self, modality: str, patches: Tensor) -> Tensor:
+    def _tokens(self, modality: str, given: Mapping[str, Any], patches: Tensor) -> Tensor:
         side = round(patches.shape[1] ** 0.5)
         plane = patches.transpose(1, 2).unflatten(2, (side, side))
         return self.base.multi_modal_projector.avg_pool(plane).flatten(2).transpose(1, 2)
