@@ -1,14 +1,18 @@
 """Whose token is in which row, family by family: against the projector's output, found by value."""
 
+import inspect
+
 import pytest
 import torch
 from inflection_reference import knee
 from masked_reference import MaskedReference
+from PIL import Image
 from tiny_llava import ENCODES_FIRST, IMAGE
-from tiny_models import FAMILIES, VIDEO, words
+from tiny_models import ALL, FAMILIES, VIDEO, words
 from tower_reference import eager_weights, from_all, in_segments
 
 import vtp_kernels as vtp
+from vtp_kernels.models.pictures.watch import SEEN, VisionWatch
 from vtp_kernels.models.towers.crops import ResizedTower
 
 SEEING = ("llava_next", "llava_onevision", "internvl", "qwen2_5_vl")
@@ -327,3 +331,98 @@ def test_videos_of_which_nothing_is_known_are_refused(monkeypatch):
     with vtp.prune(model, vtp.InflectionPruning(llm_layers=())):
         with pytest.raises(NotImplementedError, match="pixel_values_videos: what the vision tower"):
             model(**inputs)
+
+
+# --- towers without a curve of their own above ----------------------------------------------------
+
+PICTURES = (
+    "got_ocr2",
+    "ovis2",
+    "aria",
+    "idefics2",
+    "granite_docling",
+    "granite4_vision",
+    "video_llama_3",
+    "deepseek_vl_hybrid",
+    "minicpmv4_6",
+    "minicpmv4_7",
+    "exaone4_5",
+)
+VIDEOS = ("glm4v", "ernie4_5_vl_moe", "video_llava", "video_llama_3", "minicpmv4_6", "exaone4_5")
+
+
+def seen_alone(family, model, inputs, modality, source):
+    """What a watch sees of the pictures, or videos, that the model is asked to encode."""
+    base = family.page.base(model)
+    watch = VisionWatch(base, family.page.tower(base), source, None)
+    encode = getattr(base, f"get_{modality}_features")
+    known = inspect.signature(encode).parameters
+    watch.attach()
+    output = getattr(base, encode.__name__)(
+        **{name: inputs[name] for name in known if name in inputs}, return_dict=True
+    )
+    watch.detach()
+    return getattr(output, SEEN)
+
+
+def heads_of_curves(seen, source):
+    """bool [T]: which of the tokens of all pictures come up to the knee, found one by one."""
+    heads = []
+    for index, features in enumerate(seen.features):
+        if source == "similarity":
+            curve = torch.cosine_similarity(features, seen.summary[index, None], dim=-1)
+        else:
+            curve = seen.attention[index]
+        here = len(curve) if seen.here is None else int(seen.here[index].sum())
+        kept = knee(curve[:here].tolist(), "chord", 1, None, 0.995, 0.9)
+        heads += [token in kept for token in range(len(curve))]
+    return torch.tensor(heads)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name, modality",
+    [*((name, "image") for name in PICTURES), *((name, "video") for name in VIDEOS)],
+)
+def test_rows_stay_that_show_the_head_of_a_curve(name, modality):
+    """In a batch: of each picture or frame, and all rows that show no token."""
+    if name not in ALL:
+        pytest.skip("not taken of this transformers")
+    family = ALL[name]
+    model, source = family.model("sdpa"), "similarity" if name == "idefics2" else "attention"
+    shown = ((0,), (2, 1)) if modality == "image" else (((0,),), ((0,), (0,)))
+    inputs = family.batch(model, (shown[0], 4), (shown[1], 2), ((), 3))
+    seen = seen_alone(family, model, inputs, modality, source)
+    stays = torch.cat((heads_of_curves(seen, source), torch.tensor([True])))[seen.shows]
+    with vtp.prune(model, vtp.InflectionPruning(source, llm_layers=())) as run:
+        model(**inputs)
+        in_call = run.report().kept
+        model.generate(**inputs, **GREEDY | {"max_new_tokens": 1})
+        before = run.report().kept
+    assert torch.equal(in_call[0][in_call.visual], stays) and 0 < stays.sum() < len(stays)
+    assert torch.equal(before[0], in_call[0])
+
+
+@torch.no_grad()
+def test_tokens_that_videollama_leaves_out():
+    """Of frames that are as those before: the text gets the others, with what was seen of them."""
+    family = FAMILIES["video_llama_3"]
+    model = family.model("sdpa")
+    (_, (video,)), _ = family.draw(model, (((0,),), 0), ((), 0))
+    mask = torch.ones(16, dtype=torch.bool)
+    mask[9:14] = False  # of the second of two frames of eight tokens
+    video["video_compression_mask"] = mask
+    ids = torch.tensor([1, 60, 61, *[VIDEO] * 8, 60, 61, *[VIDEO] * 3, 5, 6])
+    inputs = family.inputs(model, (ids, [video]), (torch.tensor([1, 5, 6]), []))
+    for source in SOURCES:
+        seen = seen_alone(family, model, inputs, "video", source)
+        stays = heads_of_curves(seen, source)[mask]
+        with vtp.prune(model, vtp.InflectionPruning(source, llm_layers=())) as run:
+            model(**inputs)
+        report = run.report()
+        assert torch.equal(report.kept[0][report.kept.visual], stays) and not stays.all()
+    assert [(unit["frames"], unit["tokens"]) for unit in report.units] == [([0], 8), ([1], 3)]
+    grids = vtp.picture_grids(model, inputs)
+    assert [len(grid.views) for grid in grids] == [1, 0]
+    with pytest.raises(NotImplementedError, match="number 1 in the prompt is a video, and of some"):
+        vtp.plot.tokens([[Image.new("RGB", (8, 8))] * 2], report, grids=grids)

@@ -45,12 +45,13 @@ class DeepseekVL(Family):
 
 
 class DeepseekVLHybrid(DeepseekVL):
-    """A second tower sees the picture larger, and is scaled down to the patches of the first, whose
-    each is a visual token: what counts is what the first saw."""
+    """A second tower sees the picture larger, and is scaled down to the patches of the first, each
+    of which is a visual token: what counts is what the first saw."""
 
     name = "deepseek_vl_hybrid"
     architectures = ("DeepseekVLHybridForConditionalGeneration",)
     example = "deepseek-community/deepseek-vl-7b-chat"
+    limits = ("InflectionPruning: by the tower whose patches are tokens, not by the larger one",)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (
