@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from vtp_kernels._compiling import constant
+
 OPS = (
     "attention_scores",
     "select_topk",
@@ -97,7 +99,7 @@ def image(index: int) -> Image:
     return _images[index]
 
 
-@torch.compiler.assume_constant_result
+@constant
 def why_no_image(index: int) -> str | None:
     """Why the library's CUDA kernels cannot run on that device, or None if they can."""
     return image(index).why

@@ -9,6 +9,8 @@ import os
 
 import torch
 
+from vtp_kernels._compiling import constant
+
 #: Ops without Triton kernels: one launch for k steps that depend on each other takes barriers among
 #: the threads of a block, or of a cluster, which Triton does not have.
 WITHOUT = frozenset({"select_diverse"})
@@ -17,7 +19,7 @@ WITHOUT = frozenset({"select_diverse"})
 _reasons: dict[str, str | None] = {}
 
 
-@torch.compiler.assume_constant_result
+@constant
 def why_not(device: str) -> str | None:
     """Why Triton kernels cannot run on `device` ("cpu", "cuda:0"), or None if they can."""
     if device not in _reasons:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import asdict, dataclass, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from vtp_kernels.contract.passive import PassiveVisual
@@ -100,9 +101,11 @@ class Account:
 
 def model_config(model: str) -> Any:
     """The configuration of a name in MODELS, a folder, or a hub name."""
-    from transformers import AutoConfig, LlamaConfig
+    if model in MODELS:  # transformers takes longer to load than all else
+        return SimpleNamespace(model_type="llama", vocab_size=32064, **MODELS[model])
+    from transformers import AutoConfig
 
-    return LlamaConfig(**MODELS[model]) if model in MODELS else AutoConfig.from_pretrained(model)
+    return AutoConfig.from_pretrained(model)
 
 
 def text_config(model: str) -> Any:
@@ -114,6 +117,8 @@ def text_config(model: str) -> Any:
 def weightless_parts(config: Any) -> ModelParts | None:
     """The parts of a model of that configuration, none of whose weights exist. None for a language
     model alone. Raises NotImplementedError for models that are not supported."""
+    if not hasattr(config, "text_config"):
+        return None  # without loading what knows of models
     import torch
     import transformers
 
@@ -133,17 +138,13 @@ def accounts(
 
     `config` is the whole model's or its language model's, `prompt` as for `account`.
     """
-    from vtp_kernels.models.passage.limits import check_method
-
     text = getattr(config, "text_config", config)
     parts = weightless_parts(config)
     counted: dict[str, Account | str] = {}
     for name, method in methods.items():
         try:
-            if method is not None and parts is not None:
-                check_method(parts, method, "original")
-            elif method is not None:
-                method.check_model(text.num_hidden_layers)
+            if method is not None:
+                _check_method(method, text, parts)
         except (NotImplementedError, ValueError) as error:
             counted[name] = str(error)
             continue
@@ -155,6 +156,16 @@ def accounts(
         if parts is not None and parts.page.sees_ahead:  # pairs are counted as causal ones
             counted[name] = replace(counted[name], visual_pairs=None, visual_reads=None)
     return counted
+
+
+def _check_method(method: Method, text: Any, parts: ModelParts | None) -> None:
+    """Raise if a method does not fit a model; of a language model alone its depth is known."""
+    if parts is None:
+        method.check_model(text.num_hidden_layers)
+        return
+    from vtp_kernels.models.passage.limits import check_method
+
+    check_method(parts, method, "original")
 
 
 def account(

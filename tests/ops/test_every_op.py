@@ -13,6 +13,7 @@ from backends import runs
 from gpu.variants import VARIANTS, assert_same_bits
 from schema import positional
 from vtp_kernels import _native
+from vtp_kernels._compiling import constant
 from vtp_kernels.ops._dispatch import BACKENDS, why_not
 
 
@@ -329,13 +330,22 @@ with torch.no_grad():
     vtp.passive_attention(x, x, x, visual=mask)
 import vtp_kernels.flops, vtp_kernels.info, vtp_kernels.ops.inflection
 assert all(map(callable, (vtp.flops, vtp.info, vtp.inflection)))  # not hidden by their modules
+from vtp_kernels.cli import main
+main(["flops", "--model", "llava-1.5-7b", "--method", "fastv", "visipruner", "lvpruning"])
 assert not any(name.split(".")[0] in ("transformers", "triton") for name in sys.modules)
+assert "torch._dynamo" not in sys.modules  # which takes longer to load than torch
 print(vtp.info())
 try:
     vtp.select_topk(x[:, 0, 0], 3, backend="native")
 except NotImplementedError as error:
     print(error)
 """
+
+
+def test_what_is_constant_is_so_to_dynamo():
+    """Told without loading it."""
+    ours, its = (mark(lambda: 0) for mark in (constant, torch.compiler.assume_constant_result))
+    assert vars(ours) == vars(its) != {}
 
 
 @pytest.mark.parametrize(
