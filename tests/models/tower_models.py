@@ -2,6 +2,7 @@
 
 import torch
 import transformers
+from tiny_llava import ENCODES_FIRST
 from tiny_models import ALL, TinyFamily
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -193,6 +194,8 @@ def sliced_pictures(modality="image"):
     if modality == "video":
         pixels, sizes = ("pixel_values_videos", "target_sizes_videos")
     grids = torch.tensor([[16, 16], [8, 24], [12, 8]])
+    if not ENCODES_FIRST:
+        grids[:] = grids[1]  # an older transformers takes no others in one call
     return {pixels: random(1, 3, 4, 4 * int(grids.prod(1).sum())), sizes: grids}
 
 

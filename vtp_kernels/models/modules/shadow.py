@@ -82,6 +82,9 @@ class NamingShadow(Shadow):
         self.signature = inspect.signature(self.original)
 
     def by_name(self, args: Any, kwargs: Any) -> dict[str, Any]:
+        if "kwargs" not in self.signature.parameters:
+            # Some have it of a decorator, of which their signature does not tell.
+            kwargs = {name: x for name, x in kwargs.items() if name != "return_dict"}
         given = self.signature.bind(*args, **kwargs).arguments
         return given | given.pop("kwargs", {})
 

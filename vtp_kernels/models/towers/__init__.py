@@ -105,7 +105,10 @@ def tower_of(known: Iterable[type[Tower]], base: nn.Module) -> Tower | None:
     what methods ask."""
     for tower in known:
         vision = getattr(base, tower.place, None)
-        kind = None if vision is None else vision.config.model_type
+        if vision is None:
+            continue
+        # Some had no type of their own before transformers 5.23.
+        kind = vision.config.model_type or f"{base.config.model_type}_vision"
         if kind in tower.models:
             layers = KINDS[kind](getattr(vision, "vision_model", vision))
             known = layers.attentions and tower.is_known(base)

@@ -66,7 +66,8 @@ class PerceiverTower(LastLayer, Tower):
     def read(
         self, modality: str, given: Mapping[str, Any], output: Any, scores: Tensor | None
     ) -> Seen:
-        rows = torch.cat(list(output.pooler_output))
+        rows = output.pooler_output  # by prompt, since transformers 5.23
+        rows = rows.flatten(0, -2) if isinstance(rows, Tensor) else torch.cat(rows)
         features = rows.unflatten(0, (len(output.last_hidden_state), -1))
         return Seen(
             features=features,
