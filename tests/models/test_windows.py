@@ -53,10 +53,15 @@ def both(models, method, run, **settings):
     with vtp.prune(models["sdpa"], method, **settings) as handle:
         pruned = run(models["sdpa"])
         kept = handle.report().kept
-    chooses = isinstance(method, vtp.PyramidDrop)
+    chooses = isinstance(method, vtp.PyramidDrop | vtp.Schedule)
+    score = getattr(method, "score", "last_token")
     contiguous = settings.get("positions") == "contiguous"
     with MaskedReference(
-        models["eager"], STAGES, given=None if chooses else kept, contiguous=contiguous
+        models["eager"],
+        STAGES,
+        score=score,
+        given=None if chooses else kept,
+        contiguous=contiguous,
     ) as masked:
         masked.stages = masked.stages if chooses else dict.fromkeys(kept)
         reference = run(models["eager"])
@@ -107,7 +112,9 @@ class Looking(Method):
     def decide(self, layer, rows):
         every = slice(0, rows.visual.shape[1])
         for name, payers in (("visual", rows.visual), ("text", rows.text)):
-            self.seen[layer - 1, name] = rows.attention_scores(every, payers)
+            for support in ("all", "candidates"):
+                scores = rows.attention_scores(every, payers, support=support)
+                self.seen[layer - 1, name, support] = scores
 
 
 @pytest.mark.parametrize("name", ["gemma3", "paligemma", "cohere2_vision"])
@@ -123,15 +130,26 @@ def test_what_any_row_pays(name, monkeypatch):
         attentions = model(**inputs, output_attentions=True).attentions
         with vtp.prune(model, method):
             model(**inputs)
-    for (layer, name), scores in method.seen.items():
+    for (layer, name, support), scores in method.seen.items():
         payers = visual if name == "visual" else real & ~visual
-        paid = (attentions[layer].mean(1) * payers[:, :, None]).sum(1)
+        weights = attentions[layer]
+        if support == "candidates":
+            weights = weights * visual[:, None, None]
+            weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
+        paid = (weights.mean(1) * payers[:, :, None]).sum(1)
         paid = paid / payers.sum(1, keepdim=True).clamp(min=1) * visual
         torch.testing.assert_close(scores, paid, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("positions, early", [("original", True), ("contiguous", False)])
-def test_a_second_turn(models, positions, early):
+@pytest.mark.parametrize(
+    "positions, early, score",
+    [
+        ("original", True, "last_token"),
+        ("contiguous", False, "last_token"),
+        ("original", False, "text"),
+    ],
+)
+def test_a_second_turn(models, positions, early, score):
     """With more pictures. Where answers ended early, it leaves out what filled them up."""
     pictures = torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(3))
     turns = [prompt(1, 2, seed=7), prompt(2, 6, seed=8), prompt(0, 4, seed=9), prompt(0, 1, seed=2)]
@@ -145,7 +163,8 @@ def test_a_second_turn(models, positions, early):
         cache = first.past_key_values
         return model.generate(**more, pixel_values=pictures, past_key_values=cache, **SETTINGS)
 
-    assert_same(*both(models, PYRAMID, talk, positions=positions))
+    method = PYRAMID if score == "last_token" else vtp.Schedule(STAGES, score=score)
+    assert_same(*both(models, method, talk, positions=positions))
 
 
 @pytest.mark.parametrize("positions", ["original", "contiguous"])
