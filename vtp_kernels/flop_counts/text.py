@@ -189,7 +189,7 @@ def _aria(text: Any, layer: int) -> int:
 ALL_SLIDING = ("ministral3", "mistral", "mixtral", "qwen3_moe", "starcoder2")
 """Model types that do not name the kinds of their layers: all slide where there is a window."""
 
-QWEN3_5 = ("qwen3_5_text", "qwen3_5_moe_text")
+QWEN3_5 = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 """Model types with gated delta nets, and with a gate on what the other layers' attention puts out,
 which the query's projection makes."""
 
@@ -236,7 +236,7 @@ TEXT: dict[str, Callable[[Any, int], int]] = {
     "lfm2": _lfm2,
     "mixtral": _mixtral,
     **dict.fromkeys(("qwen3_moe", "qwen3_omni_moe_text", "qwen3_vl_moe_text"), _qwen_experts),
-    **dict.fromkeys(("qwen2_moe", "qwen3_5_moe_text"), _qwen_shared_expert),
+    **dict.fromkeys(("qwen2_moe", "qwen3_5_moe_text", "qwen3_next"), _qwen_shared_expert),
     **dict.fromkeys(("glm4_moe", "glm4v_moe_text"), _glm_experts),
 }
 """{model_type: multiply-accumulates of a row in the MLP of a layer}; the attention is Llama's, or
