@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -227,29 +228,26 @@ class PromptRows:
         last, counts = options.pop("query_positions"), options.pop("query_valid")
         columns = self._sight.columns[:, self.past - past :]
         first = self._sight.first[:, rows]
-        candidates, total = behind(past, among), []
+        candidates, total = behind(past, among), [0.0] * len(query)
         at_once = max(1, LOGITS // (query.shape[1] * key.shape[2]))
-        for prompt in range(len(query)):
-            score = torch.zeros((), device=query.device)
-            for some in torch.arange(query.shape[2]).split(at_once):
-                part = slice(int(some[0]), int(some[-1]) + 1)
-                seen = columns[prompt] >= first[prompt, part, None]
-                paid = attention_scores(
-                    query[prompt, :, part].transpose(0, 1)[:, :, None],
-                    key[prompt].expand(len(some), -1, -1, -1),
-                    candidates=candidates[prompt].expand(len(some), -1),
-                    valid=seen if valid is None else seen & valid[prompt],
-                    query_positions=last[prompt, part, None],
-                    support=support,
-                    **options,
-                )
-                if counts is not None:
-                    paid = paid * counts[prompt, part, None]
-                score = score + paid.sum(0)
-            total.append(score)
-        scores = torch.stack(total)
+        starts = range(0, query.shape[2], at_once)
+        for prompt, start in itertools.product(range(len(query)), starts):
+            part = slice(start, start + at_once)
+            seen = columns[prompt] >= first[prompt, part, None]
+            paid = attention_scores(
+                query[prompt, :, part].transpose(0, 1)[:, :, None],
+                key[prompt].expand(len(seen), -1, -1, -1),
+                candidates=candidates[prompt].expand(len(seen), -1),
+                valid=seen if valid is None else seen & valid[prompt],
+                query_positions=last[prompt, part, None],
+                support=support,
+                **options,
+            )
+            if counts is not None:
+                paid = paid * counts[prompt, part, None]
+            total[prompt] = total[prompt] + paid.sum(0)
         number = query.shape[2] if counts is None else counts.sum(1, keepdim=True).clamp(min=1)
-        return observation.heads(query).mean(scores / number, query)[:, past:]
+        return observation.heads(query).mean(torch.stack(total) / number, query)[:, past:]
 
     def _scores_of(
         self, query: Tensor, options: dict[str, Any], past: int, among: Tensor, support: str = "all"

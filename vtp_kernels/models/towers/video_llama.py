@@ -48,5 +48,6 @@ class ScaledTower(LastLayer, Tower):
 
     def handed_on(self, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
         """Without tokens of frames that are as in the frame before."""
+        # Waits for a GPU, as the model does for the same mask.
         mask = arguments.get("video_compression_mask")
         return {} if mask is None else {"video": mask.bool().cpu()}
