@@ -51,7 +51,7 @@ def inflection(model, max_keep):
     """Both stages, or the second alone where too little is known of the vision tower."""
     parts = parts_of(model)
     tower = parts.page.tower(parts.base)
-    source = None if tower is None else "attention"
+    source = None if tower is None else tower.scores[-1]  # attention, if that can be told
     return vtp.InflectionPruning(
         source, min_keep=2, max_keep=max_keep, llm_layers=(2, 4), visual_keep=0.5, text_keep=0.75
     )
