@@ -62,7 +62,7 @@ class Idefics2(Idefics3):
     example = "HuggingFaceM4/idefics2-8b"
     text_models = ("mistral",)
     towers = (PerceiverTower,)
-    limits = (f"InflectionPruning: {PerceiverTower.unscored}",)
+    limits = (f"InflectionPruning by source='attention': {PerceiverTower.unscored}",)
     looks = Family.looks  # not known
 
     def tiny(self) -> dict[str, Tiny]:
