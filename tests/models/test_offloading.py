@@ -6,6 +6,7 @@ import torch.distributed as dist
 from by_hand import KINDS, answers, assert_same_answers, prompts
 from pruning_methods import pruning_method
 from tiny_llava import DEPTH, tiny_llava
+from tiny_models import FAMILIES
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -53,6 +54,22 @@ def test_offloaded_models_are_as_models_in_memory(models, name, tmp_path):
     method = pruning_method(name, plain, tmp_path)
     assert_same_answers(answers(model, model, method), answers(plain, plain, method), atol=2e-5)
     assert last.weight.is_meta  # and it is put away again
+
+
+@torch.no_grad()
+def test_an_offloaded_tower_with_parameters_of_its_attention():
+    """Which are there while it runs, and not before."""
+    family, kept = FAMILIES["got_ocr2"], []
+    model = family.model("sdpa")
+    inputs = family.batch(model, ((0,), 4))
+    for place in (lambda model, _: model, to_cpu):
+        with vtp.prune(
+            place(model, None), vtp.InflectionPruning("attention", llm_layers=())
+        ) as run:
+            model(**inputs)
+        kept.append(run.report().kept[0])
+    assert model.model.vision_tower.layers[-1].attn.rel_pos_h.is_meta
+    assert torch.equal(*kept) and not kept[0].all()
 
 
 def test_offloaded_while_a_method_is_at_work(tmp_path):

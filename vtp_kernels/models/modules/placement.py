@@ -6,12 +6,22 @@ and quantised ones hold packed integers, or are no parameters at all.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["device_of", "is_moved", "key_dtype", "like_hidden", "out_features", "why_gone"]
+__all__ = [
+    "device_of",
+    "is_moved",
+    "key_dtype",
+    "like_hidden",
+    "out_features",
+    "own_parameters",
+    "why_gone",
+]
 
 # What makes a module keep its weights in pieces between two calls.
 SHARDED = ("FSDPModule", "FullyShardedDataParallel")
@@ -76,6 +86,19 @@ def why_gone(layer: nn.Module) -> str | None:
                 "(tp_plan='auto')"
             )
     return None
+
+
+@contextmanager
+def own_parameters(module: nn.Module) -> Iterator[None]:
+    """Within, parameters of the module itself are there that accelerate has offloaded. It loads
+    them when the module runs, and not for what else is computed with them."""
+    if _hook(module) is None or not any(p.is_meta for p in module.parameters(recurse=False)):
+        yield
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        yield
 
 
 def _is_sharded(kind: type) -> bool:

@@ -11,6 +11,7 @@ from torch.nn.functional import avg_pool2d
 
 from vtp_kernels.contract.vision import Seen
 
+from ..modules.placement import own_parameters
 from .layers import Layers, Place, scale_of
 from .tower import LastLayer, Tower
 
@@ -44,8 +45,9 @@ class SamLayers(Layers):
         if not attention.use_rel_pos:
             return query, key
         plane, scale = query.unflatten(2, (tall, wide)), scale_of(attention)
-        down = attention.get_rel_pos(tall, tall, attention.rel_pos_h)
-        across = attention.get_rel_pos(wide, wide, attention.rel_pos_w)
+        with own_parameters(attention):
+            down = attention.get_rel_pos(tall, tall, attention.rel_pos_h)
+            across = attention.get_rel_pos(wide, wide, attention.rel_pos_w)
         down = torch.einsum("ihyxc,ykc->ihyxk", plane, down).flatten(2, 3)
         across = torch.einsum("ihyxc,xkc->ihyxk", plane, across).flatten(2, 3)
         place = torch.cat(
