@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from vtp_kernels._shown import shown
-from vtp_kernels.contract.checks import check_depth
-from vtp_kernels.contract.method import Method
 
-from .budget import check_keep, check_layer, visual_budget
-from .per import check_per, groups
+from .budget import check_layer
 from .scorers import SCORERS
+from .stages import BudgetedMethod, Stage
 
 if TYPE_CHECKING:
     from vtp_kernels.contract.rows import Kept, PromptRows
@@ -21,33 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["Schedule", "ScheduledMethod", "Stage"]
 
 
-class Stage(NamedTuple):
-    """From `layer` on, `keep` of the visual tokens are left, of a prompt's or of each picture's.
-
-    The fields are the settings these came from, for error messages.
-    """
-
-    layer: int
-    keep: int | float
-    layer_field: str
-    keep_field: str
-
-
-class ScheduledMethod(Method):
-    """A method whose layers and counts are known beforehand; only which tokens stay is not.
-
-    Subclasses give `stages`, and may set `score` (a key of SCORERS), `seed` and `per` (what each
-    budget is for, one of PER).
-    """
+class ScheduledMethod(BudgetedMethod):
+    """One that ranks visual tokens by scores. Subclasses may set `score` (a key of SCORERS) and
+    `seed`, too."""
 
     score: str = "last_token"
     seed: int = 0
-    per: str = "prompt"
-
-    @property
-    @abstractmethod
-    def stages(self) -> tuple[Stage, ...]:
-        """Stages in ascending order of layers."""
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
@@ -57,64 +33,33 @@ class ScheduledMethod(Method):
             )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"{owner}.seed: expected an int, got {shown(self.seed)}")
-        check_per(self.per, f"{owner}.per")
-        before: Stage | None = None
+        super().__post_init__()
         for stage in self.stages:
-            check_layer(stage.layer, stage.layer_field)
-            check_keep(stage.keep, stage.keep_field)
             if stage.layer == 0 and SCORERS[self.score].needs_attention:
                 raise ValueError(
                     f"{stage.layer_field}: score={self.score!r} looks at the attention of the "
                     "layer before, and there is none before layer 0; use a later layer or "
                     "score='random'"
                 )
-            if before is not None:
-                _check_order(before, stage)
-            before = stage
-
-    def decision_layers(self, depth: int) -> tuple[int, ...]:
-        return tuple(stage.layer for stage in self.stages)
 
     def observed_layers(self, depth: int) -> tuple[int, ...]:
         if not SCORERS[self.score].needs_attention:
             return ()
         return tuple(stage.layer - 1 for stage in self.stages)
 
-    def check_model(self, depth: int) -> None:
-        for stage in self.stages:
-            check_depth(stage.layer, depth, stage.layer_field)
-
-    def needs_units(self) -> bool:
-        return self.per != "prompt"
-
     def decide(self, layer: int, rows: PromptRows) -> Kept:
-        keep = next(stage.keep for stage in self.stages if stage.layer == layer)
         if self.per != "prompt":
-            return self._of_each(rows, keep)
-        pairs = list(zip(rows.visual_at_start, rows.visual_now, strict=True))
-        counts = [min(visual_budget(keep, at_start), now) for at_start, now in pairs]
-        if all(count in (0, now) for count, (_, now) in zip(counts, pairs, strict=True)):
+            budgets = self.budgets(layer, rows)
+            choice = budgets.are_a_choice
+            scores = SCORERS[self.score].score(rows, self.seed) if choice else None
+            return rows.keep_of_each(*budgets, scores)
+        there, counts = self.prompt_budgets(layer, rows)
+        if all(count in (0, now) for count, now in zip(counts, there, strict=True)):
             return rows.keep_visual(counts, None)
         scorer = SCORERS[self.score]
         if scorer.attending is not None:
             return rows.keep_attended(counts, *scorer.attending(rows))
         return rows.keep_visual(counts, scorer.score(rows, self.seed))
-
-    def _of_each(self, rows: PromptRows, keep: int | float) -> Kept:
-        group, at_start = groups(rows, self.per)
-        there = rows.memory.get("left of each", at_start)
-        counts = [
-            [min(visual_budget(keep, n), now) for n, now in zip(*of_prompt, strict=True)]
-            for of_prompt in zip(at_start, there, strict=True)
-        ]
-        rows.memory["left of each"] = counts
-        choice = any(
-            0 < count < now
-            for of_prompt in zip(counts, there, strict=True)
-            for count, now in zip(*of_prompt, strict=True)
-        )
-        scores = SCORERS[self.score].score(rows, self.seed) if choice else None
-        return rows.keep_of_each(group, there, counts, scores)
 
 
 @dataclass(frozen=True)
@@ -134,11 +79,12 @@ class Schedule(ScheduledMethod, key="schedule"):
     seed : int
         For score="random".
     per : "prompt" | "picture" | "frame"
-        What `keep` is of: all visual tokens of the prompt; those of each picture, and of each
-        video, by itself; or those of each picture and each frame, so that every moment of a video
-        keeps equally much. Every budget is rounded by itself, halves up. Frames that the model
-        merges (two and two in Qwen) are one. Frames of InternVL and SmolVLM come as pictures. The
-        methods' papers rank the tokens of a whole prompt; the other two are ours.
+        What `keep` is of: all visual tokens of the prompt; those of each picture ("image" is
+        another word for it), and of each video, by itself; or those of each picture and each frame,
+        so that every moment of a video keeps equally much. Every budget is rounded by itself,
+        halves up. Frames that the model merges (two and two in Qwen) are one. Frames of InternVL
+        and SmolVLM come as pictures. The methods' papers rank the tokens of a whole prompt; the
+        other two are ours.
     """
 
     keep: Mapping[int, int | float]
@@ -194,15 +140,3 @@ def _layer_of(key: object) -> int:
     if isinstance(key, str) and key.isdecimal():
         return int(key)
     return check_layer(key, "Schedule.keep")
-
-
-def _check_order(before: Stage, stage: Stage) -> None:
-    if stage.layer <= before.layer:
-        raise ValueError(
-            f"{stage.layer_field}: layers must ascend, {stage.layer} comes after {before.layer}"
-        )
-    if type(stage.keep) is type(before.keep) and stage.keep > before.keep:
-        raise ValueError(
-            f"{stage.keep_field}: tokens that left do not come back: layer {before.layer} keeps "
-            f"{before.keep}, layer {stage.layer} asks for {stage.keep}"
-        )
