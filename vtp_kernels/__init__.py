@@ -26,13 +26,17 @@ from vtp_kernels.selection import Selection
 __version__ = "0.1.0"
 
 _LAZY = {
+    "CDPruner": "vtp_kernels.methods",
+    "DivPrune": "vtp_kernels.methods",
     "FastV": "vtp_kernels.methods",
+    "FrameDifference": "vtp_kernels.methods",
     "InflectionPruning": "vtp_kernels.methods",
     "LVPruning": "vtp_kernels.methods",
     "Method": "vtp_kernels.methods",
     "PyramidDrop": "vtp_kernels.methods",
     "RandomPruning": "vtp_kernels.methods",
     "Schedule": "vtp_kernels.methods",
+    "VidCom2": "vtp_kernels.methods",
     "VisiPruner": "vtp_kernels.methods",
     "apply": "vtp_kernels.models",
     "calibrate": "vtp_kernels.methods.calibrate",
@@ -46,7 +50,10 @@ _LAZY = {
 _LAZY_MODULES = ("plot", "reference")
 
 __all__ = [
+    "CDPruner",
+    "DivPrune",
     "FastV",
+    "FrameDifference",
     "InflectionPruning",
     "LVPruning",
     "Method",
@@ -54,6 +61,7 @@ __all__ = [
     "RandomPruning",
     "Schedule",
     "Selection",
+    "VidCom2",
     "VisiPruner",
     "apply",
     "attention_scores",

@@ -26,6 +26,7 @@ A new method is a subclass in a file of its own:
 `vtp_kernels.contract.rows.PromptRows`. `decide` answers with what one of these returns, or None:
 
     rows.keep_visual(counts, scores)    all text, and so many visual tokens of each prompt, by rank
+    rows.keep_of_each(...)              the same of each picture or frame; also keep_diverse
     rows.keep_where(mask, counts)       all text, and the visual tokens in a mask
     rows.keep_rows(mask)                the rows in a mask, text or visual
 
@@ -66,6 +67,7 @@ from .storage import read_json
 
 if TYPE_CHECKING:
     from .rows import Kept, PromptRows
+    from .unit import Unit
 
 METHODS: dict[str, type[Method]] = {}
 """Every method that has been imported, by the name it has in files and on the command line."""
@@ -124,6 +126,15 @@ class Method(ABC):
         """Whether `decide` asks which picture or frame a visual token is of: `rows.unit`. It is
         then found out when a call begins, where the host waits anyway."""
         return False
+
+    def check_units(self, units: list[list[Unit]]) -> None:  # noqa: B027
+        """Raise ValueError if it cannot do with the pictures and frames of a call, those of each
+        prompt in order. Asked when the call begins, of methods that need units."""
+
+    def needs_ops(self) -> Sequence[str]:
+        """Ops of this package by which it decides, and which the engine itself does not need: their
+        backend is looked for when it is applied."""
+        return ()
 
     def forgetful_layers(self, depth: int) -> Sequence[int]:
         """Layers whose KV cache loses all visual rows once the prompt has been read."""
@@ -195,7 +206,12 @@ class Method(ABC):
         for name, value in settings.items():
             if isinstance(value, list) and isinstance(known[name].default, tuple):
                 settings[name] = tuple(value)  # JSON has no tuples
-        return method(**settings)
+        return method._made_of(settings)
+
+    @classmethod
+    def _made_of(cls, settings: dict[str, Any]) -> Method:
+        """With fields as they are in a file."""
+        return cls(**settings)
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict` as JSON. Raises TypeError naming a setting that JSON has no form for."""

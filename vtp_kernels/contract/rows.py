@@ -15,6 +15,7 @@ from vtp_kernels.ops import (
     attention_scores,
     compact_rows,
     inflection,
+    select_diverse,
     select_topk,
     token_contribution,
 )
@@ -26,6 +27,7 @@ from vtp_kernels.selection import Selection
 from .backends import Backends
 from .counts import Counts, added, moved, on_device, on_host
 from .facts import Fact, asked_stay, check_fit, demand, equal, host_counts
+from .frames import Video, videos_of
 from .seen import Observed, Sight
 from .unit import Unit, Units
 from .vision import PromptVision
@@ -76,6 +78,8 @@ class PromptRows:
         Row of the last prompt token; rows after it are drafts of assisted decoding.
     columns : int
         Columns of the input, which `origin` counts.
+    depth : int
+        Decoder layers of the model.
     memory : dict
         For the method to note things from one decision of this call to the next.
     past : int
@@ -111,6 +115,7 @@ class PromptRows:
         text_before: list[int],
         drafts: int,
         columns: int,
+        depth: int,
         memory: dict[str, Any],
         observation: Observed | None,
         past: int,
@@ -133,6 +138,7 @@ class PromptRows:
         self.drafts = drafts
         self.prompt_end = hidden.shape[1] - 1 - drafts
         self.columns = columns
+        self.depth = depth
         self.memory = memory
         self.past = past
         self.vision = vision
@@ -168,6 +174,26 @@ class PromptRows:
     @property
     def unit_counts(self) -> list[list[int]]:
         return self._units.counts(self._prompt_visual)
+
+    def videos(self, pictures: bool = False) -> list[Video]:
+        """The videos of all prompts, in order, before anything has left.
+
+        pictures: the pictures of a prompt are the frames of one more, behind its others. Raises
+        ValueError where frames of a video have unlike numbers of tokens.
+        """
+        where = f"{self.asker}: videos"
+        if self.hidden.shape[1] != self.columns:
+            raise ValueError(f"{where}: some of their rows have left already")
+        here = self._units.visual_rows(self._prompt_visual)
+        return [
+            Video(prompt, columns, here[prompt, columns])
+            for prompt, found in enumerate(videos_of(self.units, pictures, where))
+            for columns in found
+        ]
+
+    def tokens_of(self, video: Video) -> Tensor:
+        """`hidden` of its tokens: float [T, N, C]."""
+        return self.hidden[video.prompt, self.moved(video.columns)]
 
     def attention_scores(
         self,
@@ -472,29 +498,114 @@ class PromptRows:
         there; what of it the host cannot know stops the GPU.
         """
         where = f"{self.asker}: keep_of_each"
+
+        def best(rows: Tensor, here: Tensor, k: int | Tensor, capacity: int) -> Selection:
+            if scores is None:
+                ranked = torch.zeros(rows.shape, device=rows.device)
+            else:
+                self.note_scores(scores, self.visual)
+                ranked = scores.flatten()[rows]
+            return select_topk(ranked, k, candidates=here, capacity=capacity, backend=self._backend)
+
+        return self._keep_of_groups(where, group, there, counts, best)
+
+    def keep_diverse(
+        self,
+        group: Tensor,
+        there: list[list[int]],
+        counts: list[list[int]],
+        *,
+        rule: str,
+        relevance: Tensor | None = None,
+    ) -> Kept:
+        """`keep_of_each` of visual tokens whose `hidden` differ: those that `vtp.select_diverse`
+        chooses in each group.
+
+        rule: "maxmin", or "dpp" with the `relevance` of each token, float32 [B, S]. Where the
+        determinant allows of fewer tokens than `counts` says, the most relevant of the others fill
+        up, so that the host knows how many stay.
+        """
+        where = f"{self.asker}: keep_diverse"
+        batch, width, channels = self.hidden.shape
+        if relevance is not None:
+            tensor(f"{where}: relevance", relevance, "B, S", (batch, width), FLOATS, group.device)
+
+        def differing(rows: Tensor, here: Tensor, k: int | Tensor, capacity: int) -> Selection:
+            told = None if relevance is None else relevance.flatten()[rows]
+            found = select_diverse(
+                self.hidden.reshape(-1, channels)[rows].detach(),
+                k,
+                rule=rule,
+                relevance=told,
+                candidates=here,
+                capacity=capacity,
+                backend=self._backend,
+            )
+            if rule != "dpp":
+                return found
+            chosen = rows_of(found, rows.shape[1])
+            return select_topk(
+                torch.zeros(rows.shape, device=rows.device) if told is None else told,
+                k - found.counts,
+                candidates=here & ~chosen,
+                keep=chosen,
+                capacity=capacity,
+                backend=self._backend,
+            )
+
+        return self._keep_of_groups(where, group, there, counts, differing)
+
+    def keep_of_videos(self, videos: list[Video], counts: list[int], scores: list[Tensor]) -> Kept:
+        """Keep all of each prompt, but of each of `self.videos()` only the `counts[v]` tokens with
+        the highest `scores[v]`, float [T, N].
+
+        Equal scores: the earlier token stays; what is not a number ranks last. Pictures, rows that
+        show nothing, as `image_newline`, and rows whose logits are asked for stay.
+        """
+        where = f"{self.asker}: keep_of_videos"
+        host_counts(f"{where}: counts", counts, len(videos))
+        shape, device = self.visual.shape, self.visual.device
+        group = torch.zeros(shape, dtype=torch.int64)  # 0 is what stays
+        there = [[count] for count in self.visual_at_start]
+        stay = [[count] for count in self.visual_at_start]
+        dtype = scores[0].dtype if scores else torch.float32
+        ranked = torch.full(shape, torch.nan, dtype=dtype, device=device)
+        for video, count, score in zip(videos, counts, scores, strict=True):
+            sizes = tuple(video.columns.shape)
+            tensor(f"{where}: scores", score, "T, N", sizes, FLOATS, device)
+            b, tokens = video.prompt, video.tokens
+            group[b, video.columns[video.prunable]] = len(there[b])
+            ranked[b, self.moved(video.columns)] = score
+            for of_prompt, more in ((there[b], tokens), (stay[b], count)):
+                of_prompt[0] -= tokens
+                of_prompt.append(more)
+        return self.keep_of_each(self.moved(group), there, stay, ranked)
+
+    def _keep_of_groups(
+        self,
+        where: str,
+        group: Tensor,
+        there: list[list[int]],
+        counts: list[list[int]],
+        choose: Callable[[Tensor, Tensor, int | Tensor, int], Selection],
+    ) -> Kept:
+        """`choose` gets the rows int64 [G, N] of each group of each prompt, counted over the batch;
+        which of them are there, bool [G, N]; how many of each stay; and the most of these. It
+        answers with indices of the N."""
         batch, width = self.visual.shape
         tensor(f"{where}: group", group, "B, S", (batch, width), INT64, self.visual.device)
         total = [sum(of_prompt) for of_prompt in counts]
         for b, (some, most) in enumerate(zip(counts, there, strict=True)):
             check_fit(f"{where}, prompt {b}, group", KINDS[1], some, most)
-        sizes = [n for of_prompt in there for n in of_prompt]
         if not any(total) or counts == there:
             return self.keep_visual(total, None)
-        if scores is None:
-            scores = torch.zeros(batch, width, device=group.device)
-        else:
-            self.note_scores(scores, self.visual)
+        sizes = [n for of_prompt in there for n in of_prompt]
+        stay = [n for of_prompt in counts for n in of_prompt]
         rows = self._rows_of_groups(where, group, there)
         here = torch.arange(max(sizes), device=group.device)
         here = here < moved(torch.tensor(sizes), group.device)[:, None]
-        best = select_topk(
-            scores.flatten()[rows],
-            on_device([n for of_prompt in counts for n in of_prompt], group.device),
-            candidates=here,
-            capacity=max(n for of_prompt in counts for n in of_prompt),
-            backend=self._backend,
-        )
-        chosen = rows_of(best, max(sizes))
+        found = choose(rows, here, on_device(stay, group.device), max(stay))
+        chosen = rows_of(found, max(sizes))
         stays = self.visual.new_zeros(batch * width + 1)
         stays[torch.where(chosen, rows, batch * width)] = True
         return self.keep_where(stays[:-1].view(batch, width) & self.visual, total)

@@ -22,6 +22,10 @@ FORMS = """\
                                       schedule:2=0.5,4=0.1:text:frame
   visipruner[:FIELD=VALUE,...]        visipruner:fusion_threshold=0.99,stages=middle+deep
   inflection[:FIELD=VALUE,...]        inflection:source=attention,llm_layers=2+4,visual_keep=knee
+  divprune[:FIELD=VALUE,...]          divprune:keep=64,per=picture
+  cdpruner[:FIELD=VALUE,...]          cdpruner:keep=64
+  framedifference[:FIELD=VALUE,...]   framedifference:keep=0.25
+  vidcom2[:FIELD=VALUE,...]           vidcom2:keep=0.25,frames=pictures
   PATH.json                           a file written by method.save(path)
   MODULE:CLASS[:FIELD=VALUE,...]      one of your own: my_package.my_methods:KeepLongest:keep=64
 KEEP is a count (64) or a share (0.5) of the visual tokens, PER prompt, picture or frame."""

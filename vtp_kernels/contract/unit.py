@@ -17,6 +17,8 @@ class Unit(NamedTuple):
     frames : which frames of the video, from 0.
     columns : int64 [N], on the CPU: the input columns of its visual tokens, those too that show
         nothing, as `image_newline`, which belong to what is before them.
+    grid : of a frame, int64 [H, W], on the CPU: the column of the token that shows each of its
+        cells. None of a picture, which may be shown in crops.
     """
 
     prompt: int
@@ -24,6 +26,7 @@ class Unit(NamedTuple):
     video: int | None
     frames: range | None
     columns: Tensor
+    grid: Tensor | None = None
 
 
 class Units(Protocol):
@@ -43,6 +46,9 @@ class Units(Protocol):
 
     def numbers(self, device: torch.device) -> Tensor:
         """int64 [B, S]: of each column the number of its unit; -1 for none."""
+
+    def visual_rows(self, visual: Tensor) -> Tensor:
+        """`visual` bool [B, S], the prompts' own, on the CPU."""
 
     def counts(self, visual: Tensor) -> list[list[int]]:
         """Of each unit, how many columns of `visual` bool [B, S] it has."""

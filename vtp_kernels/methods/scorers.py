@@ -14,7 +14,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from vtp_kernels.contract.rows import PromptRows
 
-__all__ = ["SCORERS", "Scorer", "contribution", "last_token", "random", "text"]
+__all__ = ["SCORERS", "Scorer", "contribution", "last_token", "random", "text", "text_rows", "wide"]
+
+
+def wide(x: Tensor) -> Tensor:
+    """As float32; float64 as it is."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def last_row(rows: PromptRows) -> tuple[slice, None]:

@@ -103,8 +103,8 @@ def apply(
     model : a transformers model of a supported family, see `supported_models()`
         Or a wrapper around one: of peft, torch.compile, DistributedDataParallel. Its weights may be
         quantized, and offloaded by accelerate.
-    method : VisiPruner, LVPruning, InflectionPruning, FastV, PyramidDrop, RandomPruning, Schedule,
-        a Method of your own, or a string that stands for one, as `vtp.method` reads it
+    method : one of `vtp_kernels.methods`, as FastV, or a Chain of several, or a Method of your own
+        Or a string that stands for one, as `vtp.method` reads it.
     positions : "original" | "contiguous"
         Rows that stay keep their positions, and generated tokens continue after the unpruned
         length; or rows close up, in each layer after the rows that layer has.
@@ -145,7 +145,7 @@ def apply(
     check_text_model(parts.text, parts.page.row_arguments, parts.page.may_be_acausal)
     check_method(parts, method, positions)
     hidden = like_hidden(parts.text)
-    for op in ENGINE_OPS:
+    for op in (*ENGINE_OPS, *method.needs_ops()):
         choose(op, hidden, backend)
     with _lock:
         if parts.text in _handles:

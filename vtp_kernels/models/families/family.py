@@ -115,6 +115,12 @@ class Family:
         """What the `positions` of `apply` may be."""
         return ("original",) if self.grid_positions else POSITIONS
 
+    @property
+    def tells_frames(self) -> bool:
+        """Whether it is given videos whose frames can be told apart. Elsewhere they come as
+        pictures, if at all."""
+        return type(self).frames is not Family.frames
+
     # ---- where its parts are ------------------------------------------------------------------
 
     def base(self, model: nn.Module) -> nn.Module:

@@ -209,6 +209,7 @@ class Prefill:
         """Here, before anything runs, and right behind the one read, for this reads too."""
         try:
             self.units.counts(visual)
+            self.method.check_units(self.units.all)
         except NotImplementedError as error:
             raise NotImplementedError(
                 f"{self.parts.family} cannot run {self.method} on this input, which asks which "
@@ -496,6 +497,7 @@ class Prefill:
             text_before=self.text_before,
             drafts=self.asked.drafts,
             columns=self.prompt_visual.shape[1],
+            depth=len(self.parts.layers),
             memory=self.memory,
             observation=self.observation,
             past=past,

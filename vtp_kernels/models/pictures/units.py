@@ -40,6 +40,7 @@ class Units:
         self._page, self._base = parts.page, weakref.ref(parts.base)
         self._placeholders = placeholders
         self._outlines = outlines_of(arguments, parts.page.modalities)
+        self._visual: Tensor | None = None
         self._counts: list[list[int]] | None = None
         self._numbers: Tensor | None = None
 
@@ -71,11 +72,17 @@ class Units:
                 found[unit.prompt].append(unit)
         return [sorted(units, key=lambda unit: int(unit.columns[0])) for units in found]
 
+    def visual_rows(self, visual: Tensor) -> Tensor:
+        """The prompts' own visual rows bool [B, S], on the CPU. A row whose logits are asked for is
+        none of them. The first to ask reads these."""
+        if self._visual is None:
+            self._visual = visual.cpu()
+        return self._visual
+
     def counts(self, visual: Tensor) -> list[list[int]]:
-        """How many visual rows each unit of each prompt has, of the prompts' own bool [B, S]. A row
-        whose logits are asked for is none of them. The first to ask reads these."""
+        """How many of them each unit of each prompt has."""
         if self._counts is None:
-            rows = visual.cpu()
+            rows = self.visual_rows(visual)
             self._counts = [
                 [int(rows[unit.prompt, unit.columns].sum()) for unit in units] for units in self.all
             ]
@@ -122,7 +129,8 @@ def _frames(looks: Sequence[Looks], rows: Tensor) -> list[Unit]:
     for index, prompt, columns in placed([x.tokens for x in looks], rows, "frames", copied=True):
         of_prompt = numbers.setdefault(prompt, {})
         number = of_prompt.setdefault(looks[index].video, len(of_prompt))
-        units.append(Unit(prompt, None, number, looks[index].frames, columns))
+        grid = columns[looks[index].views[0].tokens]
+        units.append(Unit(prompt, None, number, looks[index].frames, columns, grid))
     return units
 
 

@@ -56,9 +56,9 @@ class Report:
     prefill_flops, dense_prefill_flops : int, or None where they are not known
         Language model, all prompts: projections, attention, MLP; 2 per multiply-accumulate.
         Attention is counted of all rows with all keys, as masks do not make it any less. What
-        was spent on deciding is counted where a method runs networks of its own (LVPruning). Every
-        row counts in the last layer, too, although where few logits are asked for it runs on theirs
-        alone.
+        was spent on deciding is counted where a method runs networks of its own (LVPruning) or
+        compares rows (DivPrune, CDPruner, those for videos). Every row counts in the last layer,
+        too, although where few logits are asked for it runs on theirs alone.
     flops_reduction : float, or None
         1 - prefill_flops / dense_prefill_flops.
     flops_unknown : str or None
@@ -154,8 +154,7 @@ class Report:
             raise ValueError(f"{path}: expected what report.save() wrote: {error}") from error
 
     def __str__(self) -> str:
-        settings = {key: value for key, value in self.method.items() if key != "method"}
-        lines = [" ".join([self.method["method"], *(f"{k}={v}" for k, v in settings.items())])]
+        lines = [" + ".join(map(_settings, self.method.get("parts", [self.method])))]
         for b in range(min(len(self.dense_tokens), 4)):
             lines += [self._prompt(b), *self._videos(b)]
         if len(self.dense_tokens) > 4:
@@ -223,6 +222,12 @@ def _masks(columns: list[list[int]], width: int) -> Tensor:
 
 def _scores(rows: list[list[float | None]]) -> Tensor:
     return torch.tensor([[float("nan") if x is None else x for x in row] for row in rows])
+
+
+def _settings(method: dict[str, Any]) -> str:
+    """As fastv layer=2 keep=0.5."""
+    settings = (f"{key}={value}" for key, value in method.items() if key != "method")
+    return " ".join([method["method"], *settings])
 
 
 def _kept_of(units: Units, kept: dict[int, Tensor]) -> list[dict[str, Any]] | None:
