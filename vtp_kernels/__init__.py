@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "CDPruner": "vtp_kernels.methods",
+    "Chain": "vtp_kernels.methods",
     "DivPrune": "vtp_kernels.methods",
     "FastV": "vtp_kernels.methods",
     "FrameDifference": "vtp_kernels.methods",
@@ -51,6 +52,7 @@ _LAZY_MODULES = ("plot", "reference")
 
 __all__ = [
     "CDPruner",
+    "Chain",
     "DivPrune",
     "FastV",
     "FrameDifference",

@@ -12,7 +12,9 @@ from vtp_kernels.flop_counts.text import DecoderLayer, decoder_layers
 from vtp_kernels.flops import Attention, Spans, flops, passive_attention, visual_pairs
 from vtp_kernels.methods import LVPruning, Method, VisiPruner
 from vtp_kernels.methods.budget import visual_budget
-from vtp_kernels.methods.schedule import ScheduledMethod
+from vtp_kernels.methods.chain import parts_of as methods_of
+from vtp_kernels.methods.stages import BudgetedMethod
+from vtp_kernels.methods.videos import VideoMethod
 
 if TYPE_CHECKING:
     from vtp_kernels.models.families import ModelParts
@@ -233,11 +235,17 @@ def _deciding(config: Any, method: Method | None, text: int, counts: list[int]) 
 
 
 def _visual_per_layer(method: Method | None, depth: int, visual: int, course: Course) -> list[int]:
+    """As few as any method of a chain leaves: shares are of all tokens."""
+    each = [_left_by(part, depth, visual, course) for part in methods_of(method)]
+    return [min(counts) for counts in zip([visual] * depth, *each, strict=True)]
+
+
+def _left_by(method: Method, depth: int, visual: int, course: Course) -> list[int]:
     counts = [visual] * depth
     if isinstance(method, VisiPruner) and method.schedule is not None:
         method = method.schedule
-    if isinstance(method, ScheduledMethod):
-        if method.per == "frame":
+    if isinstance(method, BudgetedMethod | VideoMethod):
+        if isinstance(method, VideoMethod) or method.per == "frame":
             raise NotImplementedError(
                 f"what {method.name} keeps of each frame depends on how many there are: prune a "
                 "model and ask report()"
@@ -255,7 +263,7 @@ def _visual_per_layer(method: Method | None, depth: int, visual: int, course: Co
             _leave(counts, course.fusion_layer + later, course.kept)
         if "deep" in method.stages and course.exit_layer is not None:
             _leave(counts, course.exit_layer + later, 0)
-    elif method is not None:
+    else:
         raise NotImplementedError(
             f"what {method.name} keeps depends on the picture: prune a model and ask report()"
         )

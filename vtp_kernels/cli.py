@@ -278,11 +278,13 @@ def _selftest(args: argparse.Namespace) -> int:
 def _flops(args: argparse.Namespace) -> None:
     from vtp_kernels import accounting
     from vtp_kernels.methods import VisiPruner, method_from_spec
+    from vtp_kernels.methods.chain import parts_of
 
     methods = {spec: method_from_spec(spec) for spec in ("none", *args.method)}
     given = {name: getattr(args, name) for name in ("fusion_layer", "kept", "exit_layer")}
     given = {name: value for name, value in given.items() if value is not None}
-    if given and not any(isinstance(method, VisiPruner) for method in methods.values()):
+    parts = [part for method in methods.values() for part in parts_of(method)]
+    if given and not any(isinstance(part, VisiPruner) for part in parts):
         option = next(iter(given)).replace("_", "-")
         raise ValueError(f"--{option}: is of visipruner, which is not among the methods")
     accounts = accounting.accounts(

@@ -20,6 +20,13 @@ EVERY = [
     vtp.Schedule({}),
     vtp.Schedule({2: 0.5, 4: 16}, score="text"),
     vtp.Schedule({0: 1}, score="random", seed=3),
+    vtp.DivPrune(),
+    vtp.DivPrune(0.1, per="frame"),
+    vtp.CDPruner(32, per="image"),
+    vtp.FrameDifference(0.5, frames="pictures"),
+    vtp.VidCom2(),
+    vtp.Chain(vtp.DivPrune(192), vtp.PyramidDrop((2, 4), (0.5, 0))),
+    vtp.Chain(vtp.FrameDifference(), vtp.Schedule({3: 4}), vtp.FastV(8)),
 ]
 
 
@@ -51,6 +58,16 @@ def test_to_dict_is_plain():
         "keep": [0.5, 0.25, 0.125],
         "per": "prompt",
     }
+
+
+def test_image_is_another_word_for_picture():
+    for method in (
+        vtp.FastV(per="image"),
+        vtp.Schedule({2: 1}, per="image"),
+        vtp.DivPrune(8, "image"),
+    ):
+        assert method.per == "picture" and method.to_dict()["per"] == "picture"
+    assert vtp.FastV(per="image") == vtp.FastV(per="picture")
 
 
 @pytest.mark.parametrize(
@@ -85,6 +102,10 @@ def test_descriptions_that_make_no_method(values, message):
         ('{"method": "fastv", "keep": NaN}', r": FastV\.keep"),
         ('{"method": "pyramiddrop", "layers": 8}', r": PyramidDrop\.layers: expected layers"),
         ('{"method": "visipruner", "decision": "fixed", "schedule": {"keep": 1}}', "needs the key"),
+        ('{"method": "chain"}', r"Chain needs \['parts'\]"),
+        ('{"method": "chain", "parts": 2}', r"Chain\.parts: expected a list of methods, got 2"),
+        ('{"method": "chain", "parts": [{"method": "fastv"}]}', "expected two methods or more"),
+        ('{"method": "chain", "parts": [{"method": "fastv"}, {"keep": 1}]}', "needs the key"),
     ],
 )
 def test_a_file_that_holds_no_method_is_named(tmp_path, text, message):
@@ -149,6 +170,9 @@ def test_frozen():
         (lambda: vtp.Schedule({0: 0.5}, score="text"), ValueError, "none before layer 0"),
         (lambda: vtp.Schedule({2: 0.5}, score="best"), ValueError, r"'best'.*last_token"),
         (lambda: vtp.Schedule({2: 16, 4: 32}), ValueError, "do not come back"),
+        (lambda: vtp.DivPrune(keep=1.5), ValueError, r"DivPrune\.keep: .*got 1\.5"),
+        (lambda: vtp.CDPruner(keep="64"), TypeError, r"CDPruner\.keep: .*'64'"),
+        (lambda: vtp.CDPruner(per="video"), ValueError, r"CDPruner\.per: .*'frame', 'image'\]"),
     ],
 )
 def test_settings_that_make_no_sense(make, error, message):

@@ -34,6 +34,12 @@ from vtp_kernels.methods import METHODS, method_from_spec, method_of
         ("schedule:2=0.5,4=0.1", vtp.Schedule({2: 0.5, 4: 0.1})),
         ("schedule:2=64", vtp.Schedule({2: 64})),
         ("schedule:0=0.3:random", vtp.Schedule({0: 0.3}, score="random")),
+        ("random:0.5:2:7:image", vtp.RandomPruning(2, 0.5, 7, per="picture")),
+        ("divprune", vtp.DivPrune()),
+        ("divprune:keep=0.1,per=image", vtp.DivPrune(0.1, per="picture")),
+        ("cdpruner:keep=32", vtp.CDPruner(32)),
+        ("framedifference:keep=0.5", vtp.FrameDifference(0.5)),
+        ("vidcom2:keep=64,frames=pictures", vtp.VidCom2(64, frames="pictures")),
     ],
 )
 def test_specs(spec, method):
@@ -67,6 +73,16 @@ def test_a_file(tmp_path):
         "schedule:2",
         "schedule:2=0.5,2=0.1",
         "schedule:2=0.5:best",
+        "divprune:64",
+        "vidcom2:frames=images",
+        "chain",
+        "chain:",
+        "chain:fastv",
+        "chain:divprune+fastv",
+        "chain:divprune + fastvv",
+        "chain:divprune + fastv:two",
+        "chain:divprune + none",
+        "chain:chain:divprune + fastv + random",
         "None",
     ],
 )
@@ -79,6 +95,28 @@ def test_specs_that_mean_nothing_list_what_does(spec):
 def test_a_file_that_is_not_there():
     with pytest.raises(FileNotFoundError, match=r"nowhere/mine\.json"):
         method_from_spec("nowhere/mine.json")
+
+
+def test_chains(tmp_path):
+    """Their parts are written as they are alone; a + without spaces is part of a value."""
+    vtp.Schedule({3: 7}).save(tmp_path / "a+b.json")
+    for spec, parts in (
+        ("divprune:keep=192 + fastv:2:0.5", (vtp.DivPrune(192), vtp.FastV(2, 0.5))),
+        (f"cdpruner + {tmp_path}/a+b.json", (vtp.CDPruner(), vtp.Schedule({3: 7}))),
+        (
+            "random:0.5 + inflection:source=none,llm_layers=2+4 + fastv:5",
+            (
+                vtp.RandomPruning(),
+                vtp.InflectionPruning(None, llm_layers=(2, 4)),
+                vtp.FastV(5),
+            ),
+        ),
+    ):
+        assert vtp.method(f"chain:{spec}") == vtp.Chain(*parts)
+    with pytest.raises(ValueError) as error:
+        vtp.method("chain:divprune + fastv:two")
+    assert str(error.value).count("Methods are written as") == 1
+    assert "method 'fastv:two': invalid literal" in str(error.value)
 
 
 def test_the_public_name():

@@ -18,11 +18,14 @@ NAMES = (
     "lvpruning",
     "inflection",
     "inflection with padding",
+    "chain",
 )
 #: Those in which all that happens is that rows leave, so that a mask can do the same.
 ONLY_ROWS_LEAVE = tuple(
     name for name in NAMES if name not in ("visipruner", "visipruner that skips")
 )
+#: Those of them that are tried in every family. What a chain is made of is, in tests of its own.
+IN_EVERY_FAMILY = tuple(name for name in ONLY_ROWS_LEAVE if name != "chain")
 
 
 def pruning_method(name, model, folder):
@@ -37,6 +40,7 @@ def pruning_method(name, model, folder):
         "pyramiddrop": vtp.PyramidDrop((2, 3, 5), (0.5, 0.25, 0.0)),
         "schedule": vtp.Schedule({3: 0.6, 4: 3}, score="contribution"),
         "random": vtp.RandomPruning(0, 0.3),
+        "chain": vtp.Chain(vtp.CDPruner(0.7), vtp.FastV(3, 0.25)),
         "visipruner": vtp.VisiPruner(shallow_layers=2, **thresholds),
         "visipruner that skips": vtp.VisiPruner(
             shallow_layers=2, shallow_attention="skip", **thresholds

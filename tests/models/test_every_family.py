@@ -4,7 +4,7 @@
 import pytest
 import torch
 from masked_reference import MaskedReference
-from pruning_methods import ONLY_ROWS_LEAVE, pruning_method
+from pruning_methods import IN_EVERY_FAMILY, pruning_method
 from test_generation import DETAILS, assert_same, next_turn
 from tiny_llava import ENCODES_FIRST, prompt
 from tiny_models import FAMILIES, IMAGE, VIDEO, windows
@@ -160,8 +160,63 @@ def test_videos(family, models):
             assert torch.equal(kept, masked.kept[layer])
         assert_same(pruned, reference)
     check_units(report, vtp.picture_grids(models["sdpa"], inputs))
-    text = inputs["attention_mask"].bool() & ~report.kept.visual
-    assert all((kept & text == text).all() for kept in report.kept.values())
+    for method in (None, vtp.FrameDifference(0.25), vtp.VidCom2(0.4)):
+        if method is not None:
+            report = check_videos(models["sdpa"], inputs, method)
+        text = inputs["attention_mask"].bool() & ~report.kept.visual
+        assert all((kept & text == text).all() for kept in report.kept.values())
+
+
+@torch.no_grad()
+def check_videos(model, inputs, method):
+    """What shows the cells of frames leaves, and nothing else: its share of every video stays."""
+    with vtp.prune(model, method) as run:
+        model(**inputs, logits_to_keep=1)
+    report, videos = run.report(), {}
+    kept = report.kept.get(0, inputs["attention_mask"].bool())  # a video may be one frame
+    for grid in vtp.picture_grids(model, inputs):
+        shows = grid.columns[grid.views[0].tokens.flatten()]
+        if grid.video is None:
+            assert kept[grid.prompt, grid.columns].all()
+            continue
+        stays = kept[grid.prompt]
+        assert stays[grid.columns].sum() - stays[shows].sum() == len(grid.columns) - len(shows)
+        videos.setdefault(grid.video, []).append(stays[shows])
+    for frames in videos.values():
+        stays, number = torch.stack(frames), int(method.keep * sum(map(len, frames)) + 0.5)
+        if isinstance(method, vtp.VidCom2):
+            assert stays.sum() == max(number, len(frames)) and stays.any(1).all()
+        else:
+            assert stays.sum() == max(number, len(frames[0])) and stays[0].all()
+    return report
+
+
+@torch.no_grad()
+def test_tokens_that_differ(models, inputs):
+    """Those rows of each picture (of the prompt, where the family does not tell) that differ most
+    as they enter the language model."""
+    model, seen = models["sdpa"], {}
+
+    def look(module, args, kwargs):
+        seen.setdefault("rows", args[0] if args else kwargs["hidden_states"])
+
+    hook = model.get_decoder().layers[0].register_forward_pre_hook(look, with_kwargs=True)
+    with vtp.prune(model, vtp.Schedule({})) as run:
+        model(**inputs, logits_to_keep=1)
+        visual = run.report().kept.visual
+    hook.remove()
+    try:
+        groups = [(grid.prompt, grid.columns) for grid in vtp.picture_grids(model, inputs)]
+    except NotImplementedError:
+        groups = [(b, row.nonzero()[:, 0]) for b, row in enumerate(visual) if row.any()]
+    per = "image" if len(groups) > 2 else "prompt"
+    with vtp.prune(model, vtp.DivPrune(0.25, per)) as run:
+        model(**inputs, logits_to_keep=1)
+    kept = run.report().kept[0]
+    for b, columns in groups:
+        count = int(0.25 * len(columns) + 0.5)
+        expected = vtp.select_diverse(seen["rows"][b, columns][None], count).indices[0]
+        assert kept[b, columns].nonzero()[:, 0].tolist() == expected.tolist()
 
 
 def check_units(report, grids):
@@ -180,7 +235,7 @@ def check_units(report, grids):
 def test_every_method(models, inputs, tmp_path):
     """Who stays is taken over from the method's own report."""
     short = DETAILS | {"max_new_tokens": 2, "do_sample": False}
-    for name in ONLY_ROWS_LEAVE:
+    for name in IN_EVERY_FAMILY:
         method = pruning_method(name, models["sdpa"], tmp_path / name)
         with vtp.prune(models["sdpa"], method) as run:
             pruned = models["sdpa"].generate(**inputs, **short)

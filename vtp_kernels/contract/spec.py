@@ -10,7 +10,7 @@ from vtp_kernels._shown import shown
 
 from .method import Method, known_methods
 
-__all__ = ["load_method", "method", "method_from_spec", "method_of"]
+__all__ = ["load_method", "method", "method_from_spec", "method_of", "part_of_spec"]
 
 FORMS = """\
   none                                the model as it is
@@ -28,7 +28,9 @@ FORMS = """\
   vidcom2[:FIELD=VALUE,...]           vidcom2:keep=0.25,frames=pictures
   PATH.json                           a file written by method.save(path)
   MODULE:CLASS[:FIELD=VALUE,...]      one of your own: my_package.my_methods:KeepLongest:keep=64
-KEEP is a count (64) or a share (0.5) of the visual tokens, PER prompt, picture or frame."""
+  chain:METHOD + METHOD[ + ...]       chain:divprune:keep=192 + fastv:2:0.5
+KEEP is a count (64) or a share (0.5) of the visual tokens, PER prompt, picture or frame. The spaces
+around the + between methods belong to it: without them it is part of a value (middle+deep)."""
 
 
 def load_method(path: str | Path) -> Method:
@@ -49,6 +51,22 @@ def method(spec: str) -> Method | None:
     Raises ValueError, listing what there is, for anything it does not understand; OSError for a
     file that cannot be read.
     """
+    try:
+        return _method(spec)
+    except _NotWritten as error:
+        raise ValueError(f"{error}. Methods are written as\n{FORMS}") from error
+
+
+def part_of_spec(spec: str) -> Method | None:
+    """The same for a spec within another, whose error says how methods are written."""
+    return _method(spec)
+
+
+class _NotWritten(ValueError):
+    """A spec that nothing understands."""
+
+
+def _method(spec: str) -> Method | None:
     if not isinstance(spec, str):
         raise TypeError(f"method: expected a string such as 'fastv:2:0.5', got {shown(spec)}")
     if spec == "none":
@@ -62,11 +80,11 @@ def method(spec: str) -> Method | None:
     elif spec.endswith(".json"):
         return load_method(spec)
     else:
-        raise ValueError(f"there is no method {shown(name)}. Methods are written as\n{FORMS}")
+        raise _NotWritten(f"there is no method {shown(name)}")
     try:
         return kind.from_spec(arguments) if colon else kind()
     except (TypeError, ValueError) as error:
-        raise ValueError(f"method {spec!r}: {error}. Methods are written as\n{FORMS}") from error
+        raise _NotWritten(f"method {spec!r}: {error}") from error
 
 
 #: The same for code of this package, where `method` is what it returns.
@@ -84,10 +102,9 @@ def _imported(module: str, kind: str) -> type[Method]:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise ValueError(f"method: {module} cannot be imported: {error}") from error
-        raise ValueError(
+        raise _NotWritten(
             f"there is no method {module!r}, and no module of that name from which {kind} could be "
-            "imported: it must be on PYTHONPATH, or in the folder in which `python -m` is started. "
-            f"Methods are written as\n{FORMS}"
+            "imported: it must be on PYTHONPATH, or in the folder in which `python -m` is started"
         ) from error
     except Exception as error:
         raise ValueError(

@@ -4,6 +4,7 @@ from vtp_kernels.contract.method import METHODS, Method
 from vtp_kernels.contract.spec import load_method, method, method_from_spec, method_of
 
 from .cdpruner import CDPruner
+from .chain import Chain
 from .divprune import DivPrune
 from .fastv import FastV
 from .framedifference import FrameDifference
@@ -18,6 +19,7 @@ from .visipruner import VisiPruner
 __all__ = [
     "METHODS",
     "CDPruner",
+    "Chain",
     "DivPrune",
     "FastV",
     "FrameDifference",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from vtp_kernels._shown import shown
@@ -219,17 +220,17 @@ class Course:
             min(text, max(head, 1) + last) if visual else text
             for text, visual, head in zip(self.text, self.visual, before, strict=True)
         ]
-        self.may_leave = self._may_leave(rows, last)  # bool [B, columns]
+        self.may_leave = self._may_leave(rows, before, last)  # bool [B, columns]
         if method.text_keep != 1.0 and rows.between_frames is not None:
             self._keep_timestamps(rows.between_frames)
 
-    def _may_leave(self, rows: PromptRows, last: int) -> Tensor:
+    def _may_leave(self, rows: PromptRows, before: list[int], last: int) -> Tensor:
         rank = rows.text.cumsum(1)
-        free = rows.text & (rank > 1) & (rank <= rank[:, -1:] - last)
+        first = rows.moved(torch.tensor(before).clamp(min=1))[:, None]
+        free = rows.text & (rank > first) & (rank <= rank[:, -1:] - last)
         free &= rows.visual.any(1, keepdim=True)
-        if self.method.protect_template:
-            free &= rows.visual.cumsum(1) > 0
-        return free
+        # Rows may have left before this method began.
+        return rows.in_columns(free.float(), 0.0) > 0
 
     def _keep_timestamps(self, between: Tensor) -> None:
         """What stands between frames stays. Of a call with videos the host reads what may leave."""
