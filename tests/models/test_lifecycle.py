@@ -275,15 +275,23 @@ class HostReads(torch.overrides.TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("make", [one, three])
-def test_one_host_read_per_prefill_and_none_per_step(model, make, monkeypatch):
+@pytest.mark.parametrize(
+    ("make", "method"),
+    [
+        (one, METHOD),
+        (three, METHOD),
+        (three, vtp.DivPrune(6)),
+        (three, vtp.Chain(vtp.CDPruner(6), vtp.FastV(2, 3))),
+    ],
+)
+def test_one_host_read_per_prefill_and_none_per_step(model, make, method, monkeypatch):
     # The ops check indices of CPU tensors by reading them; on a GPU they do not.
     monkeypatch.setattr("vtp_kernels.ops._checks.may_read", lambda *tensors: False)
     inputs = make()
     inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     counts = {}
     for label in ("dense", "pruned"):
-        handle = vtp.apply(model, METHOD) if label == "pruned" else None
+        handle = vtp.apply(model, method) if label == "pruned" else None
         with torch.no_grad():
             with HostReads() as prefill:
                 cache = model(**inputs).past_key_values

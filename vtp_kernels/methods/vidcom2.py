@@ -58,7 +58,7 @@ class VidCom2(VideoMethod, key="vidcom2"):
     def scores(self, features: Tensor, prunable: Tensor, count: int) -> Tensor:
         """How much of its frame's budget is left when a token's turn comes."""
         of_video, of_frame = similarities(wide(features))
-        tokens = (of_video + of_frame).masked_fill(~prunable.to(features.device), torch.inf)
+        tokens = (of_video + of_frame).masked_fill(~prunable, torch.inf)
         rank = tokens.argsort(dim=1, stable=True).argsort(dim=1)
         stand_out = (-of_video.mean(1) / TEMPERATURE).softmax(0)
         budget = count / len(features) * (1 + stand_out - stand_out.mean())

@@ -39,8 +39,8 @@ class VideoMethod(Method):
     @abstractmethod
     def scores(self, features: Tensor, prunable: Tensor, count: int) -> Tensor:
         """float [T, N]: by which `count` of the tokens of a video stay, the highest. `features`
-        float [T, N, C]; `prunable` bool [T, N], on the CPU: False of those that stay anyway and do
-        not count."""
+        float [T, N, C]; `prunable` bool [T, N]: False of those that stay anyway and do not
+        count."""
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
@@ -84,7 +84,7 @@ class VideoMethod(Method):
         if all(count == video.tokens for count, video in zip(counts, videos, strict=True)):
             return None
         scores = [
-            self.scores(rows.tokens_of(video), video.prunable, count)
+            self.scores(rows.tokens_of(video), rows.moved(video.prunable), count)
             for video, count in zip(videos, counts, strict=True)
         ]
         return rows.keep_of_videos(videos, counts, scores)
