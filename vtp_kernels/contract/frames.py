@@ -28,10 +28,6 @@ class Video(NamedTuple):
         """How many of them may leave."""
         return int(self.prunable.sum())
 
-    @property
-    def tokens_a_frame(self) -> int:
-        return self.columns.shape[1]
-
 
 def videos_of(units: list[list[Unit]], pictures: bool, where: str) -> list[list[Tensor]]:
     """Of the videos of each prompt, in order, the columns int64 [T, N] of their cells.

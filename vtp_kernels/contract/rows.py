@@ -176,10 +176,10 @@ class PromptRows:
         return self._units.counts(self._prompt_visual)
 
     def videos(self, pictures: bool = False) -> list[Video]:
-        """The videos of all prompts, in order, before anything has left.
+        """The videos of all prompts, before anything has left.
 
-        pictures: the pictures of a prompt are the frames of one more, behind its others. Raises
-        ValueError where frames of a video have unlike numbers of tokens.
+        pictures: the pictures of a prompt are the frames of one more. Raises ValueError where
+        frames of a video have unlike numbers of tokens.
         """
         where = f"{self.asker}: videos"
         if self.hidden.shape[1] != self.columns:

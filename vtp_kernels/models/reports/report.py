@@ -154,7 +154,9 @@ class Report:
             raise ValueError(f"{path}: expected what report.save() wrote: {error}") from error
 
     def __str__(self) -> str:
-        lines = [" + ".join(map(_settings, self.method.get("parts", [self.method])))]
+        chain = self.method["method"] == "chain"
+        parts = self.method["parts"] if chain else [self.method]
+        lines = [" + ".join(map(_settings, parts))]
         for b in range(min(len(self.dense_tokens), 4)):
             lines += [self._prompt(b), *self._videos(b)]
         if len(self.dense_tokens) > 4:
