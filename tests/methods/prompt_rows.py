@@ -70,8 +70,9 @@ class Told:
         return [[len(unit.columns) for unit in units] for units in self.all]
 
 
-def prompt_rows(prompts, draw, channels):
-    """PromptRows whose `hidden` are those that draw(rows, channels) makes, as a numpy array."""
+def prompt_rows(prompts, draw, channels, **more):
+    """PromptRows whose `hidden` are those that draw(rows, channels) makes, as a numpy array; `more`
+    of what they are made of in place of what is here."""
     units = Told(prompts)
     shape = len(prompts), units.width
     hidden = torch.from_numpy(np.stack([draw(units.width, channels) for _ in prompts]))
@@ -79,7 +80,7 @@ def prompt_rows(prompts, draw, channels):
     valid = places >= units.width - torch.tensor(units.lengths)[:, None]
     visual = units.visual
     counts = visual.sum(1).tolist()
-    return PromptRows(
+    given = dict(
         hidden=hidden,
         visual=visual,
         valid=valid,
@@ -101,6 +102,7 @@ def prompt_rows(prompts, draw, channels):
         units=units,
         backends=Backends(None),
     )
+    return PromptRows(**given | more)
 
 
 def kept_columns(kept, rows, prompt):
