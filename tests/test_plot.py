@@ -420,6 +420,15 @@ def test_methods_in_words():
     ]
     assert plot.readable(["random", "RandomPruning"]) == ["random", "RandomPruning"]
     assert plot.readable([vtp.Schedule({3: 0.5}), "fastv"])[0] == "Schedule, 50 % from layer 3"
+    chain = "chain:divprune:keep=192 + fastv:2:0.25"
+    assert plot.readable([chain, "divprune:keep=0.1", "vidcom2:keep=64"]) == [
+        "DivPrune, 192 tokens + FastV, 25 % from layer 2",
+        "DivPrune, 10 %",
+        "VidCom2, 64 tokens",
+    ]
+    assert names.kind_of(plot.readable([chain])[0]) == "DivPrune + FastV"
+    for nothing in ("chain", "chain:fastv", "chain:fastv + os:system", "chain:random + it.json"):
+        assert plot.readable([nothing]) == [nothing]  # and nothing is imported, or read
     words = ["FastV, of old", "random", "os:system:x=1", "none.json", "fastv:what", "objects:40"]
     assert plot.readable(words) == [words[0], "RandomPruning", *words[2:]]
     assert [names.kind_of(name) for name in plot.readable(specs)] == [

@@ -11,7 +11,7 @@ import vtp_kernels as vtp
 from vtp_kernels.methods.budget import visual_budget
 from vtp_kernels.methods.cdpruner import relevance
 
-CASES = 125  # batches of 4 prompts
+CASES = 32  # batches of 4 prompts, four times
 
 
 def cosines(x):
@@ -88,7 +88,7 @@ def some_prompts(generator):
 @pytest.mark.parametrize("per", ["prompt", "image"])
 @pytest.mark.parametrize("kind", [vtp.DivPrune, vtp.CDPruner])
 def test_chooses_as_the_formulas_do(kind, per):
-    """500 prompts each, in padded batches, each with several pictures."""
+    """In padded batches, of prompts with several pictures each."""
     generator = np.random.default_rng(len(per))
     filled = 0
     for index in range(CASES):
@@ -118,7 +118,7 @@ def test_chooses_as_the_formulas_do(kind, per):
                     filled += k > np.linalg.matrix_rank(x[group])
                 expected |= {int(group[i]) for i in chosen}
             assert kept_columns(kept, rows, b) == expected, (index, b)
-    assert filled > 20 or kind is vtp.DivPrune
+    assert filled > 10 or kind is vtp.DivPrune
 
 
 def test_what_is_no_number_is_the_last_to_stay():

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vtp_kernels.contract.rows import Kept, PromptRows
     from vtp_kernels.contract.unit import Unit
 
-__all__ = ["Chain", "parts_of"]
+__all__ = ["BETWEEN", "Chain", "parts_of", "specs_of"]
 
 BETWEEN = " + "
 
@@ -153,7 +153,7 @@ class Chain(Method, key="chain"):
     @classmethod
     def from_spec(cls, arguments: str) -> Chain:
         """`METHOD + METHOD + ...`, each as it is written alone; the spaces belong to it."""
-        return cls(*(part_of_spec(spec.strip()) for spec in arguments.split(BETWEEN)))
+        return cls(*map(part_of_spec, specs_of(arguments)))
 
 
 def _check_order(part: Method, after: Method, depth: int) -> None:
@@ -170,6 +170,11 @@ def _check_order(part: Method, after: Method, depth: int) -> None:
         f"{names[1]}, which comes after it, before layer {min(then)}; a method has to have done "
         "before the next begins, and they act in the order in which they are given"
     )
+
+
+def specs_of(arguments: str) -> list[str]:
+    """Those of the methods of a chain, of what is behind `chain:` in its own."""
+    return [spec.strip() for spec in arguments.split(BETWEEN)]
 
 
 def parts_of(method: Method | None) -> tuple[Method, ...]:

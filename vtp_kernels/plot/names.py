@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from vtp_kernels.methods import METHODS, Method
+from vtp_kernels.methods import METHODS, Chain, Method
+from vtp_kernels.methods.chain import BETWEEN, specs_of
 
 DENSE = "no pruning"
 
@@ -29,7 +30,7 @@ def readable(specs: Sequence[str | Method]) -> list[str]:
             names.append(type(method).__name__)
             continue
         others = [other for other in found if type(other) is type(method)]
-        words = _WORDS.get(type(method).__name__, _named)
+        words = _words(method)
         told = words(method, others)
         rest = _differing(method, [x for x in others if words(x, others) == told])
         names.append(f"{told} ({rest})" if rest else told)
@@ -40,7 +41,10 @@ def readable(specs: Sequence[str | Method]) -> list[str]:
 
 
 def kind_of(name: str) -> str:
-    """What a name in words is a case of: its class, "chance", or its first words."""
+    """What a name in words is a case of: its class, "chance", or its first words; of a chain, those
+    of its methods."""
+    if BETWEEN in name and not name.startswith(Chain.name):
+        return BETWEEN.join(map(kind_of, name.split(BETWEEN)))
     first = name.partition(":")[0].partition(",")[0]
     by_chance = first in ("RandomPruning", "random") or "by chance" in name
     return "chance" if by_chance else first
@@ -55,6 +59,9 @@ def _method(spec: str | Method) -> Method | None:
     kind = METHODS.get(name)
     if kind is None or not kind.__module__.startswith("vtp_kernels."):
         return None
+    if kind is Chain:
+        parts = [_method(part) for part in specs_of(arguments)]
+        return Chain(*parts) if None not in parts and len(parts) > 1 else None
     if not colon:
         return kind()
     for read in (kind.from_spec, Method.from_spec.__get__(kind)):  # its own form, or FIELD=VALUE
@@ -109,6 +116,18 @@ def _lvpruning(method: Any, others: Sequence[Method]) -> str:
     return f"LVPruning, {_amount(method.ratios)}"
 
 
+def _chain(method: Any, others: Sequence[Method]) -> str:
+    return BETWEEN.join(_words(part)(part, [part]) for part in method.parts)
+
+
+def _words(method: Method) -> Callable[[Any, Sequence[Method]], str]:
+    return _WORDS.get(type(method).__name__, _named)
+
+
+def _keeping(method: Any, others: Sequence[Method]) -> str:
+    return f"{type(method).__name__}, {_amount([method.keep])}"
+
+
 def _inflection(method: Any, others: Sequence[Method]) -> str:
     told = [type(method).__name__, method.source, method.rule]
     if method.min_keep > 1:
@@ -119,12 +138,17 @@ def _inflection(method: Any, others: Sequence[Method]) -> str:
 
 
 _WORDS: dict[str, Callable[[Any, Sequence[Method]], str]] = {
+    "CDPruner": _keeping,
+    "Chain": _chain,
+    "DivPrune": _keeping,
     "FastV": _fastv,
+    "FrameDifference": _keeping,
     "InflectionPruning": _inflection,
     "LVPruning": _lvpruning,
     "PyramidDrop": _pyramiddrop,
     "RandomPruning": _random,
     "Schedule": _schedule,
+    "VidCom2": _keeping,
 }
 
 
