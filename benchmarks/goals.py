@@ -9,12 +9,14 @@ from dataclasses import replace
 import torch
 
 from benchmarks import (
+    assign_rows,
     attention_scores,
     attention_topk,
     cls_inflection,
     compact_kv,
     compact_rows,
     inflection,
+    merge_rows,
     passive_attention,
     select_diverse,
     select_topk,
@@ -75,4 +77,6 @@ def cases(device: str, tiny: bool = False) -> list[Case]:
         passive_attention.case(of(NEXT), device),
         inflection.case(1, tokens(10_000), device),
         inflection.case(1, tokens(576), device),
+        assign_rows.case(1, tokens(576), max(tokens(30), 1), 1024, torch.bfloat16, device),
+        merge_rows.case(1, tokens(576), max(tokens(30), 1), 4096, torch.bfloat16, device),
     ]

@@ -235,15 +235,46 @@ def passive_attention(device, query, *_) -> list[Launch]:
     ]
 
 
+def assign_rows(device, keys, targets) -> list[Launch]:
+    require(keys)
+    batch, length, width = keys.shape
+    count = targets.shape[1]
+    side = 4 if count > 64 and batch * ceil(length / 128) >= 100 else 2  # warps; of 32 rows each
+    chunks = ceil(count / 32 / side) * ceil(width / 32)
+    return [
+        Launch(
+            "assign_rows: key_norms<bf16>",
+            *(ceil((length + count) / 8) * batch, 8, ceil(width / 1024)),
+        ),
+        Launch(
+            f"assign_rows: nearest_targets<bf16, {side}>",
+            *(ceil(length / 32 / side) * batch, side * side, chunks),
+        ),
+    ]
+
+
+def merge_rows(device, features, _, targets) -> list[Launch]:
+    require(features)
+    batch, length, width = features.shape
+    count = targets.shape[1]
+    blocks = batch * count * ceil(width / 512)
+    return [
+        Launch("merge_rows: list_members", batch, 8, ceil(length / 256)),
+        Launch("merge_rows: merge_members<bf16, true>", blocks, 2, ceil(length / count / 8)),
+    ]
+
+
 LAUNCHES: dict[str, Callable[..., list[Launch]]] = {
     function.__name__: function
     for function in (
+        assign_rows,
         attention_scores,
         attention_topk,
         cls_inflection,
         compact_kv,
         compact_rows,
         inflection,
+        merge_rows,
         passive_attention,
         select_topk,
         token_contribution,

@@ -91,6 +91,7 @@ enum class HeadReduce : uint8_t { mean, max, sum };
 enum class Rule : uint8_t { chord, kneedle, iqr, mass };
 enum class VisualRows : uint8_t { prefix, causal, skip };
 enum class Diversity : uint8_t { maxmin, dpp };
+enum class MergeMode : uint8_t { mean, add_mean, weighted };
 
 struct AttentionScores {
   Floats<4> query;                         // [B, Hq, M, D]
@@ -217,6 +218,22 @@ struct CompactRows {
   int64_t tensor_count = 0;
   RowIndices rows;
   bool align_right = false;  // padding first
+};
+
+struct AssignRows {
+  Floats<3> keys;                  // [B, N, D]
+  View<const int64_t, 2> targets;  // [B, T]: rows; what is outside [0, N) is padding
+  Mask candidates;                 // [B, N]
+  int64_t* assignment = nullptr;   // [B, N]
+};
+
+struct MergeRows {
+  Floats<3> features;                 // [B, N, C]
+  View<const int64_t, 2> assignment;  // [B, N]: what is outside [0, T) is left out
+  View<const int64_t, 2> targets;     // [B, T]: rows; what is outside [0, N) is padding
+  Floats<2> weights;                  // [B, N], float or, for double features, double
+  MergeMode mode = MergeMode::mean;
+  void* merged = nullptr;  // [B, T, C], the dtype of features
 };
 
 }  // namespace vtp

@@ -56,6 +56,8 @@ class Cpu {
   }
   void run(const CompactRows& a) const { cpu::compact_rows(a); }
   void run_in_place(const CompactRows& a) const { cpu::compact_rows_in_place(a); }
+  void run(const AssignRows& a) const { cpu::assign_rows(a); }
+  void run(const MergeRows& a) const { cpu::merge_rows(a); }
 };
 
 #ifdef VTP_WITH_CUDA

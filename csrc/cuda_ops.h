@@ -31,6 +31,8 @@ VTP_CUDA_OP(inflection, Inflection)
 VTP_CUDA_OP(cls_inflection, ClsInflection)
 VTP_CUDA_OP(compact_rows, CompactRows)
 VTP_CUDA_OP(compact_rows_in_place, CompactRows)
+VTP_CUDA_OP(assign_rows, AssignRows)
+VTP_CUDA_OP(merge_rows, MergeRows)
 
 #undef VTP_CUDA_OP
 

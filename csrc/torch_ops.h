@@ -639,6 +639,81 @@ struct Ops {
     device.run(CompactRows{tensors.data(), static_cast<int64_t>(tensors.size()), rows.view, right});
     return out;
   }
+
+  static Tensor assign_rows(Tensor keys, Tensor targets, OptionalTensor candidates) {
+    const Device device(keys);
+    const Read read(device);
+    AssignRows a;
+    a.keys = read.floats("keys", keys, {kAny, kAny, kAny});
+    const auto [batch, length, dim] = a.keys.size;
+    a.targets = read.template view<int64_t>("targets", targets, dtypes::i64, {batch, kAny});
+    a.candidates = read.mask("candidates", candidates, {batch, length});
+    if (Device::kReadsValues) check_targets(a.targets, length);
+
+    Tensor assignment = device.empty({batch, length}, dtypes::i64);
+    a.assignment = data_of<int64_t>(assignment);
+    device.run(a);
+    return assignment;
+  }
+
+  static Tensor merge_rows(Tensor features, Tensor assignment, Tensor targets,
+                           OptionalTensor weights, StringHandle mode) {
+    const Text mode_text(mode);
+    const Device device(features);
+    const Read read(device);
+    MergeRows a;
+    a.features = read.floats("features", features, {kAny, kAny, kAny});
+    const auto [batch, length, channels] = a.features.size;
+    a.assignment =
+        read.template view<int64_t>("assignment", assignment, dtypes::i64, {batch, length});
+    a.targets = read.template view<int64_t>("targets", targets, dtypes::i64, {batch, kAny});
+    a.mode = static_cast<MergeMode>(mode_text.choose("mode", {"mean", "add_mean", "weighted"}));
+    const bool weighted = a.mode == MergeMode::weighted;
+    check(weights.has_value() == weighted, "weights go with mode 'weighted' and with no other");
+    const DType sums = a.features.dtype == DType::f64 ? DType::f64 : DType::f32;
+    if (weights) a.weights = read.floats_like("weights", *weights, sums, {batch, length});
+    if (Device::kReadsValues) {
+      check_targets(a.targets, length);
+      check_assignment(a);
+    }
+
+    const int64_t groups = a.targets.size[1];
+    Tensor merged = device.empty({batch, groups, channels}, dtype_of(features));
+    a.merged = merged.data_ptr();
+    device.run(a);
+    return merged;
+  }
+
+  // Rows within [0, length), or -1, and none twice.
+  static void check_targets(const View<const int64_t, 2>& targets, int64_t length) {
+    for (int64_t b = 0; b < targets.size[0]; ++b) {
+      std::vector<bool> seen(length);
+      for (int64_t t = 0; t < targets.size[1]; ++t) {
+        const int64_t row = *targets.at(b, t);
+        if (row == -1) continue;
+        check(row >= 0 && row < length, "targets must be within [0, ", length,
+              "), or -1 for padding, got ", row);
+        check(!seen[row], "targets must name no row twice, row ", row, " is there twice");
+        seen[row] = true;
+      }
+    }
+  }
+
+  static void check_assignment(const MergeRows& a) {
+    const int64_t groups = a.targets.size[1];
+    for (int64_t b = 0; b < a.assignment.size[0]; ++b) {
+      for (int64_t i = 0; i < a.assignment.size[1]; ++i) {
+        const int64_t group = *a.assignment.at(b, i);
+        check(group < groups, "assignment must be below the ", groups, " targets, got ", group);
+        if (!a.weights) continue;
+        const double weight = a.weights.dtype == DType::f64
+                                  ? *view_as<const double>(a.weights).at(b, i)
+                                  : *view_as<const float>(a.weights).at(b, i);
+        check(weight >= 0.0 && weight <= std::numeric_limits<double>::max(),
+              "weights must be finite and at least 0, got ", weight);
+      }
+    }
+  }
 };
 
 // ---- A device that runs the CUDA kernels --------------------------------------------------------
@@ -665,6 +740,8 @@ class CudaKernels : public Memory {
   VTP_RUN(inflection, Inflection)
   VTP_RUN(cls_inflection, ClsInflection)
   VTP_RUN(compact_rows, CompactRows)
+  VTP_RUN(assign_rows, AssignRows)
+  VTP_RUN(merge_rows, MergeRows)
 #undef VTP_RUN
 
   void run_in_place(const CompactRows& a) const {
@@ -724,6 +801,10 @@ inline void define_ops(Library& m) {
       "passive_attention(Tensor query, Tensor key, Tensor value, Tensor visual, Tensor? valid, str "
       "sink, "
       "str visual_rows, bool renormalize, float scale) -> Tensor");
+  m.def("assign_rows(Tensor keys, Tensor targets, Tensor? candidates) -> Tensor");
+  m.def(
+      "merge_rows(Tensor features, Tensor assignment, Tensor targets, Tensor? weights, str mode) "
+      "-> Tensor");
 }
 
 template <class Device>
@@ -738,6 +819,8 @@ void implement_ops(Library& m) {
   m.impl("inflection", TORCH_BOX(&Ops<Device>::inflection));
   m.impl("cls_inflection", TORCH_BOX(&Ops<Device>::cls_inflection));
   m.impl("passive_attention", TORCH_BOX(&Ops<Device>::passive_attention));
+  m.impl("assign_rows", TORCH_BOX(&Ops<Device>::assign_rows));
+  m.impl("merge_rows", TORCH_BOX(&Ops<Device>::merge_rows));
 }
 
 }  // namespace vtp

@@ -18,6 +18,7 @@ DEFAULTS = {
     "sink": "merge",
     "visual_rows": "prefix",
     "renormalize": False,
+    "mode": "mean",
 }
 
 

@@ -69,6 +69,10 @@ def a_row_swapped(got):
     return got
 
 
+def rows_exchanged(got):
+    return got.roll(1, 1)
+
+
 @pytest.mark.parametrize(
     "op, defect, said",
     [
@@ -83,6 +87,8 @@ def a_row_swapped(got):
         ("passive_attention", nudged, "output["),
         ("compact_kv", a_row_swapped, "tensor 0"),
         ("compact_rows", a_row_swapped, "tensor 0"),
+        ("assign_rows", rows_exchanged, "assignment["),
+        ("merge_rows", nudged, "merged["),
     ],
 )
 def test_a_wrong_result_fails(draw, only, monkeypatch, capsys, op, defect, said):

@@ -9,6 +9,7 @@ import importlib
 from vtp_kernels.flops import flops
 from vtp_kernels.info import info
 from vtp_kernels.ops import (
+    assign_rows,
     attention_scores,
     attention_topk,
     cls_inflection,
@@ -16,6 +17,7 @@ from vtp_kernels.ops import (
     compact_rows,
     debug,
     inflection,
+    merge_rows,
     passive_attention,
     select_diverse,
     select_topk,
@@ -66,6 +68,7 @@ __all__ = [
     "VidCom2",
     "VisiPruner",
     "apply",
+    "assign_rows",
     "attention_scores",
     "attention_topk",
     "calibrate",
@@ -77,6 +80,7 @@ __all__ = [
     "handle",
     "inflection",
     "info",
+    "merge_rows",
     "method",
     "passive_attention",
     "picture_grids",

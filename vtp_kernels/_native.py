@@ -24,6 +24,8 @@ OPS = (
     "inflection",
     "cls_inflection",
     "passive_attention",
+    "assign_rows",
+    "merge_rows",
 )
 
 #: Why there is no native library, or None if it is loaded.

@@ -22,12 +22,14 @@ from torch import Tensor
 from vtp_kernels.selection import Selection
 
 __all__ = [
+    "assign_rows",
     "attention_scores",
     "attention_topk",
     "cls_inflection",
     "compact_kv",
     "compact_rows",
     "inflection",
+    "merge_rows",
     "passive_attention",
     "select_diverse",
     "select_topk",
@@ -644,3 +646,77 @@ def compact_rows(
             indices = indices.gather(1, slots.clamp(min=0))
         real = (slots >= 0) & (slots < counts[:, None])
     return tuple(_gather(x, 1, indices, real) for x in tensors)
+
+
+# --- merging ----------------------------------------------------------------------------------
+
+
+def _own_positions(targets: Tensor, length: int) -> Tensor:
+    """[B, N]: the position of each row in `targets`, -1 where it is none of them."""
+    named = torch.where((targets >= 0) & (targets < length), targets, length)  # the rest: nobody
+    position = torch.arange(targets.shape[1], device=targets.device).expand_as(targets)
+    own = targets.new_full((targets.shape[0], length + 1), -1)
+    return own.scatter(1, named, position)[:, :length]
+
+
+def assign_rows(keys: Tensor, targets: Tensor, *, candidates: Tensor | None = None) -> Tensor:
+    length = keys.shape[1]
+    own = _own_positions(targets, length)
+    if length == 0 or targets.shape[1] == 0:
+        return own
+    keys = _wide(keys)
+    square = keys.square().sum(-1)
+    finite = square.isfinite()
+    assigned = finite if candidates is None else finite & _truth(candidates)
+
+    # The row's own norm is the same for all targets: it does not change which is the best.
+    real = (targets >= 0) & (targets < length)
+    row = targets.masked_fill(~real, 0)
+    inverse = torch.where(square > 0.0, 1.0 / square.sqrt(), 0.0)  # a zero row: cosine 0
+    target = _gather(keys, 1, targets, real)
+    cosine = _matmul(keys, target.transpose(1, 2)) * inverse.gather(1, row)[:, None]
+    wanted = real & finite.gather(1, row)
+    nearest = cosine.masked_fill(~wanted[:, None], -math.inf).argmax(-1)  # the first of equals
+    nearest = nearest.masked_fill(~(assigned & wanted.any(1, keepdim=True)), -1)
+    return torch.where(own >= 0, own, nearest)
+
+
+def _group_sums(x: Tensor, group: Tensor, groups: int) -> Tensor:
+    """[B, groups, C]: sums of the rows of x of each group, in ascending order of rows.
+
+    Rows of group `groups` are left out.
+    """
+    batch, _, channels = x.shape
+    first = torch.arange(batch, device=x.device)[:, None] * (groups + 1)
+    index = (group + first).flatten()
+    sums = x.new_zeros(batch * (groups + 1), channels)
+    if x.is_cuda:  # where index_add adds in any order
+        sums = sums.index_put((index,), x.flatten(0, 1), accumulate=True)
+    else:
+        sums = sums.index_add(0, index, x.flatten(0, 1))
+    return sums.view(batch, groups + 1, channels)[:, :groups]
+
+
+def merge_rows(
+    features: Tensor,
+    assignment: Tensor,
+    targets: Tensor,
+    *,
+    weights: Tensor | None = None,
+    mode: str = "mean",
+) -> Tensor:
+    length, groups = features.shape[1], targets.shape[1]
+    own = _own_positions(targets, length)
+    joins = (assignment >= 0) & (assignment < groups)
+    group = torch.where(own >= 0, own, torch.where(joins, assignment, groups))
+    if mode == "add_mean":  # the others alone
+        group = group.masked_fill(own >= 0, groups)
+
+    x = _wide(features)
+    weight = torch.ones_like(x[:, :, :1]) if weights is None else weights[:, :, None]
+    total = _group_sums(weight.to(x.dtype), group, groups)
+    mean = _group_sums(weight * x, group, groups) / total
+    real = (targets >= 0) & (targets < length)
+    target = _gather(x, 1, targets, real)
+    merged = torch.where(total > 0.0, target + mean if mode == "add_mean" else mean, target)
+    return merged.masked_fill(~real[:, :, None], 0.0).to(features.dtype)

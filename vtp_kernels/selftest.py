@@ -311,13 +311,52 @@ def _cls_inflection_inputs(draw: Draw) -> Iterator[Arguments]:
         yield {"features": features.to(dtype), "cls": cls.to(dtype), "rule": rule}
 
 
+def _target_rows(draw: Draw) -> Tensor:
+    """int64 [B, 40]: different rows in any order, some of them padding."""
+    order = torch.rand(BATCH, LENGTH, generator=draw.generator).argsort(-1)[:, :40]
+    return order.masked_fill(draw.bools(BATCH, 40, p=0.2), -1)
+
+
+def _assign_rows_inputs(draw: Draw) -> Iterator[Arguments]:
+    for dtype in FLOATS:
+        for width in (33, 128):
+            keys = draw.normal(BATCH, LENGTH, width, dtype=dtype)
+            keys[:, ::50] = 0.0
+            keys[:, 7::60] = math.nan
+            yield {
+                "keys": keys,
+                "targets": _target_rows(draw),
+                "candidates": draw.bools(BATCH, LENGTH, p=0.9),
+            }
+
+
+def _merge_rows_inputs(draw: Draw) -> Iterator[Arguments]:
+    for mode in ("mean", "add_mean", "weighted"):
+        for dtype in FLOATS:
+            targets = _target_rows(draw)
+            assignment = draw.integers(-1, 40, BATCH, LENGTH)
+            features = draw.normal(BATCH, LENGTH, 72, dtype=dtype)
+            is_target = (targets[:, None] == torch.arange(LENGTH)[:, None]).any(-1)
+            features[(assignment < 0) & ~is_target] = math.nan  # rows that nobody may read
+            weights = torch.rand(BATCH, LENGTH, generator=draw.generator)
+            yield {
+                "features": features,
+                "assignment": assignment,
+                "targets": targets,
+                "weights": weights if mode == "weighted" else None,
+                "mode": mode,
+            }
+
+
 # --- comparisons ------------------------------------------------------------------------------
 
 
 def _reference(op: str, arguments: Arguments):
     """What the reference makes of the arguments in float64."""
-    wide = ("query", "key", "value", "features", "cls")
-    exact = {name: x.double() if name in wide else x for name, x in arguments.items()}
+    wide = ("query", "key", "value", "features", "cls", "keys", "weights")
+    exact = {
+        name: x.double() if name in wide and x is not None else x for name, x in arguments.items()
+    }
     return getattr(reference, op)(**exact)
 
 
@@ -371,6 +410,30 @@ def _cls_inflection_differs(arguments: Arguments, got) -> str | None:
     exact = {name: arguments[name] for name in ("features", "cls")}
     far = _far("similarity", similarity, _reference("cls_inflection", exact)[1], 0.0, COSINE_BOUND)
     return far or _sets_differ(selection, reference.inflection(similarity, rule=arguments["rule"]))
+
+
+def _assign_rows_differs(arguments: Arguments, got: Tensor) -> str | None:
+    """Where the cosine of the chosen target is not the largest, to within rounding."""
+    want = _reference("assign_rows", arguments)
+    unit = torch.nn.functional.normalize(arguments["keys"].double(), dim=-1)
+    targets = arguments["targets"]
+
+    def cosine(position: Tensor) -> Tensor:
+        row = targets.gather(1, position.clamp(0, targets.shape[1] - 1)).clamp(min=0)
+        target = unit.gather(1, row[..., None].expand_as(unit))
+        return (unit * target).sum(-1)
+
+    same = (got == want) | ((got >= 0) & (want >= 0) & (cosine(got) >= cosine(want) - COSINE_BOUND))
+    if bool(same.all()):
+        return None
+    b, row = (~same).nonzero()[0].tolist()
+    return f"assignment[{b}, {row}] is {int(got[b, row])}, expected {int(want[b, row])}"
+
+
+def _merge_rows_differs(arguments: Arguments, got: Tensor) -> str | None:
+    want = _reference("merge_rows", arguments)
+    largest = arguments["features"].nan_to_num().abs().amax().item()
+    return _far("merged", got, want, ROUNDING.get(got.dtype, 0.0), SCORE_BOUND * largest)
 
 
 def _far(name: str, got: Tensor, want: Tensor, relative: float, absolute: float = 1e-30):
@@ -451,4 +514,6 @@ TRIALS = {
     "inflection": Trial(_inflection_inputs, _selection_differs("inflection")),
     "cls_inflection": Trial(_cls_inflection_inputs, _cls_inflection_differs),
     "passive_attention": Trial(_passive_attention_inputs, _passive_attention_differs),
+    "assign_rows": Trial(_assign_rows_inputs, _assign_rows_differs),
+    "merge_rows": Trial(_merge_rows_inputs, _merge_rows_differs),
 }

@@ -80,5 +80,7 @@ VTP_DISPATCH(select_diverse, SelectDiverse)
 VTP_DISPATCH(token_contribution, TokenContribution)
 VTP_DISPATCH(cosine_similarity, CosineSimilarity)
 VTP_DISPATCH(passive_attention, PassiveAttention)
+VTP_DISPATCH(assign_rows, AssignRows)
+VTP_DISPATCH(merge_rows, MergeRows)
 
 }  // namespace vtp::cpu

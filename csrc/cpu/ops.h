@@ -28,6 +28,8 @@ VTP_PER_ISA(select_diverse, SelectDiverse)
 VTP_PER_ISA(token_contribution, TokenContribution)
 VTP_PER_ISA(cosine_similarity, CosineSimilarity)
 VTP_PER_ISA(passive_attention, PassiveAttention)
+VTP_PER_ISA(assign_rows, AssignRows)
+VTP_PER_ISA(merge_rows, MergeRows)
 
 #undef VTP_PER_ISA
 

@@ -310,6 +310,45 @@ void run_compact_rows() {
   }
 }
 
+// Different rows of [0, length) in any order, some of them padding.
+View<const int64_t, 2> some_targets(int64_t batch, int64_t length, int64_t count) {
+  auto* targets = allocate<int64_t>(batch * count);
+  std::vector<int64_t> all(std::max(length, count), -1);
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t i = 0; i < length; ++i) all[i] = i;
+    std::shuffle(all.begin(), all.end(), generator);
+    for (int64_t t = 0; t < count; ++t) targets[b * count + t] = integer(0, 9) ? all[t] : -1;
+  }
+  return {targets, {batch, count}, {count, 1}};
+}
+
+void run_merging() {
+  const int64_t batch = integer(0, 3), length = any_length(), count = integer(0, 90);
+  AssignRows a;
+  a.keys = floats(any_dtype(), {batch, length, coin() ? integer(0, 3) : integer(1, 600)});
+  a.targets = some_targets(batch, length, count);
+  a.candidates = maybe_mask(batch, length);
+  a.assignment = allocate<int64_t>(batch * length);
+  assign_rows(a);
+  for (int64_t i = 0; i < batch * length; ++i) {
+    require(a.assignment[i] >= -1 && a.assignment[i] < count, "no position of a target");
+  }
+
+  const int64_t channels = coin() ? integer(0, 3) : integer(1, 5000);
+  MergeRows m;
+  m.features = floats(any_dtype(), {batch, length, channels});
+  m.assignment = {a.assignment, {batch, length}, {length, 1}};
+  m.targets = a.targets;
+  m.mode = static_cast<MergeMode>(integer(0, 2));
+  if (m.mode == MergeMode::weighted) {
+    m.weights = floats(m.features.dtype == DType::f64 ? DType::f64 : DType::f32, {batch, length});
+  }
+  const DType dtype = m.features.dtype;
+  m.merged = allocate<char>(batch * count * channels *
+                            (dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2));
+  merge_rows(m);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -323,6 +362,7 @@ int main(int argc, char** argv) {
     run_select_diverse();
     run_inflection();
     run_compact_rows();
+    run_merging();
     memory.clear();
   }
   std::printf("%s\n", isa_name());

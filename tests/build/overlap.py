@@ -13,6 +13,8 @@ FIRST = {
     "similarities",
     "compact_rows_kernel",
     "compact_rows_in_place_kernel",
+    "key_norms",
+    "list_members",
     "probe",
 }
 

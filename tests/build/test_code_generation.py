@@ -379,6 +379,10 @@ WIDE = (
     ("compact_kv: compact_rows_in_place_kernel<", "LDG", "7.5"),
     ("compact_kv: compact_rows_in_place_kernel<", "STG", "7.5"),
     ("cls_inflection: similarities<.*, true, ", "LDG", "7.5"),
+    ("assign_rows: key_norms<", "LDG", "7.5"),
+    ("assign_rows: nearest_targets<", "LDGSTS", "8.0"),
+    ("merge_rows: merge_members<.*, true", "LDG", "7.5"),
+    ("merge_rows: merge_members<.*, true", "STG", "7.5"),
     ("token_contribution: attend<.*, true", "LDG", "7.5"),
     ("token_contribution: compare<.*, true", "LDG", "7.5"),
     ("attention_scores: key_pass<", "LDG", "7.5"),
@@ -401,7 +405,12 @@ def test_memory_is_moved_16_bytes_at_a_time(code, kernel, instruction, oldest):
 
 
 @pytest.mark.parametrize(
-    "kernel", ("attention_scores: key_pass<", "passive_attention: attend_kernel<")
+    "kernel",
+    (
+        "assign_rows: nearest_targets<",
+        "attention_scores: key_pass<",
+        "passive_attention: attend_kernel<",
+    ),
 )
 @pytest.mark.parametrize("dtype, oldest", (("f16", "7.5"), ("bf16", "8.0")))
 def test_16_bit_floats_are_multiplied_by_tensor_cores(code, kernel, dtype, oldest):

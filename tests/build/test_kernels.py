@@ -21,8 +21,10 @@ ISA_FLAGS = {
 PER_ISA = tuple(
     CPU / f"{op}.cpp"
     for op in (
+        "assign_rows",
         "attention_scores",
         "cls_inflection",
+        "merge_rows",
         "passive_attention",
         "select_diverse",
         "select_topk",

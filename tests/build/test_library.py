@@ -86,6 +86,8 @@ def test_results_do_not_depend_on_the_number_of_threads():
     candidates = torch.rand(2, 900, generator=generator) < 0.8
     visual = torch.rand(2, 70, generator=generator) < 0.8
 
+    targets = torch.arange(5, 900, 11).expand(2, -1)
+
     def results():
         return (
             vtp_kernels.attention_scores(query, key, candidates=candidates, backend="native"),
@@ -100,6 +102,8 @@ def test_results_do_not_depend_on_the_number_of_threads():
                 vtp_kernels.select_diverse(key[:, 0], k, rule=rule, backend="native").indices
                 for k, rule in ((200, "maxmin"), (300, "dpp"), (9, "dpp"))
             ),
+            assigned := vtp_kernels.assign_rows(key[:, 0], targets, backend="native"),
+            vtp_kernels.merge_rows(key[:, 1], assigned, targets, backend="native"),
         )
 
     threads = torch.get_num_threads()
@@ -137,6 +141,8 @@ def test_direct_calls_are_checked_too(indices, message):
 
 def test_direct_calls_check_shapes_and_dtypes():
     ops, query = torch.ops.vtp_kernels, torch.zeros(1, 4, 1, 8)
+    rows, positions = torch.zeros(1, 5, 8), torch.zeros(1, 5, dtype=torch.int64)
+    twice, wild = torch.tensor([[3, 3]]), torch.tensor([[3, 5]])
     candidates = torch.ones(1, 5, dtype=torch.bool)
 
     def scores(key, candidates=candidates, support="all"):
@@ -160,6 +166,15 @@ def test_direct_calls_check_shapes_and_dtypes():
             "k_per_row",
         ),
         (lambda: ops.select_topk(torch.zeros(2, 3), None, 1, None, None, None, -1), "capacity"),
+        (lambda: ops.assign_rows(rows, twice, None), "row 3 is there twice"),
+        (lambda: ops.assign_rows(rows, wild, None), r"within \[0, 5\).* got 5"),
+        (lambda: ops.merge_rows(rows, positions, wild, None, "mean"), r"within \[0, 5\).* got 5"),
+        (
+            lambda: ops.merge_rows(rows, positions + 2, wild - 1, None, "mean"),
+            "below the 2 targets",
+        ),
+        (lambda: ops.merge_rows(rows, positions, wild - 1, None, "weighted"), "weights go with"),
+        (lambda: ops.merge_rows(rows, positions, wild - 1, None, "sum"), "no option 'sum'"),
     ):
         with pytest.raises(RuntimeError, match=message):
             bad()

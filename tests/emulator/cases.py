@@ -221,7 +221,34 @@ def compact_rows(draw, batch, length):
     return tensors, indices, counts, draw.any("left", "right")
 
 
+def targets(draw, batch, length):
+    """Different rows in any order, and what counts as padding."""
+    width = draw.any(0, 1, 5, 70, length)
+    rows = torch.full((batch, width), draw.any(-1, -(2**40), 2**40))
+    for row in rows:
+        chosen = torch.randperm(length, generator=draw.generator)[: draw.any(width, width // 2)]
+        row[torch.randperm(width, generator=draw.generator)[: len(chosen)]] = chosen
+    return laid_out(rows, draw.layout)
+
+
+def assign_rows(draw, batch, length, dim=None):
+    keys = draw.normal(batch, length, dim or draw.any(*DIMS))
+    keys[draw.bools(batch, length, p=0.1)] = draw.any(0.0, torch.nan, torch.inf)
+    return keys, targets(draw, batch, length), draw.maybe(draw.bools(batch, length, p=0.8))
+
+
+def merge_rows(draw, batch, length, rows=None):
+    rows = targets(draw, batch, length) if rows is None else rows
+    assignment = draw.integers(rows.shape[1] + 3, batch, length)
+    assignment.sub_(1)
+    mode = draw.any("mean", "add_mean", "weighted")
+    weights = draw.normal(batch, length, dtype=torch.float32).abs_()
+    features = draw.normal(batch, length, draw.any(*DIMS))
+    return features, assignment, rows, weights if mode == "weighted" else None, mode
+
+
 OPS = {
+    "assign_rows": assign_rows,
     "attention_scores": attention,
     "attention_topk": attention_topk,
     "select_topk": select_topk,
@@ -232,6 +259,7 @@ OPS = {
     "compact_kv": compact_kv,
     "compact_kv_": compact_kv,
     "compact_rows": compact_rows,
+    "merge_rows": merge_rows,
 }
 # Ops that have other kernels before sm_90, which knows clusters.
 ARCHITECTURES = {"attention_topk": (90, 80), "select_topk": (90, 80)}
@@ -239,6 +267,7 @@ ARCHITECTURES = {"attention_topk": (90, 80), "select_topk": (90, 80)}
 SHARED_BYTES = 227 << 10
 # Rows that take the ways for long ones.
 LONG = {
+    "assign_rows": (600,),
     "attention_scores": (600,),
     "attention_topk": (600, 3000),
     "select_topk": (600, 5000, 70000),
@@ -246,7 +275,10 @@ LONG = {
     "cls_inflection": (3000,),
     "token_contribution": (600,),
     "compact_rows": (600,),
+    "merge_rows": (600,),
 }
+# More targets than have counters in shared memory.
+MANY_TARGETS = 1540
 # Rows of two heads, three tiles on two of keys, for warpgroups: one sum, or one a head.
 PACKED = ((torch.bfloat16, "mean"), (torch.float16, "max"))
 # Where attention_topk on sm_90 does not finish in clusters, though its kernels overlap: batches of
@@ -275,7 +307,16 @@ def cases(op: str, seed: int) -> Iterator[Case]:
         *most, _ = attention(draw, 1, 140, ((2, 1), 72, 84))
         text = f"{draw.dtype} {draw.layout} packed rows, {reduce} sm_90"
         yield Case(op, text, (*most, reduce), 90)
-    draw.dtype, draw.layout = draw.any(*DTYPES), "dense"
+    draw.dtype, draw.layout = draw.any(*DTYPES[:2]), "dense"
+    if op == "assign_rows":  # enough rows for larger tiles
+        rows = torch.cat([targets(draw, 100, 9), torch.full((100, 65), -1)], 1)
+        yield Case(op, f"{draw.dtype} batch 100 sm_90", (draw.normal(100, 9, 8), rows, None), 90)
+    if op == "merge_rows":
+        rows = torch.full((1, MANY_TARGETS), -1)
+        rows[0, ::400] = torch.tensor([3, 8, 0, 5])
+        text = f"{draw.dtype} {MANY_TARGETS} targets sm_90"
+        yield Case(op, text, merge_rows(draw, 1, 60, rows), 90)
+    draw.dtype = draw.any(*DTYPES)
     for batch, length, shape in BESIDE_CLUSTERS if op == "attention_topk" else ():
         text = f"{draw.dtype} {shape} batch {batch} length {length} sm_90"
         yield Case(op, text, attention_topk(draw, batch, length, shape), 90)

@@ -188,6 +188,7 @@ class SharedMemory {
     std::memset(data - kCanaryBytes, kCanary, kCanaryBytes);
     std::memset(data + bytes, kCanary, kCanaryBytes);
     fill_with_garbage(data, bytes, salt_ * 0x9e3779b9u + id);
+    races::forget(data, bytes);  // what the host kept there before: arguments of an earlier kernel
     traffic::shared_object(data, bytes);
     constexpr uint32_t kKept = 1024;  // of which addresses keep the remainder
     const auto remainder = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(data) % kKept);

@@ -88,12 +88,12 @@ def refill(static: dict, fresh: dict) -> None:
 
 
 def emptied(arguments: dict) -> dict:
-    """Nothing chosen, nothing valid: masks False, counts and k zero, indices -1."""
+    """Nothing chosen, nothing valid: masks False, counts and k zero, rows and positions -1."""
 
     def empty(name, x):
         if name in ("k", "counts") or (isinstance(x, Tensor) and x.dtype == torch.bool):
             return torch.zeros_like(x) if isinstance(x, Tensor) else x
-        return torch.full_like(x, -1) if name == "indices" else x
+        return torch.full_like(x, -1) if name in ("indices", "assignment", "targets") else x
 
     return {name: empty(name, x) for name, x in arguments.items()}
 
@@ -352,6 +352,36 @@ def patches(dtype, channels):
     return make
 
 
+def target_rows(draw, batch, length):
+    """Different rows in any order, one of four padding."""
+    order = draw.uniform(batch, length).argsort(1)[:, : max(length // 9, 1)]
+    return order.masked_fill(draw.bools(*order.shape, p=0.25), -1)
+
+
+def keys_and_targets(dtype, dim):
+    def make(draw, batch, length):
+        return {
+            "keys": draw.normal(batch, length, dim, dtype=dtype),
+            "targets": target_rows(draw, batch, length),
+            "candidates": draw.bools(batch, length, p=0.8),
+        }
+
+    return make
+
+
+def assigned_rows(dtype, channels, weighted=False):
+    def make(draw, batch, length):
+        targets = target_rows(draw, batch, length)
+        arguments = {
+            "features": draw.normal(batch, length, channels, dtype=dtype),
+            "assignment": draw.integers(-1, targets.shape[1], batch, length),
+            "targets": targets,
+        }
+        return {**arguments, "weights": draw.uniform(batch, length)} if weighted else arguments
+
+    return make
+
+
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 
 VARIANTS = [
@@ -430,6 +460,12 @@ VARIANTS = [
     Variant("inflection", "hard", hard_curve, {"clip_quantile": 1.0}),
     Variant("cls_inflection", "chord", patches(HALF, 1024)),
     Variant("cls_inflection", "mass", patches(FLOAT, 83), {"rule": "mass"}),
+    Variant("assign_rows", "bfloat16", keys_and_targets(BFLOAT, 64)),
+    Variant("assign_rows", "float32", keys_and_targets(FLOAT, 80)),
+    Variant("assign_rows", "odd-rows", keys_and_targets(HALF, 33)),
+    Variant("merge_rows", "mean", assigned_rows(BFLOAT, 1024)),
+    Variant("merge_rows", "add-mean", assigned_rows(HALF, 83), {"mode": "add_mean"}),
+    Variant("merge_rows", "weighted", assigned_rows(FLOAT, 72, True), {"mode": "weighted"}),
 ]
 OPS = sorted({variant.op for variant in VARIANTS})
 #: Those that hold a row of scores in one block, as long as it fits.
@@ -508,6 +544,26 @@ def _check_cls_inflection(arguments, options, got) -> None:
     _check_selection(got[:2], reference.inflection(got[2], **options))
 
 
+def _check_assign_rows(arguments, options, got) -> None:
+    """The target of largest cosine, or one within float32 rounding of it."""
+    want = reference.assign_rows(**_wide(arguments), **options)
+    assert torch.equal(got[0] < 0, want < 0)
+    unit = torch.nn.functional.normalize(arguments["keys"].double(), dim=-1)
+    row = torch.arange(want.shape[1])
+    for b in range(len(want)):
+        mine, best = (
+            (unit[b] * unit[b, arguments["targets"][b, x.clamp(min=0)]]).sum(-1)
+            for x in (got[0][b], want[b])
+        )
+        close = torch.isclose(mine, best, rtol=0, atol=1e-6) | (want[b] < 0)
+        assert close.all(), (b, row[~close], mine[~close], best[~close])
+
+
+def _check_merge_rows(arguments, options, got) -> None:
+    """All add in the same order, so the bits are the same."""
+    assert_same_bits(got, [reference.merge_rows(**arguments, **options)])
+
+
 _CHECKS = {
     "attention_scores": _check_scores,
     "attention_topk": _check_attention_topk,
@@ -519,4 +575,6 @@ _CHECKS = {
     "compact_rows": _check_rows,
     "inflection": _check_inflection,
     "cls_inflection": _check_cls_inflection,
+    "assign_rows": _check_assign_rows,
+    "merge_rows": _check_merge_rows,
 }

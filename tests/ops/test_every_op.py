@@ -60,6 +60,17 @@ def compact_rows(draw):
     return {"tensors": tensors, "indices": indices, "counts": counts}
 
 
+def merging(draw):
+    """Positions of rows, and the rows they are of."""
+    targets = draw.uniform(2, 20).argsort(1)[:, :6]
+    return {"assignment": draw.integers(-1, 6, 2, 20), "targets": targets}
+
+
+def merge_rows(draw):
+    features, weights = draw.normal(2, 20, 8), draw.uniform(2, 20)
+    return {"features": features, **merging(draw), "weights": weights, "mode": "weighted"}
+
+
 #: op -> how to make its arguments
 INPUTS = {
     "attention_scores": attention,
@@ -86,6 +97,12 @@ INPUTS = {
     "compact_rows": compact_rows,
     "inflection": lambda draw: {"curve": draw.normal(2, 20), "max_keep": 9},
     "cls_inflection": lambda draw: {"features": draw.normal(2, 20, 8), "cls": draw.normal(2, 8)},
+    "assign_rows": lambda draw: {
+        "keys": draw.normal(2, 20, 8),
+        "targets": merging(draw)["targets"],
+        "candidates": draw.bools(2, 20, p=0.8),
+    },
+    "merge_rows": merge_rows,
 }
 OPS_AND_BACKENDS = [
     (op, backend) for op in INPUTS for backend in BACKENDS if why_not(op, backend, "cpu") is None
@@ -247,6 +264,16 @@ TOO_LONG = {
         "tensors": [torch.zeros(1, 1, 1, 1).expand(1, 1, 2**16, 2**15)],
         "indices": torch.zeros(1, 1, dtype=torch.int64),
     },
+    ("assign_rows", "keys"): {"keys": LONG[0], "targets": torch.zeros(1, 1, dtype=torch.int64)},
+    ("assign_rows", "targets"): {
+        "keys": torch.zeros(1, 4, 1),
+        "targets": torch.zeros(1, 1, dtype=torch.int64).expand(1, 2**31),
+    },
+    ("merge_rows", "features"): {
+        "features": LONG[0],
+        "assignment": torch.zeros(1, 1, dtype=torch.int64).expand(1, 2**31),
+        "targets": torch.zeros(1, 1, dtype=torch.int64),
+    },
     ("compact_rows", "indices"): {
         "tensors": [torch.zeros(1, 4)],
         "indices": torch.zeros(1, 1, dtype=torch.int64).expand(1, 2**31),
@@ -328,6 +355,7 @@ with torch.no_grad():
     vtp.inflection(x[:, 0, 0])
     vtp.cls_inflection(x[:, 0], x[:, 0, 0])
     vtp.passive_attention(x, x, x, visual=mask)
+    vtp.merge_rows(x[:, 0], vtp.assign_rows(x[:, 0], rows), rows)
 import vtp_kernels.flops, vtp_kernels.info, vtp_kernels.ops.inflection
 assert all(map(callable, (vtp.flops, vtp.info, vtp.inflection)))  # not hidden by their modules
 from vtp_kernels.cli import main

@@ -155,3 +155,21 @@ def row_indices(indices: Tensor, counts: Tensor | None, length: int) -> None:
             f"indices must ascend strictly within a row, they do not at "
             f"{descends.nonzero()[0].tolist()}"
         )
+
+
+def distinct_rows(name: str, rows: Tensor, length: int) -> None:
+    """Reads values: checks that rows are within [0, length), or -1, and none is named twice."""
+    outside = (rows < -1) | (rows >= length)
+    if bool(outside.any()):
+        raise ValueError(
+            f"{name} must be within [0, {length}), or -1 for padding, got "
+            f"{rows[outside][0].item()} at {outside.nonzero()[0].tolist()}"
+        )
+    ordered = rows.sort(dim=1)[0]
+    twice = (ordered[:, 1:] >= 0) & (ordered[:, 1:] == ordered[:, :-1])
+    if bool(twice.any()):
+        batch = int(twice.nonzero()[0, 0])
+        raise ValueError(
+            f"{name} must name no row twice, row {ordered[:, 1:][twice][0].item()} is there twice "
+            f"in sequence {batch}"
+        )

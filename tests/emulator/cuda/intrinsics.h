@@ -95,6 +95,12 @@ void __stcg(T* at, T x) {
   *at = x;
 }
 
+// A store, in one piece.
+template <class T>
+void __stwb(T* at, T x) {
+  *at = x;
+}
+
 [[noreturn]] inline void __trap() { vtp::emulator::multiprocessor.fail("__trap"); }
 
 // ---- Arithmetic that is never contracted (the build forbids contraction altogether) ---------------
