@@ -68,7 +68,16 @@ def by_hand(rows, **changed):
     given = {"indices": indices, "counts": stays.sum(1).int(), "text": rows.text_now}
     given |= {"visual": visual}
     given |= {k: f(rows, indices) for k, f in changed.items()}
-    return Kept(vtp.Selection(given["indices"], given["counts"]), given["text"], given["visual"])
+    selection = vtp.Selection(given["indices"], given["counts"])
+    return Kept(selection, given["text"], given["visual"], given.get("hidden"))
+
+
+def merged(rows, targets, content=None, **changed):
+    """`by_hand`, with zeros in some rows."""
+    targets = torch.tensor(targets)
+    if content is None:
+        content = torch.zeros(*targets.shape, rows.hidden.shape[2])
+    return rows.with_content(by_hand(rows, **changed), targets, content)
 
 
 def test_the_same_by_mask_by_rank_and_by_hand(model):
@@ -161,6 +170,19 @@ def test_the_same_by_mask_by_rank_and_by_hand(model):
         (lambda r: by_hand(r, indices=lambda _, i: i[:, :5]), "selection: room for 5 rows"),
         (lambda r: by_hand(r, indices=lambda _, i: i[:2]), r"selection\.indices must have shape"),
         (lambda r: by_hand(r, counts=lambda _, i: torch.zeros(4).int()), "0 text rows stay"),
+        # another content for rows that are none, padding, or leave, and for one twice
+        (lambda r: merged(r, [[-1], [-1], [99], [-1]]), "with_content, prompt 2: targets: some"),
+        (lambda r: merged(r, [[-1], [-1], [-1], [0]]), "with_content, prompt 3: targets: some"),
+        (lambda r: merged(r, [[-1], [-1], [5], [-1]]), "with_content, prompt 2: targets: some"),
+        (lambda r: merged(r, [[-9], [-1], [-1], [-1]]), "with_content, prompt 0: targets: some"),
+        (lambda r: merged(r, [[r.prompt_end, -1, r.prompt_end]] * 4), "a row is named twice"),
+        (lambda r: merged(r, [[-1]] * 3), r"with_content: targets must have shape"),
+        (lambda r: merged(r, [[-1]] * 4, torch.zeros(4, 2, 64)), "content must have shape"),
+        (lambda r: by_hand(r, hidden=lambda r, _: r.hidden[:, 1:]), "hidden must have shape"),
+        (
+            lambda r: merged(r, [[-1]] * 4, visual=lambda *_: [8, 16, 23, 0]),
+            "prompt 2: 24 visual tokens stay, and counts say 23",
+        ),
         # the row whose logits are asked for
         (lambda r: r.keep_rows(r.visual), "prompt 0: the last prompt token must stay"),
         (lambda r: r.keep_rows(torch.zeros_like(r.visual)), "the last prompt token must stay"),
@@ -196,6 +218,12 @@ def test_answers_that_cannot_be_carried_out(model, answer, message):
         (lambda r: r.keep_where(r.origin, [0] * 4), "keep_where: kept must be bool, got int64"),
         (lambda r: r.keep_rows(r.text, counts=[1, 2, 3, 4]), "counts: expected those of text and"),
         (lambda r: r.keep_rows(r.text, capacity=60.0), "capacity must be an int, got float"),
+        (lambda r: merged(r, [[0.0]] * 4), "with_content: targets must be int64, got float32"),
+        (
+            lambda r: merged(r, [[-1]] * 4, torch.zeros(4, 1, 64).half()),
+            "with_content: content must be float32, got float16",
+        ),
+        (lambda r: by_hand(r, hidden=lambda r, _: r.hidden.half()), "hidden must be float32, got"),
         (lambda r: by_hand(r, indices=lambda _, i: i.int()), r"selection\.indices must be int64"),
         (
             lambda r: by_hand(r, visual=lambda *_: torch.zeros(4)),
@@ -258,8 +286,13 @@ class Reads(torch.overrides.TorchFunctionMode):
         ),
         lambda rows, wrong: rows.keep_rows(rows.text, capacity=30 * (1 - wrong)),
         lambda rows, wrong: by_hand(rows, visual=lambda *_: [8 - wrong, 16, 24, 0]),
+        lambda rows, wrong: rows.with_content(
+            rows.keep_where(rows.visual, rows.visual_now),
+            rows.origin[:, -1 - wrong :] * 0 - 1 + wrong * 50,
+            rows.hidden[:, -1 - wrong :],
+        ),
     ],
-    ids=["where", "rows", "padded", "hand"],
+    ids=["where", "rows", "padded", "hand", "merged"],
 )
 def test_nobody_waits_for_a_device_to_check(model, monkeypatch, answer, wrong, request):
     """As on a GPU: values are not read, and what is wrong ends the call all the same."""

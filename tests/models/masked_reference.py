@@ -10,14 +10,24 @@ import torch
 
 class MaskedReference:
     """`stages` {layer: keep} as in Schedule, or `given` {layer: bool [B, S]}: sets to take over.
-    `groups` int64 [B, S]: of each visual token, where budgets are of groups and not of prompts."""
+    `groups` int64 [B, S]: of each visual token, where budgets are of groups and not of prompts.
+    `content` {layer: f}: rows [B, S, C] at its entry are to be f(rows)."""
 
     def __init__(
-        self, model, stages, *, score="last_token", given=None, contiguous=False, groups=None
+        self,
+        model,
+        stages,
+        *,
+        score="last_token",
+        given=None,
+        contiguous=False,
+        groups=None,
+        content=(),
     ):
         assert model.get_decoder().config._attn_implementation == "eager"
         self.model, self.stages, self.score = model, stages, score
         self.given, self.contiguous, self.groups = given, contiguous, groups
+        self.content = dict(content)
         self.keep = {}  # layer -> bool [B, every row seen so far]: columns open from there on
         self.kept = {}  # the same for the last call with images, that call's rows alone
         self.scores = None
@@ -111,6 +121,12 @@ class MaskedReference:
                 self.open[b, [j for j in left if j not in best]] = False
         return self.open.clone()
 
+    @staticmethod
+    def _changed(args, kwargs, change):
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
+
     def _before_layer(self, index):
         def before(module, args, kwargs):
             if index in self.stages:
@@ -121,6 +137,8 @@ class MaskedReference:
                 if past is None:  # whatever came before the first call with images is all open
                     past = self.all_real[:, : self.all_real.shape[1] - self.rows]
                 self.keep[index] = torch.cat((past, now), dim=1)
+            if index in self.content and self.with_images:
+                args, kwargs = self._changed(args, kwargs, self.content[index])
             stage = max((layer for layer in self.keep if layer <= index), default=None)
             if stage is None:
                 return None

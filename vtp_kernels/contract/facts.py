@@ -33,8 +33,8 @@ def demand(where: str, *facts: Fact) -> None:
     """Raise ValueError unless all that is so, or have the GPU stop."""
     first = facts[0].holds
     if not _checks.may_read(first) and first.device.type in ("cpu", "cuda"):
-        hint = "counts that are not those of the rows, or a last prompt token that would leave; "
-        hint += "vtp.debug(True) tells which"
+        hint = "counts that are not those of the rows, a last prompt token that would leave, or "
+        hint += "content for rows that do; vtp.debug(True) tells which"
         torch._assert_async(torch.stack([x.holds for x in facts]).all(), f"{where}: {hint}")
         return
     for fact in facts:

@@ -29,6 +29,7 @@ A new method is a subclass in a file of its own:
     rows.keep_of_each(...)              the same of each picture or frame; also keep_diverse
     rows.keep_where(mask, counts)       all text, and the visual tokens in a mask
     rows.keep_rows(mask)                the rows in a mask, text or visual
+    rows.with_content(kept, ...)        one of these, with another content in rows that stay
 
 The last prompt token and any drafts behind it have to stay, for their logits are asked for. Counts
 have to be those of the mask, and no more than is there. What is wrong raises a ValueError: on a CPU

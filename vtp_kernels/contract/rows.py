@@ -19,7 +19,7 @@ from vtp_kernels.ops import (
     select_topk,
     token_contribution,
 )
-from vtp_kernels.ops._checks import BOOL, INT64, integer, tensor
+from vtp_kernels.ops._checks import ANY, BOOL, INT64, integer, tensor
 from vtp_kernels.ops._dispatch import FLOATS
 from vtp_kernels.ops.attention_topk import run as run_attention_topk
 from vtp_kernels.selection import Selection
@@ -49,6 +49,9 @@ class Kept(NamedTuple):
     selection: Selection
     text: Counts
     visual: Counts
+    hidden: Tensor | None = None
+    """[B, S, C], like that of PromptRows: what the rows hold from here on, where some that stay
+    have taken in others (`with_content`). None: what they held."""
 
 
 class PromptRows:
@@ -665,6 +668,35 @@ class PromptRows:
         """Have report() tell what the rows of `among` bool [B, S] were ranked by: [B, S], the
         higher the longer they stay. Whatever ranks rows here notes it by itself."""
         self.ranked.append((scores, among))
+
+    def with_content(self, kept: Kept, targets: Tensor, content: Tensor) -> Kept:
+        """`kept`, with another content in some of the rows that stay: what rows that leave were
+        merged to. Position, masks, and what the model adds between its layers stay the target's.
+
+        targets: int64 [B, T], rows, none of them twice; -1 for none. content: [B, T, C], like
+        `hidden`. Raises ValueError for targets that are no rows, or do not stay; what of it the
+        host cannot know stops the GPU.
+        """
+        where, (batch, width, features) = f"{self.asker}: with_content", self.hidden.shape
+        device, dtype = self.hidden.device, (self.hidden.dtype,)
+        tensor(f"{where}: targets", targets, "B, T", (batch, ANY), INT64, device)
+        shape = (batch, targets.shape[1], features)
+        tensor(f"{where}: content", content, "B, T, C", shape, dtype, device)
+        named = targets != -1
+        places = torch.where((targets >= 0) & (targets < width), targets, width)
+        stays = pad(rows_of(kept.selection, width), (0, 1)).gather(1, places)
+        once = torch.zeros(batch, width + 1, dtype=torch.int64, device=device)
+        once.scatter_add_(1, places, named.long())
+        demand(
+            where,
+            Fact((stays == named).all(1), lambda b: "targets: some are no rows that stay"),
+            Fact((once <= 1).all(1), lambda b: "targets: a row is named twice"),
+        )
+        # What belongs to no row goes behind the last, and is cut off.
+        hidden = pad(self.hidden if kept.hidden is None else kept.hidden, (0, 0, 0, 1))
+        hidden.scatter_(1, places[..., None].expand(shape), content)
+        merged = kept._replace(hidden=hidden[:, :width])
+        return self._made(merged) if any(kept is own for own in self.made) else merged
 
     # ---- what is behind these ----------------------------------------------------------------
 

@@ -52,11 +52,15 @@ def _check_shapes(kept: Kept, rows: PromptRows) -> None:
     capacity = indices.shape[1]
     if capacity > width:
         raise ValueError(f"{where}: selection: {capacity} rows of {width}")
-    for what, x, there in zip(KINDS, kept[1:], (rows.text_now, rows.visual_now), strict=True):
+    for what, x, there in zip(KINDS, kept[1:3], (rows.text_now, rows.visual_now), strict=True):
         if isinstance(x, Tensor):
             tensor(f"{where}: counts of {what}", x, "B", (batch,), INTS, device)
         else:
             check_fit(where, what, host_counts(f"{where}: counts of {what}", x, batch), there)
+    if kept.hidden is not None:
+        hidden = rows.hidden
+        what = f"{where}: hidden"
+        tensor(what, kept.hidden, "B, S, C", tuple(hidden.shape), (hidden.dtype,), device)
     totals = added(kept.text, kept.visual)
     if totals is not None and max(totals) > capacity:
         raise ValueError(
@@ -79,7 +83,7 @@ def _check_rows(kept: Kept, rows: PromptRows) -> None:
     if rows.valid is not None:
         stays = stays & rows.valid
     text, visual = (
-        x if isinstance(x, Tensor) else on_device(list(x), indices.device) for x in kept[1:]
+        x if isinstance(x, Tensor) else on_device(list(x), indices.device) for x in kept[1:3]
     )
     *found, asked = rows.numbers_of(stays)
     demand(

@@ -549,6 +549,7 @@ class Prefill:
         kind = self.parts.kinds[layer]
         cos, sin = self._embeddings(kind, arguments)
         indices, counts = kept.selection
+        hidden = hidden if kept.hidden is None else kept.hidden
         hidden, cos, sin, self.visual, self.origin = run_compact_rows(
             (
                 hidden,
