@@ -367,7 +367,7 @@ def says(**answers):
         (
             {"vision_source": "similarty", "decision_layers": (0,)},
             ValueError,
-            r"vision_source: expected one of .*'attention'\) or None, got 'similarty'",
+            r"vision_source: expected one of .*'hidden'\) or None, got 'similarty'",
         ),
         (
             {"vision_source": "similarity"},

@@ -406,7 +406,7 @@ def test_tokens_of_idefics2_have_no_attention_of_patches():
     features = (rows if isinstance(rows, torch.Tensor) else torch.cat(rows)).view(3, 8, 64)
     assert torch.equal(seen.features, features) and in_order(seen) == 24
     torch.testing.assert_close(seen.summary, features.mean(1))
-    with pytest.raises(NotImplementedError, match="its vision tower for attention: its visual"):
+    with pytest.raises(NotImplementedError, match="the vision tower for attention: its visual"):
         vtp.apply(model, vtp.InflectionPruning("attention", llm_layers=()))
 
 

@@ -25,6 +25,22 @@ def eager_weights(attention):
         yield weights
 
 
+@contextlib.contextmanager
+def eager_calls(attentions):
+    """Within: of each of these modules, the weights and keys of its calls, {module: [(weights, keys
+    [B, H, S, D])]}."""
+    module, calls = sys.modules[type(attentions[0]).__module__], {}
+    eager = module.eager_attention_forward
+
+    def note(caller, query, key, *args, **kwargs):
+        output = eager(caller, query, key, *args, **kwargs)
+        calls.setdefault(caller, []).append((output[1], key))
+        return output
+
+    with mock.patch.object(module, "eager_attention_forward", note):
+        yield calls
+
+
 def from_cls(weights, prefix):
     """[I, N]: of one call with CLS in front and `prefix` rows before the patches."""
     (paid,) = weights

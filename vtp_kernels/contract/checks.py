@@ -9,7 +9,7 @@ from typing import Any
 from vtp_kernels._shown import shown
 
 from .passive import PassiveVisual
-from .vision import SOURCES
+from .vision import asks_of
 
 __all__ = ["check_depth", "check_layers"]
 
@@ -58,11 +58,11 @@ def check_depth(layer: int, depth: int, where: str) -> None:
 
 
 def _check_source(source: Any, decided: set[int], where: str) -> None:
-    if source is None:
-        return
-    if source not in SOURCES:
-        raise ValueError(f"{where}: expected one of {SOURCES} or None, got {shown(source)}")
-    if 0 not in decided:
+    try:
+        asked = asks_of(source)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where}: {error}") from error
+    if asked and 0 not in decided:
         raise ValueError(
             f"{where}: rows.vision is there before layer 0 only, and decision_layers are "
             f"{sorted(decided)}"

@@ -69,6 +69,7 @@ from .storage import read_json
 if TYPE_CHECKING:
     from .rows import Kept, PromptRows
     from .unit import Unit
+    from .vision import Ask
 
 METHODS: dict[str, type[Method]] = {}
 """Every method that has been imported, by the name it has in files and on the command line."""
@@ -118,9 +119,10 @@ class Method(ABC):
         """Layers in which visual tokens are passive, and how."""
         return {}
 
-    def vision_source(self) -> str | None:
-        """What `decide` asks of the vision tower, as `rows.vision` before layer 0: "similarity" of
-        its tokens to CLS, "attention" that they get from it, or nothing."""
+    def vision_source(self) -> str | Ask | Sequence[str | Ask] | None:
+        """What `decide` asks of the vision tower, to have it of `rows.vision` before layer 0: one
+        or several of `contract.vision.ASKS`, such as "attention" that its tokens get from CLS, or
+        `Ask("keys", layer=-2)`; or nothing."""
         return None
 
     def needs_units(self) -> bool:

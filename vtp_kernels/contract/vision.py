@@ -2,38 +2,118 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vtp_kernels._shown import shown as shown_as
 from vtp_kernels.ops import cls_inflection, inflection
 from vtp_kernels.selection import Selection
 
 from .counts import moved, on_device
 
-__all__ = ["SOURCES", "PromptVision", "Seen", "Shown"]
+__all__ = ["ASKS", "SCORES", "SOURCES", "Ask", "PromptVision", "Seen", "Shown", "asks_of"]
 
 SOURCES = ("similarity", "attention")
-"""What a method may ask of the vision tower."""
+"""By what pictures' curves are sorted, see `Ask`."""
+SCORES = ("attention", "cls", "received")
+"""A number for each token."""
+ASKS = ("similarity", *SCORES, "keys", "hidden")
+"""What a method may ask of the vision tower, see `Ask`."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Something that a method asks of the vision tower.
+
+    A token that shows several patches has the mean of theirs.
+
+    what : one of ASKS
+        "similarity": features and summary, as of `Seen`; they are always there. "attention":
+        float32 [I, N], what tokens get from CLS, or from all rows of the tower where there is no
+        CLS. "cls": the same, of towers that have CLS alone. "received": what they get from all
+        rows, CLS among them. Attention is the mean over heads, and over the rows that pay it, of
+        those that see the token: in a window, those of the window. "keys": float32 [I, N, D], as
+        the attention gets them, mean over heads. "hidden": [I, N, C], what the layer puts out; of
+        the feature layer, the features.
+    layer : int | float, optional
+        Of the tower: an index, from the end if it is negative, or the share of the layers that have
+        run by then: 0.5 of 24 is the twelfth. None: the one whose output the features are.
+    setting : str
+        Where the layer was set, for error messages.
+    """
+
+    what: str
+    layer: int | float | None = None
+    setting: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        where = self.setting or "layer"
+        if self.what not in ASKS:
+            raise ValueError(f"expected one of {ASKS} or None, got {shown_as(self.what)}")
+        if self.layer is None:
+            return
+        if self.what == "similarity":
+            raise ValueError(f"{where}: similarity is of the features, got {shown_as(self.layer)}")
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int | float):
+            raise TypeError(
+                f"{where}: a layer of the vision tower is an int or a share of them, got "
+                f"{shown_as(self.layer)}"
+            )
+        if isinstance(self.layer, float) and not 0 < self.layer <= 1:
+            raise ValueError(f"{where}: a share lies above 0.0, up to 1.0, got {self.layer}")
+
+    def index(self, layers: int) -> int:
+        """Which of so many layers it is, from 0; ValueError if there is no such layer."""
+        if isinstance(self.layer, float):
+            return max(int(self.layer * layers + 0.5), 1) - 1
+        if not -layers <= self.layer < layers:
+            where = self.setting or f"layer of {self.what!r}"
+            raise ValueError(
+                f"{where}: there is no layer {self.layer}, the vision tower has {layers} (0 to "
+                f"{layers - 1})"
+            )
+        return self.layer % layers
+
+
+def asks_of(source: Any) -> tuple[Ask, ...]:
+    """What `Method.vision_source` answers, as asks: one, its name, several of these, or None.
+
+    Raises TypeError or ValueError for anything else."""
+    if source is None:
+        return ()
+    if isinstance(source, str | Ask):
+        source = (source,)
+    if not isinstance(source, Iterable):
+        raise TypeError(f"expected one or several of {ASKS} or None, got {shown_as(source)}")
+    return tuple(dict.fromkeys(ask if isinstance(ask, Ask) else Ask(ask) for ask in source))
 
 
 class Seen(NamedTuple):
     """Of I pictures (or crops of pictures, or frames of videos) with N visual tokens each.
 
     features [I, N, C], summary [I, C]: what the feature layer of the tower put out for them, and
-    for the picture as a whole. attention: float32 [I, N] that they got in that layer, or None where
-    nobody asked. shows: int64 [F], on the CPU, for every row that the model's text is to get, in
-    order: which token it shows, counted over all pictures, or -1 for one that shows none of them,
-    as `image_newline`. here: bool [I, N], on the CPU, where pictures have fewer than N tokens.
+    for the picture as a whole. values: [I, N] or [I, N, D] of each `Ask`. shows: int64 [F], on the
+    CPU, for every row that the model's text is to get, in order: which token it shows, counted over
+    all pictures, or -1 for one that shows none of them, as `image_newline`. grids: rows and columns
+    of each picture's tokens, which stand line by line; None where that is not known. here: bool [I,
+    N], on the CPU, where pictures have fewer than N tokens.
     """
 
     features: Tensor
     summary: Tensor
-    attention: Tensor | None
+    values: Mapping[Ask, Tensor]
     shows: Tensor
+    grids: list[tuple[int, int]] | None = None
     here: Tensor | None = None
+
+    @property
+    def attention(self) -> Tensor | None:
+        return self.values.get(Ask("attention"))
 
 
 class Shown(NamedTuple):
@@ -89,6 +169,60 @@ class PromptVision:
             scores = scores.masked_fill(~moved(seen.here, scores.device), torch.nan)
         return inflection(scores, **rule, backend=self._backend), scores
 
+    def values(self, ask: Ask | str) -> Tensor:
+        """What was asked for, of each picture's tokens: [I, N] or [I, N, D]. Those that a picture
+        does not have hold anything."""
+        ask = ask if isinstance(ask, Ask) else Ask(ask)
+        if ask == Ask("hidden"):
+            return self.seen.features.detach()
+        if ask not in self.seen.values:
+            raise ValueError(f"vision: {ask} was not asked for, vision_source names {self._asked}")
+        return self.seen.values[ask]
+
+    def of_rows(self, ask: Ask | str) -> Tensor:
+        """The same of each visual row of the prompts, by the token that it shows: [B, S] or
+        [B, S, D]. Of rows that show none, not a number or zeros."""
+        values = self.values(ask).to(self.shows.device).flatten(0, 1)
+        none = values.new_full(values[:1].shape, torch.nan if values.dim() == 1 else 0)
+        return torch.cat((values, none))[self.shows]  # -1 is the last one
+
+    def next_to(self, chosen: Tensor) -> Tensor:
+        """bool [B, S]: visual rows whose token stands above, below, left or right of one that a row
+        in `chosen` bool [B, S] of the same prompt shows. Crops are pictures of their own.
+
+        Raises NotImplementedError where it is not known how a picture's tokens stand.
+        """
+        around = self._around()  # of token i, [4]
+        tokens = len(around) - 1
+        shown = chosen.new_zeros(len(chosen), tokens + 1)
+        places = torch.where(chosen, self.shows, -1) % (tokens + 1)
+        shown.scatter_(1, places, True)
+        shown[:, -1] = False  # what shows nothing, and what is beyond the edge
+        beside = shown.gather(1, around[self.shows].flatten(1)).view(*self.shows.shape, 4)
+        return beside.any(-1)
+
+    def _around(self) -> Tensor:
+        """int64 [I * N + 1, 4]: the tokens around each, counted over all pictures; the last, which
+        is none, where there is none."""
+        if self.seen.grids is None:
+            raise NotImplementedError(
+                "vision: how the tokens of these pictures stand in rows and columns is not known"
+            )
+        pictures, width = self.seen.features.shape[:2]
+        none = pictures * width
+        around = torch.full((none + 1, 4), none)
+        for picture, (rows, columns) in enumerate(self.seen.grids):
+            first = picture * width
+            order = torch.arange(first, first + rows * columns).view(rows, columns)
+            framed = pad(order, (1, 1, 1, 1), value=none)
+            sides = (framed[:-2, 1:-1], framed[2:, 1:-1], framed[1:-1, :-2], framed[1:-1, 2:])
+            around[order.flatten()] = torch.stack([side.flatten() for side in sides], dim=1)
+        return moved(around, self.shows.device)
+
+    @property
+    def _asked(self) -> str:
+        return ", ".join(map(str, self.seen.values)) or "nothing"
+
     def rows_showing(self, selection: Selection) -> Tensor:
         """bool [B, S]: the visual rows that show one of the tokens chosen, or none of all."""
         pictures, tokens = self.seen.features.shape[:2]
@@ -116,30 +250,38 @@ def _joined(seens: list[Seen]) -> Seen:
     if len(seens) == 1:
         return seens[0]
     width = max(seen.features.shape[1] for seen in seens)
-    parts, first = [], 0
-    for features, summary, attention, shows, here in seens:
-        pictures, tokens = features.shape[:2]
-        more = width - tokens
-        at = (first + shows // tokens) * width + shows % tokens
-        here = torch.ones(pictures, tokens, dtype=torch.bool) if here is None else here
-        parts.append(
-            Seen(
-                pad(features, (0, 0, 0, more)),
-                summary,
-                None if attention is None else pad(attention, (0, more)),
-                torch.where(shows < 0, -1, at),
-                pad(here, (0, more)),
-            )
+
+    def beside(part: Callable[[Seen], Tensor]) -> Tensor:
+        parts = [part(seen) for seen in seens]
+        flat = [x.dim() == 2 for x in parts]
+        return torch.cat(
+            [
+                pad(x, (0, width - x.shape[1]) if two else (0, 0, 0, width - x.shape[1]))
+                for x, two in zip(parts, flat, strict=True)
+            ]
         )
+
+    shows, first = [], 0
+    for seen in seens:
+        pictures, tokens = seen.features.shape[:2]
+        at = (first + seen.shows // tokens) * width + seen.shows % tokens
+        shows.append(torch.where(seen.shows < 0, -1, at))
         first += pictures
-    features, summary, attention, shows, here = zip(*parts, strict=True)
+    here = beside(_here)
+    grids = [seen.grids for seen in seens]
     return Seen(
-        torch.cat(features),
-        torch.cat(summary),
-        None if attention[0] is None else torch.cat(attention),
+        beside(lambda seen: seen.features),
+        torch.cat([seen.summary for seen in seens]),
+        {ask: beside(lambda seen, ask=ask: seen.values[ask]) for ask in seens[0].values},
         torch.cat(shows),
-        None if all(x.all() for x in here) else torch.cat(here),
+        None if None in grids else [grid for some in grids for grid in some],
+        None if here.all() else here,
     )
+
+
+def _here(seen: Seen) -> Tensor:
+    full = torch.ones(seen.features.shape[:2], dtype=torch.bool)
+    return full if seen.here is None else seen.here
 
 
 def _starts(once: int, counts: list[int]) -> list[int]:

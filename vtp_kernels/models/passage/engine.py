@@ -92,13 +92,10 @@ class Engine(StaysBehind):
                     f"{parts.family} cannot run {method}: what its vision tower sees is not known "
                     f"here. Known are {known}, built as transformers builds them"
                 )
-            source = method.vision_source()
-            if source not in tower.scores:
-                raise NotImplementedError(
-                    f"{parts.family} cannot run {method}, which asks its vision tower for "
-                    f"{source}: {tower.unscored}. It can be asked for {', '.join(tower.scores)}"
-                )
-            self.watch = VisionWatch(parts.base, tower, source, backend)
+            try:
+                self.watch = VisionWatch(parts.base, tower, method.vision_source(), backend)
+            except NotImplementedError as error:
+                raise NotImplementedError(f"{parts.family} cannot run {method}: {error}") from error
         self.last_prefill: PrefillRecord | None = None
         self.handle: Any = None  # whoever applied the method finds it again by the model
         self.shadows: dict[int, AttentionShadow] = {}  # by layer

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from vtp_kernels.contract.vision import Seen
+from vtp_kernels.contract.vision import Ask, Seen, asks_of
 
 from ..modules.shadow import NamingShadow, StaysBehind
 
@@ -61,13 +61,18 @@ class VisionWatch(StaysBehind):
     ----------
     base : the model that has it
     tower : what is known of its vision tower, as `Family.tower` gives it
-    source : "similarity" | "attention"
-        Attention is computed for the scoring rows alone, beside the tower's own.
+    source : as `Method.vision_source` gives it
+        Attention is computed for the rows that pay it alone, beside the tower's own.
     backend : of `vtp_kernels.attention_scores`
+
+    Raises what `Tower.check` raises.
     """
 
-    def __init__(self, base: nn.Module, tower: Any, source: str, backend: str | None) -> None:
-        self.base, self.tower, self.source, self.backend = base, tower, source, backend
+    def __init__(self, base: nn.Module, tower: Any, source: Any, backend: str | None) -> None:
+        self.base, self.tower, self.backend = base, tower, backend
+        self.asks = asks_of(source)
+        for ask in self.asks:
+            tower.check(ask)
         self.now = threading.local()
         self.hooks: list[Any] = []
         self.shadows: list[EncodingShadow] = []
@@ -78,15 +83,14 @@ class VisionWatch(StaysBehind):
         for modality in MODALITIES if videos else ("image",):
             self.shadows.append(EncodingShadow(self.base, modality, self))
             self.shadows[-1].put()
-        if self.source == "attention":
-            watched = dict.fromkeys(
-                attention
-                for shadow in self.shadows
-                for attention in self.tower.layers_of(shadow.modality).attentions
-            )
-            for attention in watched:
+        layers = dict.fromkeys(self.tower.layers_of(x.modality) for x in self.shadows)
+        if any(ask.what not in ("similarity", "hidden") for ask in self.asks):
+            for attention in dict.fromkeys(x for some in layers for x in some.attentions):
                 hook = attention.register_forward_pre_hook(self._look, with_kwargs=True)
                 self.hooks.append(hook)
+        if any(ask.what == "hidden" and ask.layer is not None for ask in self.asks):
+            for block in dict.fromkeys(x for some in layers for x in some.blocks):
+                self.hooks.append(block.register_forward_hook(self._look_behind))
 
     def detach(self) -> None:
         for hook in self.hooks:
@@ -105,29 +109,49 @@ class VisionWatch(StaysBehind):
         now = self.now
         if getattr(now, "given", None) is not None:
             return shadow.original(*args, **kwargs)  # some encode videos by way of pictures
-        now.scoring = None
-        if self.source == "attention":
-            now.scoring = self.tower.scoring(shadow.modality, given)
-        now.given, now.scores, now.modality = given, None, shadow.modality
+        now.wanted = self._wanted(shadow.modality, given)
+        now.given, now.looked = given, {}
+        now.layers = self.tower.layers_of(shadow.modality)
         try:
             output = shadow.original(*args, **kwargs)
         finally:
-            scores, now.given, now.scores, now.scoring = now.scores, None, None, None
+            looked, wanted = now.looked, now.wanted
+            now.given = now.looked = now.wanted = None
         if isinstance(output, ModelOutput):  # not a tuple that somebody asked for by themselves
-            seen = self.tower.read(shadow.modality, given, output, scores)
+            missing = [ask for asks in wanted.values() for ask in asks if ask not in looked]
+            if missing:
+                raise RuntimeError(f"{missing[0]}: the vision tower did not run that layer")
+            seen = self.tower.read(shadow.modality, given, output, looked)
             setattr(output, SEEN, seen)
             if getattr(now, "call", None) is not None:
                 now.call.seen[shadow.modality] = seen
         return output
 
-    def _look(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Before an attention of the tower runs: what its tokens get from the scoring rows."""
+    def _wanted(self, modality: str, given: dict[str, Any]) -> dict[nn.Module, list[Ask]]:
+        """What is asked of each module of the tower."""
+        wanted: dict[nn.Module, list[Ask]] = {}
+        for ask in self.asks:
+            module = self.tower.module_of(ask, modality, given)
+            if module is not None:
+                wanted.setdefault(module, []).append(ask)
+        return wanted
+
+    def _asked_of(self, module: nn.Module) -> list[Ask]:
         if self.idle:
-            return
-        now = self.now
-        if getattr(now, "scoring", None) is not module:
-            return
-        arguments = {"hidden_states": args[0], **kwargs} if args else kwargs
-        with torch.no_grad():
-            layers = self.tower.layers_of(now.modality)
-            now.scores = layers.received(module, arguments, now.given, self.backend)
+            return []
+        return (getattr(self.now, "wanted", None) or {}).get(module, [])
+
+    def _look(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before an attention of the tower runs."""
+        for ask in self._asked_of(module):
+            now = self.now
+            arguments = {"hidden_states": args[0], **kwargs} if args else kwargs
+            with torch.no_grad():
+                now.looked[ask] = now.layers.looked_at(
+                    ask.what, module, arguments, now.given, self.backend
+                )
+
+    def _look_behind(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Behind a layer of the tower."""
+        for ask in self._asked_of(module):
+            self.now.looked[ask] = self.now.layers.put_out(output).detach()

@@ -24,13 +24,17 @@ class Dinov2Layers(Layers):
 
 
 class Dinov3Layers(Dinov2Layers):
-    """Keys of patches are rotated; CLS, which scores, and registers are not."""
+    """Patches are rotated; CLS and registers are not."""
 
     models = ("dinov3_vit",)
     places = (Place("model.layer", "attention", ("q_proj", "k_proj")),)
     functions = ("apply_rotary_pos_emb",)
 
-    def heads(self, attention: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        query, key = super().heads(attention, arguments)
-        rotary = self.function("apply_rotary_pos_emb")
-        return query, rotary(key, key, *arguments["position_embeddings"])[1]
+    def heads(
+        self, attention: nn.Module, arguments: Mapping[str, Any], from_cls: bool
+    ) -> tuple[Tensor, Tensor]:
+        query, key = super().heads(attention, arguments, from_cls)
+        rotated = self.function("apply_rotary_pos_emb")(
+            key if from_cls else query, key, *arguments["position_embeddings"]
+        )
+        return query if from_cls else rotated[0], rotated[1]

@@ -1,4 +1,4 @@
-"""The layers of a vision model, by kind: the attention that its tokens get in one of them.
+"""The layers of a vision model, by kind: what one of them makes of its tokens.
 
 A kind is a subclass of Layers that says where queries and keys are, how they are rotated, and who
 attends to whom. It reads the arguments of an attention that is about to run and computes scores
@@ -34,8 +34,8 @@ class Layers:
 
     Attributes
     ----------
-    attentions : list of nn.Module
-        One a layer; none where the model is not built as it is known here.
+    attentions, blocks : list of nn.Module
+        One a layer; none where the model is not built as it is known here. A block is all of it.
     prefix : int
         Rows in front that are no patches: CLS comes first, registers follow.
     """
@@ -52,6 +52,7 @@ class Layers:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.projections: tuple[str, ...] = ()
+        self.blocks: list[nn.Module] = []
         self.attentions = self._find()
         self.prefix = self._prefix()
 
@@ -61,10 +62,10 @@ class Layers:
 
     def _find(self) -> list[nn.Module]:
         for place in self.places:
-            blocks = _descend(self.model, place.blocks)
-            attentions = [_descend(block, place.attention) for block in blocks or ()]
+            blocks = list(_descend(self.model, place.blocks) or ())
+            attentions = [_descend(block, place.attention) for block in blocks]
             if attentions and all(_has(a, place.projections) for a in attentions):
-                first, self.projections = attentions[0], place.projections
+                first, self.projections, self.blocks = attentions[0], place.projections, blocks
                 known = self.normed or not hasattr(first, "q_norm")
                 return attentions if known and _has(_module_of(first), self.functions) else []
         return []
@@ -76,20 +77,38 @@ class Layers:
     def _prefix(self) -> int:
         return int(hasattr(self.model.embeddings, "class_embedding"))
 
-    def received(
+    def looked_at(
         self,
+        what: str,
         attention: nn.Module,
         arguments: Mapping[str, Any],
         given: Mapping[str, Any],
         backend: str | None,
     ) -> Tensor:
-        """float32 [I, M]: what each row gets from CLS, or from all rows where there is none; mean
-        over heads, and over the rows that pay.
+        """What a method asks of an attention that is about to run: see `Ask`. [I, M] or [I, M, D]
+        of M rows of the tower, or with rows packed [R] or [R, D].
 
         `arguments` are those of the attention's forward, `given` those of the call that encodes
         the pictures, by name.
         """
-        query, key = self.heads(attention, arguments)
+        from_cls = self.has_cls and what != "received"
+        query, key = self.heads(attention, arguments, from_cls)
+        if what == "keys":
+            return key.float().mean(1)
+        return self.received(attention, query, key, from_cls, arguments, given, backend)
+
+    def received(
+        self,
+        attention: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        from_cls: bool,
+        arguments: Mapping[str, Any],
+        given: Mapping[str, Any],
+        backend: str | None,
+    ) -> Tensor:
+        """float32 [I, M]: what each row gets from the rows that pay, mean over these and over
+        heads."""
         valid = self.valid(arguments, given)
         everywhere = torch.ones(len(key), key.shape[2], dtype=torch.bool, device=key.device)
         return attention_scores(
@@ -97,17 +116,24 @@ class Layers:
             key,
             candidates=everywhere if valid is None else valid,
             valid=valid,
-            query_valid=None if self.has_cls else valid,
+            query_valid=None if from_cls else valid,
             scale=scale_of(attention),
             backend=backend,
         )
 
-    def heads(self, attention: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Queries of the rows that score, keys of all: [I, H, 1 or M, D] and [I, H, M, D]."""
+    def heads(
+        self, attention: nn.Module, arguments: Mapping[str, Any], from_cls: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Queries of the rows that pay, CLS or all, and keys of all: [I, H, 1 or M, D] and
+        [I, H, M, D]."""
         hidden = arguments["hidden_states"]
         query, key = self.projections
-        rows = hidden[:, :1] if self.has_cls else hidden
+        rows = hidden[:, :1] if from_cls else hidden
         return self.project(attention, query, rows), self.project(attention, key, hidden)
+
+    def put_out(self, output: Any) -> Tensor:
+        """[I, M, C], or with rows packed [R, C]: what a block put out."""
+        return output[0] if isinstance(output, tuple) else output
 
     def project(self, attention: nn.Module, name: str, hidden: Tensor) -> Tensor:
         """[I, H, M, D] of rows hidden [I, M, C]."""

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtp_kernels.contract.vision import Seen
+from vtp_kernels.contract.vision import Ask, Seen
 
 from .layers import Place
 from .packed import PackedLayers
-from .ragged import seen_ragged, squares
+from .ragged import cut, seen_ragged
 from .tower import LastLayer, Tower
 
 __all__ = ["MiniCPMLayers", "MiniCPMTower"]
@@ -25,7 +25,9 @@ class MiniCPMLayers(PackedLayers):
     models = ("minicpmv4_6_vision", "minicpmv4_7_vision", "minicpm_ocr_vision")
     places = (Place("encoder.layers", "self_attn", ("q_proj", "k_proj")),)
 
-    def heads(self, attention: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def heads(
+        self, attention: nn.Module, arguments: Mapping[str, Any], from_cls: bool
+    ) -> tuple[Tensor, Tensor]:
         rows = arguments["hidden_states"]
         query, key = (self.project(attention, name, rows)[0] for name in self.projections)
         return query.transpose(0, 1), key.transpose(0, 1)
@@ -40,20 +42,19 @@ class MiniCPMTower(LastLayer, Tower):
 
     models = MiniCPMLayers.models
     videos = ragged = True
+    all_layers = False  # earlier ones have other rows
 
     @staticmethod
     def is_known(base: nn.Module) -> bool:
         return len(set(base.merger.merge_kernel_size)) == 1
 
     def read(
-        self, modality: str, given: Mapping[str, Any], output: Any, scores: Tensor | None
+        self, modality: str, given: Mapping[str, Any], output: Any, looked: Mapping[Ask, Tensor]
     ) -> Seen:
-        merger, tokens, first = self.base.merger, [], 0
+        merger = self.base.merger
         side = merger.merge_kernel_size[0] ** merger.merger_times
-        for rows, columns in self._grids(modality, given):
-            tokens.append(first + squares(rows, columns, side))
-            first += rows * columns
-        return seen_ragged(self._states(given, output)[0], scores, tokens)
+        grids = [(rows, columns) for rows, columns in self._grids(modality, given)]
+        return seen_ragged(self._states(given, output)[0], looked, *cut(grids, side))
 
     def _grids(self, modality: str, given: Mapping[str, Any]) -> list[list[int]]:
         """Rows and columns of what the last layer has of each slice or frame."""

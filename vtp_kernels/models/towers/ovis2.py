@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from vtp_kernels.contract.vision import Seen
+from vtp_kernels.contract.vision import Ask, Seen
 
 from .layers import Layers, Place
 from .tower import LastLayer, Tower
@@ -29,19 +29,21 @@ class OvisTower(LastLayer, Tower):
     """A visual token shows a square of patches, and has the mean of what they have."""
 
     models = OvisLayers.models
+    vectors = False
 
     def read(
-        self, modality: str, given: Mapping[str, Any], output: Any, scores: Tensor | None
+        self, modality: str, given: Mapping[str, Any], output: Any, looked: Mapping[Ask, Tensor]
     ) -> Seen:
         stride = self.layers.model.config.hidden_stride
         # The patches of a square come out side by side.
         features = output.last_hidden_state.unflatten(2, (stride**2, -1)).mean(2)
-        if scores is not None:
+        values = {}
+        for ask, scores in looked.items():
             side = round(scores.shape[1] ** 0.5)
-            scores = avg_pool2d(scores.view(-1, 1, side, side), stride).flatten(1)
+            values[ask] = avg_pool2d(scores.view(-1, 1, side, side), stride).flatten(1)
         return Seen(
             features=features,
             summary=features.mean(1),
-            attention=scores,
+            values=values,
             shows=torch.arange(features.shape[:2].numel()),
         )

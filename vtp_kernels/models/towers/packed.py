@@ -25,18 +25,25 @@ class PackedLayers(Layers):
     def received(
         self,
         attention: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        from_cls: bool,
         arguments: Mapping[str, Any],
         given: Mapping[str, Any],
         backend: str | None,
     ) -> Tensor:
         """float32 [R], over the rows of all pictures in the order of this layer."""
-        query, key = self.heads(attention, arguments)
         lengths = self.segments(arguments, given)
         return received_in_segments(query, key, lengths, scale_of(attention), backend)
 
-    def heads(self, attention: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Queries and keys [R, H, D] of all rows."""
+    def heads(
+        self, attention: nn.Module, arguments: Mapping[str, Any], from_cls: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys [R, H, D] of all rows. None is CLS."""
         raise NotImplementedError
+
+    def put_out(self, output: Any) -> Tensor:
+        return super().put_out(output).flatten(0, -2)
 
     def segments(self, arguments: Mapping[str, Any], given: Mapping[str, Any]) -> list[int]:
         """How many rows attend to each other, segment by segment."""

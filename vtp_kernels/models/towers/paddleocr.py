@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtp_kernels.contract.vision import Seen
+from vtp_kernels.contract.vision import Ask, Seen
 
 from .layers import Place
 from .qwen import QwenLayers
-from .ragged import seen_ragged, squares
+from .ragged import cut, seen_ragged
 from .tower import LastLayer, Tower
 
 __all__ = ["PaddleLayers", "PaddleTower"]
@@ -31,11 +31,9 @@ class PaddleTower(LastLayer, Tower):
     ragged = True
 
     def read(
-        self, modality: str, given: Mapping[str, Any], output: Any, scores: Tensor | None
+        self, modality: str, given: Mapping[str, Any], output: Any, looked: Mapping[Ask, Tensor]
     ) -> Seen:
-        side, tokens, first = self.base.config.vision_config.spatial_merge_size, [], 0
-        for pictures, rows, columns in torch.as_tensor(given["image_grid_thw"]).tolist():
-            for _ in range(pictures):
-                tokens.append(first + squares(rows, columns, side))
-                first += rows * columns
-        return seen_ragged(self._states(given, output), scores, tokens)
+        sizes = torch.as_tensor(given["image_grid_thw"]).tolist()
+        grids = [(rows, columns) for t, rows, columns in sizes for _ in range(t)]
+        side = self.base.config.vision_config.spatial_merge_size
+        return seen_ragged(self._states(given, output), looked, *cut(grids, side))

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtp_kernels.contract.vision import Seen
+from vtp_kernels.contract.vision import Ask, Seen
 
 from .layers import Place
 from .packed import PackedLayers
-from .ragged import seen_ragged, squares
+from .ragged import cut, seen_ragged
 from .tower import LastLayer, Tower
 
 __all__ = ["LightOnTower", "MergedPixtralTower", "PixtralLayers", "PixtralTower"]
@@ -23,7 +23,9 @@ class PixtralLayers(PackedLayers):
     places = (Place("transformer.layers", "attention", ("q_proj", "k_proj")),)
     functions = ("apply_rotary_pos_emb",)
 
-    def heads(self, attention: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def heads(
+        self, attention: nn.Module, arguments: Mapping[str, Any], from_cls: bool
+    ) -> tuple[Tensor, Tensor]:
         rows = arguments["hidden_states"]
         states = (self.project(attention, name, rows) for name in self.projections)
         rotary = self.function("apply_rotary_pos_emb")
@@ -50,13 +52,10 @@ class PixtralTower(Tower):
     side = 1
 
     def read(
-        self, modality: str, given: Mapping[str, Any], output: Any, scores: Tensor | None
+        self, modality: str, given: Mapping[str, Any], output: Any, looked: Mapping[Ask, Tensor]
     ) -> Seen:
-        tokens, first = [], 0
-        for rows, columns in self.layers.grids(given):
-            tokens.append(first + squares(rows, columns, self.side))
-            first += rows * columns
-        return seen_ragged(self._states(given, output)[0], scores, tokens)
+        grids = self.layers.grids(given)
+        return seen_ragged(self._states(given, output)[0], looked, *cut(grids, self.side))
 
 
 class MergedPixtralTower(PixtralTower):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vtp_kernels.contract.counts import moved
-from vtp_kernels.contract.vision import Seen
+from vtp_kernels.contract.vision import Ask, Seen
 
 from .layers import Place
 from .packed import PackedLayers
@@ -51,7 +51,9 @@ class QwenLayers(PackedLayers):
         # Waits for a GPU, as the model does for the same numbers.
         return arguments["cu_seqlens"].diff().tolist()
 
-    def heads(self, attention: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def heads(
+        self, attention: nn.Module, arguments: Mapping[str, Any], from_cls: bool
+    ) -> tuple[Tensor, Tensor]:
         rows = arguments["hidden_states"]
         made = [getattr(attention, name)(rows) for name in self.projections]
         if len(made) == 1:
@@ -75,7 +77,9 @@ class ExaoneLayers(QwenLayers):
     models = ("exaone4_5_vision",)
     places = (Place("blocks", "attn", ("qkv",)),)
 
-    def heads(self, attention: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def heads(
+        self, attention: nn.Module, arguments: Mapping[str, Any], from_cls: bool
+    ) -> tuple[Tensor, Tensor]:
         rows = arguments["hidden_states"]
         widths = (attention.q_dim, attention.kv_dim, attention.kv_dim)
         query, key, _ = attention.qkv(rows).split(widths, dim=1)
@@ -98,8 +102,8 @@ class CosmosLayers(QwenLayers):
 
 
 class QwenTower(Tower):
-    """A visual token shows a square of patches, which the tower merges. It has the mean of the
-    attention that they get in the last layer; the features are what was merged.
+    """A visual token shows a square of patches, which the tower merges. It has the mean of what
+    they have in a layer, the last one by default; the features are what was merged.
 
     A frame of a video is a picture of its own, for no frame attends to another.
     """
@@ -109,22 +113,20 @@ class QwenTower(Tower):
     videos = ragged = True
 
     def read(
-        self, modality: str, given: Mapping[str, Any], output: Any, scores: Tensor | None
+        self, modality: str, given: Mapping[str, Any], output: Any, looked: Mapping[Ask, Tensor]
     ) -> Seen:
-        square = self.layers.model.config.spatial_merge_size**2
         grid = torch.as_tensor(given[f"{modality}_grid_thw"])
-        together = self._together(modality)
-        sizes = [(t // together, h * w // square) for t, h, w in grid.tolist()]
-        if scores is not None:
-            scores = scores.view(-1, square).mean(1)
-            if self.layers.windowed:
-                scores = scores[moved(self._unwindowed(modality, given, grid), scores.device)]
-            if together > 1:
-                parts = scores.split([frames * together * n for frames, n in sizes])
-                parts = (x.view(-1, together, n) for x, (_, n) in zip(parts, sizes, strict=True))
-                scores = torch.cat([part.mean(1).flatten() for part in parts])
-        lengths = [n for frames, n in sizes for _ in range(frames)]
-        return seen_ragged(torch.cat(list(output.pooler_output)), scores, runs(lengths))
+        together, side = self._together(modality), self.layers.model.config.spatial_merge_size
+        sizes = [(t // together, h // side, w // side) for t, h, w in grid.tolist()]
+        looked = {ask: x.unflatten(0, (-1, side * side)).mean(1) for ask, x in looked.items()}
+        if self.layers.windowed and looked:
+            order = self._unwindowed(modality, given, grid)
+            looked = {ask: x[moved(order, x.device)] for ask, x in looked.items()}
+        if together > 1:
+            looked = {ask: _frames_as_one(x, sizes, together) for ask, x in looked.items()}
+        grids = [(h, w) for frames, h, w in sizes for _ in range(frames)]
+        rows = torch.cat(list(output.pooler_output))
+        return seen_ragged(rows, looked, runs([h * w for h, w in grids]), grids)
 
     def _together(self, modality: str) -> int:
         """How many frames, each of which attends to itself, a visual token shows."""
@@ -145,6 +147,18 @@ class QwenTower(Tower):
             kwargs={name: given.get(f"{modality}_{name}") for name in names},
         )
         return index.cpu().argsort()
+
+
+def _frames_as_one(x: Tensor, sizes: list[tuple[int, int, int]], together: int) -> Tensor:
+    """The mean of so many frames each, of videos with (frames then, rows, columns)."""
+    parts = x.split([frames * together * h * w for frames, h, w in sizes])
+    pairs = zip(parts, sizes, strict=True)
+    return torch.cat(
+        [
+            part.unflatten(0, (-1, together, h * w)).mean(1).flatten(0, 1)
+            for part, (_, h, w) in pairs
+        ]
+    )
 
 
 class HyperClovaTower(QwenTower):

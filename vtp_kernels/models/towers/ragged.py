@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vtp_kernels.contract.counts import moved
-from vtp_kernels.contract.vision import Seen
+from vtp_kernels.contract.vision import Ask, Seen
 
-__all__ = ["runs", "seen_ragged", "squares"]
+__all__ = ["cut", "runs", "seen_ragged", "squares"]
 
 
 def runs(lengths: list[int]) -> list[Tensor]:
@@ -26,9 +28,25 @@ def squares(rows: int, columns: int, side: int) -> Tensor:
     return cut.reshape(down * across, side * side)
 
 
-def seen_ragged(states: Tensor, scores: Tensor | None, tokens: list[Tensor]) -> Seen:
-    """states [R, C] and scores [R] of rows; `tokens`, int64 [n, P] on the CPU for each picture: the
-    rows that each of its visual tokens is the mean of. All tokens become visual tokens, in order.
+def cut(grids: list[tuple[int, int]], side: int) -> tuple[list[Tensor], list[tuple[int, int]]]:
+    """Of pictures of rows x columns patches, one behind the other: the patches of each square, and
+    rows and columns of squares."""
+    tokens, first = [], 0
+    for rows, columns in grids:
+        tokens.append(first + squares(rows, columns, side))
+        first += rows * columns
+    return tokens, [(rows // side, columns // side) for rows, columns in grids]
+
+
+def seen_ragged(
+    states: Tensor,
+    looked: Mapping[Ask, Tensor],
+    tokens: list[Tensor],
+    grids: list[tuple[int, int]],
+) -> Seen:
+    """states [R, C], and what was looked at, of rows; `tokens`, int64 [n, P] on the CPU for each
+    picture: the rows that each of its visual tokens is the mean of; `grids`, how these stand. All
+    tokens become visual tokens, in order.
     """
     lengths = torch.tensor([len(picture) for picture in tokens])
     index = pad_sequence(tokens, batch_first=True)
@@ -44,7 +62,8 @@ def seen_ragged(states: Tensor, scores: Tensor | None, tokens: list[Tensor]) -> 
     return Seen(
         features=features,
         summary=summary.mean(1) * share[:, None],
-        attention=None if scores is None else scores[index].mean(2),
+        values={ask: rows[index].mean(2) for ask, rows in looked.items()},
         shows=shows,
+        grids=grids,
         here=here,
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtp_kernels.contract.vision import Seen
+from vtp_kernels.contract.vision import Ask, Seen
 
 from .tower import LastLayer, Tower
 
@@ -20,18 +20,20 @@ class AskingTower(Tower):
     it each is. The features are what it reads."""
 
     models = ("idefics3_vision",)
+    vectors = False
 
     def read(
-        self, modality: str, given: Mapping[str, Any], output: Any, scores: Tensor | None
+        self, modality: str, given: Mapping[str, Any], output: Any, looked: Mapping[Ask, Tensor]
     ) -> Seen:
         features = output.pooler_output
-        if scores is not None:
+        values = {}
+        for ask, scores in looked.items():
             reads = self._reads(given, self._states(given, output), features.shape[1])
-            scores = (reads.float() @ scores[:, :, None])[:, :, 0]
+            values[ask] = (reads.float() @ scores[:, :, None])[:, :, 0]
         return Seen(
             features=features,
             summary=features.mean(1),
-            attention=scores,
+            values=values,
             shows=torch.arange(features.shape[:2].numel()),
         )
 
@@ -58,13 +60,14 @@ class PerceiverTower(LastLayer, Tower):
     models = ("idefics2_vision",)
     place = "vision_model"
     scores = ("similarity",)
+    vectors = False
     unscored = (
         "its visual tokens ask all patches, and each other, in several layers, so that which "
         "patches they show, and whose attention they have, cannot be told"
     )
 
     def read(
-        self, modality: str, given: Mapping[str, Any], output: Any, scores: Tensor | None
+        self, modality: str, given: Mapping[str, Any], output: Any, looked: Mapping[Ask, Tensor]
     ) -> Seen:
         rows = output.pooler_output  # by prompt, since transformers 5.23
         rows = rows.flatten(0, -2) if isinstance(rows, Tensor) else torch.cat(rows)
@@ -72,6 +75,6 @@ class PerceiverTower(LastLayer, Tower):
         return Seen(
             features=features,
             summary=features.mean(1),
-            attention=None,
+            values={},
             shows=torch.arange(len(rows)),
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from vtp_kernels.contract.vision import Seen
+from vtp_kernels.contract.vision import Ask, Seen
 
 from ..modules.placement import own_parameters
 from .layers import Layers, Place, scale_of
@@ -37,7 +37,9 @@ class SamLayers(Layers):
     def _prefix(self) -> int:
         return 0
 
-    def heads(self, attention: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def heads(
+        self, attention: nn.Module, arguments: Mapping[str, Any], from_cls: bool
+    ) -> tuple[Tensor, Tensor]:
         rows = arguments["hidden_states"]
         pictures, tall, wide, _ = rows.shape
         shape = (pictures, tall * wide, 3, attention.num_attention_heads, -1)
@@ -66,18 +68,21 @@ class ConvolvedTower(LastLayer, Tower):
     of the attention that the patches get which it is made of. The features are what was made."""
 
     models = SamLayers.models
+    vectors = all_layers = False  # most see windows
 
     def read(
-        self, modality: str, given: Mapping[str, Any], output: Any, scores: Tensor | None
+        self, modality: str, given: Mapping[str, Any], output: Any, looked: Mapping[Ask, Tensor]
     ) -> Seen:
         features = output.pooler_output
-        if scores is not None:
+        values = {}
+        for ask, scores in looked.items():
             plane = scores.view(-1, 1, *output.last_hidden_state.shape[-2:])
-            scores = avg_pool2d(plane, *self._squares(), count_include_pad=False).flatten(1)
+            plane = avg_pool2d(plane, *self._squares(), count_include_pad=False)
+            values[ask] = plane.flatten(1)
         return Seen(
             features=features,
             summary=features.mean(1),
-            attention=scores,
+            values=values,
             shows=torch.arange(features.shape[:2].numel()),
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtp_kernels.contract.vision import Seen
+from vtp_kernels.contract.vision import Ask, Seen
 
 from .layers import Layers
 from .ragged import seen_ragged
@@ -34,15 +34,17 @@ class UnshuffledTower(LastLayer, Tower):
     ragged = True
 
     def read(
-        self, modality: str, given: Mapping[str, Any], output: Any, scores: Tensor | None
+        self, modality: str, given: Mapping[str, Any], output: Any, looked: Mapping[Ask, Tensor]
     ) -> Seen:
         states = self._states(given, output)
         tokens = [
             index * states.shape[1] + self._squares(rows, columns)
             for index, (rows, columns) in enumerate(given["spatial_shapes"].tolist())
         ]
-        scores = None if scores is None else scores.flatten()
-        return seen_ragged(states.flatten(0, 1), scores, tokens)
+        looked = {ask: x.flatten(0, 1) for ask, x in looked.items()}
+        side = self.base.multi_modal_projector.factor
+        grids = [(h // side, w // side) for h, w in given["spatial_shapes"].tolist()]
+        return seen_ragged(states.flatten(0, 1), looked, tokens, grids)
 
     def _squares(self, rows: int, columns: int) -> Tensor:
         """int64 [N, P]: the patches of a picture that each of its visual tokens shows."""

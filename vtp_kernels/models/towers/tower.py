@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtp_kernels.contract.vision import SOURCES, Seen
+from vtp_kernels.contract.vision import SCORES, SOURCES, Ask, Seen
 
 from .layers import Layers
 
@@ -39,6 +39,10 @@ class Tower:
     #: What there is to score by; and why not by the rest, where that is not all.
     scores: tuple[str, ...] = SOURCES
     unscored = ""
+    #: Whether vectors of patches become those of tokens, as numbers do; and whether that is known
+    #: of all layers, or of that of the features alone.
+    vectors = True
+    all_layers = True
     #: Whether frames of videos are seen as pictures are.
     videos = False
     #: Whether pictures have tokens according to their size.
@@ -56,15 +60,44 @@ class Tower:
     def attentions(self) -> list[nn.Module]:
         return self.layers.attentions
 
-    # ---- attention ----------------------------------------------------------------------------
+    # ---- what is asked ------------------------------------------------------------------------
+
+    def check(self, ask: Ask) -> None:
+        """Raise NotImplementedError or ValueError, naming what was set, for what the tower cannot
+        give whatever pictures come."""
+        why = ""
+        if ask.what in SCORES and "attention" not in self.scores:
+            why = f"{self.unscored}. It can be asked for {', '.join(self.scores)}"
+        elif ask.what == "cls" and not self.layers.has_cls:
+            why = f"a {self.layers.model.config.model_type!r} vision tower has no CLS"
+        elif ask.what in ("keys", "hidden") and ask != Ask("hidden") and not self.vectors:
+            why = "it is not known here how vectors of its patches become those of visual tokens"
+        elif ask.layer is not None and not self.all_layers:
+            why = "only the layer whose output the features are is known here"
+        if why:
+            raise NotImplementedError(
+                f"{ask.setting or 'vision_source'}: asks the vision tower for {ask.what}: {why}"
+            )
+        if ask.layer is not None:
+            ask.index(len(self.attentions))
+
+    def module_of(self, ask: Ask, modality: str, given: Mapping[str, Any]) -> nn.Module | None:
+        """The attention of which that is asked, or the block whose output is, given the arguments
+        of the call that encodes the pictures; None where the features tell."""
+        if ask.what == "similarity" or ask == Ask("hidden"):
+            return None
+        if ask.layer is None:
+            return self.scoring(modality, given)
+        layers = self.layers_of(modality)
+        modules = layers.blocks if ask.what == "hidden" else layers.attentions
+        return modules[ask.index(len(modules))]
 
     def layers_of(self, modality: str) -> Layers:
         """Those that see pictures, or videos."""
         return self.layers
 
     def scoring(self, modality: str, given: Mapping[str, Any]) -> nn.Module:
-        """The attention whose output goes into the features, given the arguments of the call that
-        encodes the pictures."""
+        """The attention whose output goes into the features."""
         layer = self._layer(given)
         if layer == 0:
             raise ValueError(
@@ -76,22 +109,37 @@ class Tower:
     # ---- what was seen ------------------------------------------------------------------------
 
     def read(
-        self, modality: str, given: Mapping[str, Any], output: Any, scores: Tensor | None
+        self, modality: str, given: Mapping[str, Any], output: Any, looked: Mapping[Ask, Tensor]
     ) -> Seen:
         """`output` is what get_image_features (or get_video_features) returned for the arguments
-        `given`, and `scores` what the rows got in `scoring(given)`."""
+        `given`, and `looked` what was asked, of the tower's rows, as `Layers` gives it."""
         hidden = self._states(given, output)
         prefix, lost = self.layers.prefix, self._lost(given)
         patches = slice(max(prefix, lost), None)
         features = self._tokens(modality, given, hidden[:, patches])
-        if scores is not None:
-            scores = self._tokens(modality, given, scores[:, patches, None])[:, :, 0]
+        values = {}
+        for ask, rows in looked.items():
+            rows = rows[:, patches]
+            vectors = rows if rows.dim() == 3 else rows[:, :, None]
+            tokens = self._tokens(modality, given, vectors)
+            values[ask] = tokens.view(*features.shape[:2], *rows.shape[2:])
         return Seen(
             features=features,
             summary=hidden[:, 0] if self.layers.has_cls else hidden.mean(1),
-            attention=scores,
+            values=values,
             shows=self._rows(modality, given, *features.shape[:2]),
+            grids=self._lines(modality, given, *features.shape[:2]),
         )
+
+    def _lines(
+        self, modality: str, given: Mapping[str, Any], pictures: int, tokens: int
+    ) -> list[tuple[int, int]] | None:
+        """Seen.grids: squares, of square pictures."""
+        pixels = given.get("pixel_values_videos") if modality == "video" else None
+        pixels = given.get("pixel_values") if pixels is None else pixels  # transformers 5.17
+        side = round(tokens**0.5)
+        square = isinstance(pixels, Tensor) and pixels.shape[-1] == pixels.shape[-2]
+        return [(side, side)] * pictures if square and side * side == tokens else None
 
     def _states(self, given: Mapping[str, Any], output: Any) -> Tensor:
         """[I, M, C]: what the feature layer put out."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtp_kernels.contract.vision import Seen
+from vtp_kernels.contract.vision import Ask, Seen
 
 from .layers import Place
 from .qwen import QwenLayers
@@ -33,18 +33,21 @@ class ScaledTower(LastLayer, Tower):
     videos = ragged = True
 
     def read(
-        self, modality: str, given: Mapping[str, Any], output: Any, scores: Tensor | None
+        self, modality: str, given: Mapping[str, Any], output: Any, looked: Mapping[Ask, Tensor]
     ) -> Seen:
         grid = torch.as_tensor(given[f"{modality}_grid_thw"])
         merges = torch.as_tensor(given[f"{modality}_merge_sizes"])
-        if scores is not None:
-            scores = self.layers.model.pixel_unshuffle(scores[:, None], grid, merges)[:, 0]
-        lengths = [
-            (h // merge) * (w // merge)
+        values = {}
+        for ask, rows in looked.items():
+            scaled = self.layers.model.pixel_unshuffle(rows.view(len(rows), -1), grid, merges)
+            values[ask] = scaled.view(-1, *rows.shape[1:])
+        grids = [
+            (h // merge, w // merge)
             for (t, h, w), merge in zip(grid.tolist(), merges.tolist(), strict=True)
             for _ in range(t)
         ]
-        return seen_ragged(self._states(given, output), scores, runs(lengths))
+        tokens = runs([h * w for h, w in grids])
+        return seen_ragged(self._states(given, output), values, tokens, grids)
 
     def handed_on(self, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
         """Without tokens of frames that are as in the frame before."""
