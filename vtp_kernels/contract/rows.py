@@ -12,9 +12,11 @@ from torch.nn.functional import pad
 
 from vtp_kernels._shown import shown
 from vtp_kernels.ops import (
+    assign_rows,
     attention_scores,
     compact_rows,
     inflection,
+    merge_rows,
     select_diverse,
     select_topk,
     token_contribution,
@@ -28,6 +30,7 @@ from .backends import Backends
 from .counts import Counts, added, moved, on_device, on_host
 from .facts import Fact, asked_stay, check_fit, demand, equal, host_counts
 from .frames import Video, videos_of
+from .groups import Groups, marked
 from .seen import Observed, Sight
 from .unit import Unit, Units
 from .vision import PromptVision
@@ -342,6 +345,15 @@ class PromptRows:
         cosine, norm = (part[:, self.past :] for part in parts)
         return pad(cosine, (0, after), value=1.0), pad(norm, (0, after))
 
+    def key_norms(self) -> Tensor:
+        """float32 [B, S]: the L1 norm of the key of each row in the observed layer, over all heads
+        together."""
+        observation = self._observed()
+        norms = observation.keys(self.past)[:, :, self.past :].float().abs().sum((1, 3))
+        query = observation.queries(slice(self.prompt_end, self.prompt_end + 1))
+        heads = observation.heads(query)
+        return heads.mean(norms, query) * (heads.heads / query.shape[1])
+
     def _observed(self) -> Observed:
         if self._observation is None:
             raise RuntimeError(
@@ -613,6 +625,37 @@ class PromptRows:
         stays[torch.where(chosen, rows, batch * width)] = True
         return self.keep_where(stays[:-1].view(batch, width) & self.visual, total)
 
+    def grouped(self, group: Tensor, there: list[list[int]]) -> Groups:
+        """The visual tokens of each group beside each other; `group` and `there` as of
+        `keep_of_each`."""
+        where, shape = f"{self.asker}: grouped", tuple(self.visual.shape)
+        tensor(f"{where}: group", group, "B, S", shape, INT64, self.visual.device)
+        rows = self._rows_of_groups(where, group, there)
+        return Groups(rows, there, shape[1], self._backend)
+
+    def keep_groups(self, groups: Groups, chosen: Tensor, counts: list[list[int]]) -> Kept:
+        """Keep all text, and of each group the rows in `chosen` bool [G, N], which are `counts` of
+        each prompt's groups."""
+        return self.keep_where(groups.in_rows(chosen), [sum(of_prompt) for of_prompt in counts])
+
+    def merge(
+        self,
+        kept: Kept,
+        groups: Groups,
+        targets: Tensor,
+        among: Tensor,
+        keys: Tensor,
+        mode: str,
+    ) -> tuple[Kept, Tensor]:
+        """`kept`, with the rows `among` bool [G, N] merged into those of targets int64 [G, T] that
+        are nearest by the cosine of `keys` [G, N, D], as `vtp.merge_rows` does it; and how many
+        rows of each group were merged into others, int64 [G]."""
+        assignment = assign_rows(keys, targets, candidates=among, backend=self._backend)
+        hidden = groups.of(self.hidden).detach()
+        content = merge_rows(hidden, assignment, targets, mode=mode, backend=self._backend)
+        joined = (assignment >= 0).sum(1) - (targets >= 0).sum(1)
+        return self.with_content(kept, *groups.by_prompt(targets, content)), joined
+
     def _rows_of_groups(self, where: str, group: Tensor, there: list[list[int]]) -> Tensor:
         """int64 [G, N]: the rows of each group of each prompt, in order, counted over the batch;
         behind the last of them any."""
@@ -753,7 +796,4 @@ def behind(past: int, among: Tensor) -> Tensor:
 
 def rows_of(selection: Selection, width: int) -> Tensor:
     """bool [B, width]: the rows that were chosen."""
-    indices = selection.indices
-    chosen = torch.zeros(len(indices), width + 1, dtype=torch.bool, device=indices.device)
-    chosen.scatter_(1, torch.where(indices < 0, width, indices), True)
-    return chosen[:, :width]
+    return marked(selection.indices, width)
