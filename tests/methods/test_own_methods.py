@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from tiny_llava import DEPTH, IMAGE, batch, prompt, three, tiny_llava
 
 import vtp_kernels as vtp
+from reads import Reads
 from vtp_kernels.contract import facts
 from vtp_kernels.contract import method as base
 from vtp_kernels.contract.passive import PassiveVisual
@@ -263,17 +264,6 @@ def test_gathered_rows_are_as_many_as_is_said(model):
 def test_attention_needs_an_observed_layer(model):
     with pytest.raises(RuntimeError, match=f"{WHERE}: no layer was observed: .*observed_layers"):
         prefill(model, Answer(lambda rows: rows.token_contribution()))
-
-
-class Reads(torch.overrides.TorchFunctionMode):
-    """Counts what would make the host wait for a GPU."""
-
-    NAMES = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "nonzero")
-    count = 0
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.count += getattr(function, "__name__", "") in self.NAMES
-        return function(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("wrong", [0, 1])

@@ -20,7 +20,11 @@ NAMES = (
     "inflection with padding",
     "chain",
 )
-#: Those in which all that happens is that rows leave, so that a mask can do the same.
+#: To the engine these are alike but for what is here twice: rows leave before layer 0, or later by
+#: what an observed layer has; and some that stay take in others.
+SELECTORS = ("visionzip", "sparsevlm", "dart", "vispruner", "hiprune")
+MERGING = SELECTORS[:2]
+#: Of NAMES, those in which all that happens is that rows leave, so that a mask can do the same.
 ONLY_ROWS_LEAVE = tuple(
     name for name in NAMES if name not in ("visipruner", "visipruner that skips")
 )
@@ -41,6 +45,11 @@ def pruning_method(name, model, folder):
         "schedule": vtp.Schedule({3: 0.6, 4: 3}, score="contribution"),
         "random": vtp.RandomPruning(0, 0.3),
         "chain": vtp.Chain(vtp.CDPruner(0.7), vtp.FastV(3, 0.25)),
+        "visionzip": vtp.VisionZip(0.4, 0.4),
+        "vispruner": vtp.VisPruner(0.4),
+        "hiprune": vtp.HiPrune(0.5, around=0.6, middle=0),
+        "dart": vtp.DART(2, 0.4, visual_pivots=2, text_pivots=2),
+        "sparsevlm": vtp.SparseVLM((2, 4), (0.5, 0.2)),
         "visipruner": vtp.VisiPruner(shallow_layers=2, **thresholds),
         "visipruner that skips": vtp.VisiPruner(
             shallow_layers=2, shallow_attention="skip", **thresholds

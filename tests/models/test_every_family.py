@@ -4,7 +4,8 @@
 import pytest
 import torch
 from masked_reference import MaskedReference
-from pruning_methods import IN_EVERY_FAMILY, pruning_method
+from merged_rows import noting_content
+from pruning_methods import IN_EVERY_FAMILY, SELECTORS, pruning_method
 from test_generation import DETAILS, assert_same, next_turn
 from tiny_llava import ENCODES_FIRST, prompt
 from tiny_models import FAMILIES, IMAGE, VIDEO, windows
@@ -242,6 +243,26 @@ def test_every_method(models, inputs, tmp_path):
         kept = run.report().kept
         with MaskedReference(models["eager"], dict.fromkeys(kept), given=kept):
             assert_same(pruned, models["eager"].generate(**inputs, **short))
+
+
+@torch.no_grad()
+def test_every_selector(family, models, inputs, tmp_path):
+    """The same, and what was merged, of one call; those that need the vision tower are refused
+    where it is not known."""
+    known = vtp.supported_models()[family.page.name]["methods"]
+    for name in SELECTORS:
+        method = pruning_method(name, models["sdpa"], tmp_path)
+        if name not in known:
+            with pytest.raises(NotImplementedError, match="what its vision tower sees is not kn"):
+                vtp.apply(models["sdpa"], method)
+            continue
+        with noting_content() as content, vtp.prune(models["sdpa"], method) as run:
+            pruned = models["sdpa"](**inputs, logits_to_keep=1).logits
+        kept = run.report().kept
+        assert not kept[0 if 0 in kept else 2][kept.visual].all()
+        with MaskedReference(models["eager"], dict.fromkeys(kept), given=kept, content=content):
+            masked = models["eager"](**inputs, logits_to_keep=1).logits
+        torch.testing.assert_close(pruned[:, -1:], masked[:, -1:], rtol=0, atol=2e-5)
 
 
 # --- passive visual tokens, in each family's attention --------------------------------------------

@@ -11,7 +11,8 @@ import pytest
 import torch
 from compiled_decoding import Graphs, compiled_decoding
 from masked_reference import MaskedReference
-from pruning_methods import NAMES, ONLY_ROWS_LEAVE, pruning_method
+from merged_rows import noting_content
+from pruning_methods import MERGING, NAMES, ONLY_ROWS_LEAVE, pruning_method
 from test_generation import DETAILS, GREEDY, assert_same, next_turn
 from tiny_llava import IMAGE, batch, one, prompt, three, tiny_llava
 
@@ -26,7 +27,7 @@ def models():
     return {kind: tiny_llava(kind) for kind in ("sdpa", "eager")}
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=(*NAMES, *MERGING))
 def method(request, models, tmp_path_factory):
     return pruning_method(request.param, models["sdpa"], tmp_path_factory.mktemp("method"))
 
@@ -161,6 +162,7 @@ def test_no_image_passes_untouched(models, run, greedy):
     assert str(run.report()) == before
 
 
+@pytest.mark.parametrize("method", (*NAMES, "visionzip"), indirect=True, scope="module")
 def test_compiled_decoding(models, run, greedy):
     """One graph serves all steps, and the next prompt, if rows leave before the same layers."""
     expected, kept = greedy["padded"]
@@ -181,15 +183,17 @@ def test_compiled_decoding(models, run, greedy):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ONLY_ROWS_LEAVE)
+@pytest.mark.parametrize("name", (*ONLY_ROWS_LEAVE, *MERGING))
 def test_rows_that_leave_are_as_if_masked(name, attention, dtype, tmp_path):
     model, eager = tiny_llava(attention, dtype=dtype), tiny_llava("eager", dtype=dtype)
     given = three()
     given["pixel_values"] = given["pixel_values"].to(dtype)
-    with vtp.prune(model, pruning_method(name, model, tmp_path)) as run:
+    method = pruning_method(name, model, tmp_path)
+    with noting_content() as content, vtp.prune(model, method) as run:
         pruned = model.generate(**given, **GREEDY, **DETAILS)
     kept = run.report().kept
-    with MaskedReference(eager, dict.fromkeys(kept), given=kept):
+    assert bool(content) == (name in MERGING)
+    with MaskedReference(eager, dict.fromkeys(kept), given=kept, content=content):
         if dtype == torch.float32:
             assert_same(pruned, eager.generate(**given, **GREEDY, **DETAILS))
             return

@@ -26,6 +26,11 @@ FORMS = """\
   cdpruner[:FIELD=VALUE,...]          cdpruner:keep=64
   framedifference[:FIELD=VALUE,...]   framedifference:keep=0.25
   vidcom2[:FIELD=VALUE,...]           vidcom2:keep=0.25,frames=pictures
+  visionzip[:FIELD=VALUE,...]         visionzip:keep=64
+  vispruner[:FIELD=VALUE,...]         vispruner:keep=64,important=0.5
+  hiprune[:FIELD=VALUE,...]           hiprune:keep=64,middle=0.5
+  dart[:FIELD=VALUE,...]              dart:layer=2,keep=64
+  sparsevlm[:FIELD=VALUE,...]         sparsevlm:layers=2+6+15,keep=66+30+17
   PATH.json                           a file written by method.save(path)
   MODULE:CLASS[:FIELD=VALUE,...]      one of your own: my_package.my_methods:KeepLongest:keep=64
   chain:METHOD + METHOD[ + ...]       chain:divprune:keep=192 + fastv:2:0.5

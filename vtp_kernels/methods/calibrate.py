@@ -15,6 +15,7 @@ from vtp_kernels.contract.spec import method_of
 from vtp_kernels.models.families import parts_of
 from vtp_kernels.models.handle import NothingToReport, prune
 
+from .merging import MERGED
 from .schedule import Schedule
 from .scorers import SCORERS
 
@@ -48,9 +49,9 @@ def calibrate(
     TypeError
         If `batches` is one batch, or holds something that is none.
     ValueError
-        If no prompt has an image; if the method lets text leave, which no schedule does
-        (InflectionPruning), or anything before layer 0, where there is nothing yet for `score` to
-        look at; or as `apply` and Schedule.
+        If no prompt has an image; if the method lets text leave (InflectionPruning) or merges rows
+        (SparseVLM), which no schedule does; if it lets anything leave before layer 0, where there
+        is nothing yet for `score` to look at; or as `apply` and Schedule.
     """
     method = method_of(method)
     batches = _checked(batches)
@@ -76,6 +77,10 @@ def calibrate(
             raise ValueError(
                 f"method: {name} lets text leave before layer {lost_text[0]}, and a schedule is "
                 "for visual tokens alone: it would not do what the method does"
+            )
+        if any(event["event"] == MERGED for event in report.events):
+            raise ValueError(
+                f"method: {name} merges rows that leave into others, which no schedule does"
             )
         visual = report.kept.visual.sum(1).tolist()
         for b, count in enumerate(visual):

@@ -207,11 +207,12 @@ def supported_models() -> dict[str, dict[str, Any]]:
         text_models : `model_type` of the language models in them that it is tested with. Any other
             is tried when a method is applied, and taken if what it computes is what is computed
             here, or refused with what differs.
-        methods : names of methods, as in their files.
+        methods : names of methods, as in their files. Those that always look at what the vision
+            tower saw are not among them where nothing is known of it.
         layers : before which layers visual tokens may leave, in words.
         positions : what `positions` of `apply` may be.
         vision_tower : whether methods that look at what the vision tower saw find it
-            (InflectionPruning does, but for source=None).
+            (InflectionPruning does, but for source=None; VisionZip, VisPruner and HiPrune).
         tower_scores : what of the tower scores tokens, as InflectionPruning's source.
         tower_videos : whether frames of videos are seen as pictures are.
         limits : what else does not go, in words.
@@ -223,7 +224,11 @@ def supported_models() -> dict[str, dict[str, Any]]:
             "transformers": family.since,
             "example": vars(type(family)).get("example", ""),  # a base page's is of that one
             "text_models": list(family.text_models),
-            "methods": sorted(known_methods()),
+            "methods": sorted(
+                name
+                for name, kind in known_methods().items()
+                if family.towers or not kind.needs_tower
+            ),
             "layers": family.leave_before,
             "positions": list(family.positions),
             "vision_tower": bool(family.towers),

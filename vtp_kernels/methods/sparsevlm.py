@@ -1,0 +1,184 @@
+"""SparseVLM (arXiv 2410.04417): in stages, ranked by the words that have to do with the picture."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vtp_kernels._shown import shown
+from vtp_kernels.contract.method import parse_settings, read_value
+
+from .budget import SHARES, as_tuple
+from .merging import Merging, merged_events
+from .scorers import text_rows, wide
+from .stages import BudgetedMethod, Budgets, Stage
+
+if TYPE_CHECKING:
+    from vtp_kernels.contract.rows import Kept, PromptRows
+
+__all__ = ["SparseVLM"]
+
+RATERS = "raters"  # in a call's memory
+RECYCLED, CLUSTERED = 0.3, 0.1
+MARGIN = 1e-6  # so that rounding makes no rater of a row that is like all others
+
+
+@dataclass(frozen=True)
+class SparseVLM(BudgetedMethod, key="sparsevlm"):
+    """At each of `layers`, keep the visual tokens that raters attend to most, and recycle some of
+    the others (sections 3.2 to 3.4).
+
+    Raters are rows of text behind the first picture, chosen once, by what enters layer 0: each
+    visual token shares its weight out by a softmax over the text of their inner products, and
+    raters are the rows whose mean share is above the mean. Tokens are ranked by the attention that
+    raters pay in the layer before, mean over raters and heads. Of those that are too many the best
+    30 % are recycled: they become a tenth as many rows, which stay.
+
+    Our reading: recycled rows count in `keep`. Every tenth of them, at even steps, is a centre; the
+    others go to the centre of nearest hidden state, by its cosine, and each centre becomes the mean
+    of its own, in its place. (The paper clusters by density.) Where no row is above the mean, all
+    text is a rater. The published numbers of tokens are used as they are; the paper also tells how
+    to find a layer's number by the rank of its attention.
+
+    Parameters
+    ----------
+    layers : tuple of int
+        Ascending, each at least 1.
+    keep : tuple of int | float
+        One per layer: counts, or shares of the tokens the prompt came with. The default is the
+        paper's of 192 tokens on the mean: 300, 200 and 110 of 576. Of 128: 303, 110, 36; of 64: 66,
+        30, 17.
+    recycle : bool
+    per : "prompt" | "picture" | "frame"
+        What `keep` is of, as in `Schedule`. The paper has one picture in a prompt.
+    """
+
+    layers: tuple[int, ...] = (2, 6, 15)
+    keep: tuple[int | float, ...] = (0.521, 0.347, 0.191)
+    recycle: bool = True
+    per: str = "prompt"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", as_tuple(self.layers, "SparseVLM.layers"))
+        object.__setattr__(self, "keep", as_tuple(self.keep, "SparseVLM.keep", SHARES))
+        if len(self.layers) != len(self.keep):
+            raise ValueError(
+                f"SparseVLM: {len(self.layers)} layers {shown(self.layers)} but {len(self.keep)} "
+                f"values of keep {shown(self.keep)}"
+            )
+        if not isinstance(self.recycle, bool):
+            raise TypeError(f"SparseVLM.recycle: expected a bool, got {shown(self.recycle)}")
+        super().__post_init__()
+        if 0 in self.layers:
+            raise ValueError(
+                "SparseVLM.layers: tokens are ranked by the attention of the layer before, and 0 "
+                "has none"
+            )
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        pairs = zip(self.layers, self.keep, strict=True)
+        return tuple(
+            Stage(*pair, f"SparseVLM.layers[{i}]", f"SparseVLM.keep[{i}]")
+            for i, pair in enumerate(pairs)
+        )
+
+    def decision_layers(self, depth: int) -> tuple[int, ...]:
+        return (0, *self.layers) if self.layers else ()
+
+    def observed_layers(self, depth: int) -> tuple[int, ...]:
+        return tuple(layer - 1 for layer in self.layers)
+
+    def needs_ops(self) -> tuple[str, ...]:
+        return ("assign_rows", "merge_rows") if self.recycle else ()
+
+    def decide(self, layer: int, rows: PromptRows) -> Kept | None:
+        if layer == 0:
+            rows.memory[RATERS] = _raters(rows)
+            return None
+        budgets = self.budgets(layer, rows)
+        if not budgets.are_a_choice:
+            return rows.keep_of_each(*budgets, None)
+        raters = rows.memory[RATERS].gather(1, rows.origin) & rows.text
+        end = rows.prompt_end + 1
+        scores = rows.attention_scores(slice(0, end), raters[:, :end])
+        if self.recycle:
+            return self._recycle(layer, rows, budgets, scores)
+        return rows.keep_of_each(*budgets, scores)
+
+    def _recycle(self, layer: int, rows: PromptRows, budgets: Budgets, scores: Tensor) -> Kept:
+        groups = rows.grouped(budgets.group, budgets.there)
+        counts = [n for of_prompt in budgets.counts for n in of_prompt]
+        pools = [_part(RECYCLED, n - k) for n, k in zip(groups.sizes, counts, strict=True)]
+        centres = [min(_centres(n), k) for n, k in zip(pools, counts, strict=True)]
+        scores = groups.of(scores)
+        stay = groups.best(scores, [k - few for k, few in zip(counts, centres, strict=True)])
+        pool = groups.best(scores, pools, groups.here & ~stay)
+        targets = groups.evenly(pool, centres)
+        kept = rows.keep_groups(groups, stay | groups.where(targets), budgets.counts)
+        hidden = groups.of(rows.hidden).detach()
+        return Merging(groups, targets, pool, hidden, "mean").into(kept, layer, rows)
+
+    def events(self, memory: dict[str, Any]) -> list[dict[str, Any]]:
+        return merged_events(memory)
+
+    @classmethod
+    def from_spec(cls, arguments: str) -> SparseVLM:
+        """`FIELD=VALUE,...`, as in `sparsevlm:layers=2+6,keep=0.5+0.25`"""
+        return cls(**parse_settings(arguments, _FIELDS))
+
+    def decision_flops(self, layer: int, config: Any, text: int, visual: int, kept: int) -> int:
+        """The attention of all text, at most of which are raters: queries and logits; the cosines
+        of recycled rows to centres; and at the first of `layers` the shares by which raters are
+        chosen."""
+        if kept in (0, visual):
+            return 0
+        width, rows = config.hidden_size, text + visual
+        head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
+        macs = text * config.num_attention_heads * head_dim * (width + rows)
+        if self.recycle:
+            pool = _part(RECYCLED, visual - kept)
+            macs += pool * _centres(pool) * width
+        if layer == self.layers[0]:
+            macs += text * visual * width
+        return 2 * macs
+
+
+def _part(share: float, rows: int) -> int:
+    return math.floor(share * rows + 0.5)
+
+
+def _centres(pool: int) -> int:
+    """One at least, where there is anything to be merged into it."""
+    return max(_part(CLUSTERED, pool), int(pool > 1))
+
+
+def _raters(rows: PromptRows) -> Tensor:
+    """bool [B, columns], before layer 0: rows of text that have more to do with what is shown than
+    the mean of them has."""
+    until, asks = text_rows(rows)
+    asks = pad(asks, (0, rows.text.shape[1] - until.stop))
+    pairs = zip(rows.text_now, rows.text_before, strict=True)
+    counts = [max(text - before - rows.drafts, 0) for text, before in pairs]
+    words, selection, valid = rows.gather(asks, counts)
+    products = wide(rows.hidden) @ wide(words).transpose(1, 2)
+    if valid is not None:
+        products = products.masked_fill(~valid[:, None], -torch.inf)
+    shares = products.softmax(2).masked_fill(~rows.visual[:, :, None], 0).sum(1)
+    mean = rows.visual.sum(1, keepdim=True) / asks.sum(1, keepdim=True).clamp(min=1)
+    above = rows.spread((shares > mean * (1 + MARGIN)).float(), selection) > 0
+    return torch.where(above.any(1, keepdim=True), above, asks)
+
+
+def _numbers(text: str) -> tuple[Any, ...]:
+    """2+6+15"""
+    return tuple(read_value(number) for number in text.split("+") if number)
+
+
+# How a setting is written on the command line.
+_FIELDS = {"layers": _numbers, "keep": _numbers, "recycle": read_value, "per": str}
