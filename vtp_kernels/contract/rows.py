@@ -607,28 +607,23 @@ class PromptRows:
         """`choose` gets the rows int64 [G, N] of each group of each prompt, counted over the batch;
         which of them are there, bool [G, N]; how many of each stay; and the most of these. It
         answers with indices of the N."""
-        batch, width = self.visual.shape
-        tensor(f"{where}: group", group, "B, S", (batch, width), INT64, self.visual.device)
         total = [sum(of_prompt) for of_prompt in counts]
         for b, (some, most) in enumerate(zip(counts, there, strict=True)):
             check_fit(f"{where}, prompt {b}, group", KINDS[1], some, most)
         if not any(total) or counts == there:
             return self.keep_visual(total, None)
-        sizes = [n for of_prompt in there for n in of_prompt]
+        groups = self._grouped(where, group, there)
         stay = [n for of_prompt in counts for n in of_prompt]
-        rows = self._rows_of_groups(where, group, there)
-        here = torch.arange(max(sizes), device=group.device)
-        here = here < moved(torch.tensor(sizes), group.device)[:, None]
-        found = choose(rows, here, on_device(stay, group.device), max(stay))
-        chosen = rows_of(found, max(sizes))
-        stays = self.visual.new_zeros(batch * width + 1)
-        stays[torch.where(chosen, rows, batch * width)] = True
-        return self.keep_where(stays[:-1].view(batch, width) & self.visual, total)
+        found = choose(groups.rows, groups.here, on_device(stay, group.device), max(stay))
+        return self.keep_where(groups.in_rows(groups.where(found.indices)), total)
 
     def grouped(self, group: Tensor, there: list[list[int]]) -> Groups:
         """The visual tokens of each group beside each other; `group` and `there` as of
         `keep_of_each`."""
-        where, shape = f"{self.asker}: grouped", tuple(self.visual.shape)
+        return self._grouped(f"{self.asker}: grouped", group, there)
+
+    def _grouped(self, where: str, group: Tensor, there: list[list[int]]) -> Groups:
+        shape = tuple(self.visual.shape)
         tensor(f"{where}: group", group, "B, S", shape, INT64, self.visual.device)
         rows = self._rows_of_groups(where, group, there)
         return Groups(rows, there, shape[1], self._backend)

@@ -75,7 +75,9 @@ class HiPrune(BudgetedMethod, key="hiprune"):
         if not budgets.are_a_choice:
             return rows.keep_of_each(*budgets, None)
         groups = rows.grouped(budgets.group, budgets.there)
-        middle, deep = (groups.of(rows.vision.of_rows(ask)) for ask in self.vision_source())
+        middle, deep = (rows.vision.of_rows(ask) for ask in self.vision_source())
+        rows.note_scores(deep, rows.visual)
+        middle, deep = groups.of(middle), groups.of(deep)
         counts = [n for of_prompt in budgets.counts for n in of_prompt]
         anchors = [math.floor(n * self.around / CROSS + 0.5) for n in counts]
         chosen = groups.best(middle, anchors)

@@ -116,6 +116,7 @@ class SparseVLM(BudgetedMethod, key="sparsevlm"):
         counts = [n for of_prompt in budgets.counts for n in of_prompt]
         pools = [_part(RECYCLED, n - k) for n, k in zip(groups.sizes, counts, strict=True)]
         centres = [min(_centres(n), k) for n, k in zip(pools, counts, strict=True)]
+        rows.note_scores(scores, rows.visual)
         scores = groups.of(scores)
         stay = groups.best(scores, [k - few for k, few in zip(counts, centres, strict=True)])
         pool = groups.best(scores, pools, groups.here & ~stay)

@@ -71,8 +71,10 @@ class VisionZip(BudgetedMethod, key="visionzip"):
         groups, vision = rows.grouped(budgets.group, budgets.there), rows.vision
         counts = [n for of_prompt in budgets.counts for n in of_prompt]
         contextual = [visual_budget(self.contextual, n) for n in counts]
+        scores = vision.of_rows("attention")
+        rows.note_scores(scores, rows.visual)
         dominant = groups.best(
-            groups.of(vision.of_rows("attention")),
+            groups.of(scores),
             [n - few for n, few in zip(counts, contextual, strict=True)],
         )
         rest = groups.here & ~dominant

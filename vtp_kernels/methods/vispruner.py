@@ -68,7 +68,9 @@ class VisPruner(BudgetedMethod, key="vispruner"):
         groups, vision = rows.grouped(budgets.group, budgets.there), rows.vision
         counts = [n for of_prompt in budgets.counts for n in of_prompt]
         important = [int(n * self.important) for n in counts]
-        scores = groups.of(vision.of_rows("attention"))
+        scores = vision.of_rows("attention")
+        rows.note_scores(scores, rows.visual)
+        scores = groups.of(scores)
         chosen = groups.best(scores, important)
         others = most_distinct(
             groups.of(vision.of_rows("hidden")),
