@@ -62,3 +62,13 @@ def test_what_are_no_batches(model, batches, message):
 def test_a_batch_that_is_none_among_those_to_come(model):
     with pytest.raises(TypeError, match=r"batches\[1\]: .* got None$"):
         vtp.calibrate(model, iter([one(), None]), vtp.FastV(2))
+
+
+def test_no_schedule_merges_rows(model):
+    method = vtp.SparseVLM((2,), (0.25,))
+    with pytest.raises(ValueError, match="SparseVLM decides before layer 0, and a schedule that"):
+        vtp.calibrate(model, [one()], method)
+    with pytest.raises(ValueError, match="SparseVLM merges rows that leave into others, which no"):
+        vtp.calibrate(model, [one()], method, score="random")
+    found = vtp.calibrate(model, [three()], vtp.DART(2, 0.25))
+    assert found.keep == {2: 0.25}

@@ -16,6 +16,7 @@ from tower_reference import eager_calls
 
 import vtp_kernels as vtp
 from reads import Reads
+from vtp_kernels.models.towers import Tower
 from vtp_kernels.ops import _checks
 
 PROMPTS = (((0,), 9), ((1, 2), 3), ((), 5))
@@ -152,3 +153,37 @@ def test_nobody_waits_for_a_device(models, family, method, per, monkeypatch):
     with vtp.prune(models["sdpa"], method) as run:
         models["sdpa"](**family.batch(models["sdpa"], *PROMPTS), logits_to_keep=1)
     assert run.report().kept and reads.count == 0
+
+
+@torch.no_grad()
+def test_in_a_chain(models, family):
+    """What merges before layer 0, and what compares what is left."""
+    method = vtp.Chain(vtp.VisionZip(0.6, 0.4), vtp.DART(3, 0.2, 1, 1))
+    inputs = family.batch(models["sdpa"], *PROMPTS)
+    with noting_content() as content, vtp.prune(models["sdpa"], method) as run:
+        pruned = models["sdpa"](**inputs, logits_to_keep=1).logits
+    report = run.report()
+    assert [event["event"] for event in report.events].count("merged") == 1
+    masked = MaskedReference(
+        models["eager"], dict.fromkeys(report.kept), given=report.kept, content=content
+    )
+    with masked:
+        expected = models["eager"](**inputs, logits_to_keep=1).logits
+    torch.testing.assert_close(pruned[:, -1:], expected[:, -1:], rtol=0, atol=2e-5)
+    both = vtp.Chain(vtp.VisionZip(), vtp.SparseVLM((2,), (0.2,)))
+    with pytest.raises(ValueError, match="VisionZip and SparseVLM both decide before layer 0"):
+        vtp.apply(models["sdpa"], both)
+
+
+@torch.no_grad()
+def test_what_a_tower_cannot_give(monkeypatch):
+    model = FAMILIES["llava"].model("sdpa")
+    with pytest.raises(ValueError, match=r"HiPrune\.middle: there is no layer 9, the vision tower"):
+        vtp.apply(model, vtp.HiPrune(middle=9))
+    monkeypatch.setattr(Tower, "_grids", lambda *_: None)
+    with vtp.prune(model, vtp.HiPrune(6, 1.0)):
+        with pytest.raises(NotImplementedError, match=r"HiPrune\.decide before layer 0: how the"):
+            model(**FAMILIES["llava"].batch(model, ((0,), 9)))
+    monkeypatch.setattr(model.model.vision_tower.config, "model_type", "vit")
+    with pytest.raises(NotImplementedError, match=r"cannot run VisionZip\("):
+        vtp.apply(model, vtp.VisionZip())

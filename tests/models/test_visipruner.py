@@ -410,12 +410,12 @@ REFUSED = {
     "before layer 0": (
         vtp.InflectionPruning("similarity", llm_layers=()),
         "contribution",
-        "method: InflectionPruning lets tokens leave before layer 0.*'contribution' cannot",
+        "method: InflectionPruning decides before layer 0.*'contribution' cannot",
     ),
     "chance before layer 0": (
         vtp.RandomPruning(0, 0.5),
         "last_token",
-        "method: RandomPruning lets tokens leave before layer 0.*'last_token' cannot",
+        "method: RandomPruning decides before layer 0.*'last_token' cannot",
     ),
     "score": (vtp.FastV(2, 0.5), "best", "Schedule.score: got 'best'"),
     "layer": (vtp.FastV(40, 0.5), "last_token", "FastV.layer: there is no layer 40"),

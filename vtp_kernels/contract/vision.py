@@ -140,6 +140,7 @@ class PromptVision:
 
     def __init__(self, shown: list[Shown], backend: str | None) -> None:
         self.seen, self._backend = _joined([part.seen for part in shown]), backend
+        self.asker = "vision"  # who is at fault where something cannot be
         self.shows: Any = -1
         self._spans: list[tuple[Tensor, list[slice]]] = []  # what each prompt shows, by modality
         first = 0
@@ -176,7 +177,9 @@ class PromptVision:
         if ask == Ask("hidden"):
             return self.seen.features.detach()
         if ask not in self.seen.values:
-            raise ValueError(f"vision: {ask} was not asked for, vision_source names {self._asked}")
+            raise ValueError(
+                f"{self.asker}: {ask} was not asked for, vision_source names {self._asked}"
+            )
         return self.seen.values[ask]
 
     def of_rows(self, ask: Ask | str) -> Tensor:
@@ -206,7 +209,8 @@ class PromptVision:
         is none, where there is none."""
         if self.seen.grids is None:
             raise NotImplementedError(
-                "vision: how the tokens of these pictures stand in rows and columns is not known"
+                f"{self.asker}: how the tokens of these pictures stand in rows and columns is not "
+                "known"
             )
         pictures, width = self.seen.features.shape[:2]
         none = pictures * width

@@ -60,7 +60,7 @@ def calibrate(
     name = type(method).__name__
     if SCORERS[score].needs_attention and 0 in method.decision_layers(len(parts_of(model).layers)):
         raise ValueError(
-            f"method: {name} lets tokens leave before layer 0, and a schedule that ranks them by "
+            f"method: {name} decides before layer 0, and a schedule that ranks them by "
             f"{score!r} cannot: there is no attention yet to look at. Use score='random', or a "
             "method that begins later"
         )

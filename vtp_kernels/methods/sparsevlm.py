@@ -45,6 +45,8 @@ class SparseVLM(BudgetedMethod, key="sparsevlm"):
     text is a rater. The published numbers of tokens are used as they are; the paper also tells how
     to find a layer's number by the rank of its attention.
 
+    Since it looks at what enters layer 0, no method that acts there goes into a chain with it.
+
     Parameters
     ----------
     layers : tuple of int

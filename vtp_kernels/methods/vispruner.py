@@ -28,7 +28,8 @@ class VisPruner(BudgetedMethod, key="vispruner"):
     of the first half, the most similar first, and the second half begin the next round.
 
     Our reading: where the tower has no CLS, attention is that of all its rows. Rows that show no
-    token (`image_newline`) leave before any other.
+    token (`image_newline`) leave before any other. All tokens of a prompt are compared with each
+    other, and every eight that leave take a round: for videos and many crops let `per` be smaller.
 
     Parameters
     ----------

@@ -23,6 +23,8 @@ def decision(method: Method, layer: int, rows: PromptRows) -> Kept | None:
     """What `method` answers before `layer`. Raises TypeError or ValueError naming both if that
     cannot be carried out; what the host cannot know of it stops the GPU."""
     rows.asker = f"{type(method).__name__}.decide before layer {layer}"
+    if rows.vision is not None:
+        rows.vision.asker = rows.asker
     kept = method.decide(layer, rows)
     if kept is not None and not any(kept is own for own in rows.made):
         _check_kind(rows.asker, kept)
