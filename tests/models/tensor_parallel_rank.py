@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from pruning_methods import NAMES, SELECTORS, pruning_method
+from pruning_methods import NAMES, pruning_method
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -21,6 +21,8 @@ from transformers import LlavaForConditionalGeneration
 
 import vtp_kernels as vtp
 
+#: Of the others, those that look at what heads have.
+BY_HEADS = ("dart", "sparsevlm")
 SETTINGS = {
     "max_new_tokens": 5,
     "do_sample": False,
@@ -34,7 +36,7 @@ SETTINGS = {
 def run(model, inputs, folder):
     """{method: what it kept, and what the model said}"""
     answers = {}
-    for name in (*NAMES, *SELECTORS):
+    for name in (*NAMES, *BY_HEADS):
         method = pruning_method(name, model, folder)
         with vtp.prune(model, method) as handle:
             output = model.generate(**inputs, **SETTINGS)

@@ -6,16 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from vtp_kernels._shown import shown
 from vtp_kernels.contract.method import parse_settings, read_value
 
 from .budget import SHARES, as_tuple
 from .merging import Merging, merged_events
-from .scorers import text_rows, wide
+from .raters import raters
 from .stages import BudgetedMethod, Budgets, Stage
 
 if TYPE_CHECKING:
@@ -25,7 +23,6 @@ __all__ = ["SparseVLM"]
 
 RATERS = "raters"  # in a call's memory
 RECYCLED, CLUSTERED = 0.3, 0.1
-MARGIN = 1e-6  # so that rounding makes no rater of a row that is like all others
 
 
 @dataclass(frozen=True)
@@ -101,14 +98,14 @@ class SparseVLM(BudgetedMethod, key="sparsevlm"):
 
     def decide(self, layer: int, rows: PromptRows) -> Kept | None:
         if layer == 0:
-            rows.memory[RATERS] = _raters(rows)
+            rows.memory[RATERS] = raters(rows)
             return None
         budgets = self.budgets(layer, rows)
         if not budgets.are_a_choice:
             return rows.keep_of_each(*budgets, None)
-        raters = rows.memory[RATERS].gather(1, rows.origin) & rows.text
+        paying = rows.memory[RATERS].gather(1, rows.origin) & rows.text
         end = rows.prompt_end + 1
-        scores = rows.attention_scores(slice(0, end), raters[:, :end])
+        scores = rows.attention_scores(slice(0, end), paying[:, :end])
         if self.recycle:
             return self._recycle(layer, rows, budgets, scores)
         return rows.keep_of_each(*budgets, scores)
@@ -159,23 +156,6 @@ def _part(share: float, rows: int) -> int:
 def _centres(pool: int) -> int:
     """One at least, where there is anything to be merged into it."""
     return max(_part(CLUSTERED, pool), int(pool > 1))
-
-
-def _raters(rows: PromptRows) -> Tensor:
-    """bool [B, columns], before layer 0: rows of text that have more to do with what is shown than
-    the mean of them has."""
-    until, asks = text_rows(rows)
-    asks = pad(asks, (0, rows.text.shape[1] - until.stop))
-    pairs = zip(rows.text_now, rows.text_before, strict=True)
-    counts = [max(text - before - rows.drafts, 0) for text, before in pairs]
-    words, selection, valid = rows.gather(asks, counts)
-    products = wide(rows.hidden) @ wide(words).transpose(1, 2)
-    if valid is not None:
-        products = products.masked_fill(~valid[:, None], -torch.inf)
-    shares = products.softmax(2).masked_fill(~rows.visual[:, :, None], 0).sum(1)
-    mean = rows.visual.sum(1, keepdim=True) / asks.sum(1, keepdim=True).clamp(min=1)
-    above = rows.spread((shares > mean * (1 + MARGIN)).float(), selection) > 0
-    return torch.where(above.any(1, keepdim=True), above, asks)
 
 
 def _numbers(text: str) -> tuple[Any, ...]:
