@@ -39,10 +39,11 @@ class Gathered:
         self.cache = DynamicCache(config=model.config.get_text_config())
 
     @torch.no_grad()
-    def call(self, hidden, positions, stages=None, given=None, visual=None):
+    def call(self, hidden, positions, stages=None, given=None, visual=None, content=()):
         """Logits [V] of the last of the rows hidden [S, C] at positions [P, S]; each call goes on
         where the last one ended. `stages` {layer: keep} by the last row's attention among the rows
-        `visual` [S], or the sets `given` {layer: bool [S]}. `kept` tells which stayed."""
+        `visual` [S], or the sets `given` {layer: bool [S]}. `content` {layer: (bool [S], [S, C])}:
+        rows that hold something else from there on. `kept` tells which stayed."""
         hidden, here, self.kept = hidden[None], torch.arange(len(hidden)), {}
         total, weights = 0 if visual is None else int(visual.sum()), None
         for index, layer in enumerate(self.text.layers):
@@ -56,6 +57,9 @@ class Gathered:
                 stays = None
             if stays is not None:
                 hidden, here = hidden[:, stays], here[stays]
+                if index in content:
+                    changed, rows = (x[here] for x in content[index])
+                    hidden = torch.where(changed[:, None], rows, hidden)
                 self.kept[index] = torch.zeros(positions.shape[1], dtype=torch.bool)
                 self.kept[index][here] = True
             hidden, weights = self._layer(layer, hidden, positions[:, here])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from linear_reference import Gathered, as_given, merged
+from merged_rows import noting_content
 from pruning_methods import pruning_method
 from test_every_family import check_units
 from test_generation import DETAILS, GREEDY, assert_same
@@ -69,13 +70,15 @@ def prompts(model, inputs):
         yield hidden[b], positions[:, b], real
 
 
-def check(model, inputs, output, kept, stages=None):
+def check(model, inputs, output, kept, stages=None, content=()):
     """That an output says of every prompt what the loop says, given the same tokens."""
     visual = inputs["input_ids"] == IMAGE
     for b, (hidden, positions, real) in enumerate(prompts(model, inputs)):
         talk = Gathered(model)
         given = None if stages else {layer: mask[b, real] for layer, mask in kept.items()}
-        logits = [talk.call(hidden[real], positions[:, real], stages, given, visual[b, real])]
+        put = {layer: [x[b, real] for x in content[layer]] for layer in content}
+        rows = hidden[real], positions[:, real], stages, given, visual[b, real], put
+        logits = [talk.call(*rows)]
         for layer in kept:
             assert torch.equal(talk.kept[layer], kept[layer][b, real]), f"prompt {b}, {layer}"
         answer = output.sequences[b, len(real) :].tolist()
@@ -116,6 +119,17 @@ def test_between_layers_each_runs_on_what_is_left(models, padded):
     with vtp.prune(models["sdpa"], PYRAMID) as run:
         output = models["sdpa"].generate(**padded, **SETTINGS)
     check(models["eager"], padded, output, run.report().kept, STAGES)
+
+
+@ONE_FAMILY
+@pytest.mark.parametrize("name", ["visionzip", "sparsevlm", "dart"])
+def test_rows_that_take_in_others(models, padded, name, tmp_path):
+    method = pruning_method(name, models["sdpa"], tmp_path)
+    with noting_content() as noted, vtp.prune(models["sdpa"], method) as run:
+        output = models["sdpa"].generate(**padded, **SETTINGS)
+    content = {layer: (f.args[0][..., 0], f.args[1]) for layer, f in noted.items()}
+    assert bool(content) == (name != "dart")
+    check(models["eager"], padded, output, run.report().kept, content=content)
 
 
 def test_keep_all_is_bit_identical(model, padded):

@@ -57,8 +57,9 @@ class Report:
         Language model, all prompts: projections, attention, MLP; 2 per multiply-accumulate.
         Attention is counted of all rows with all keys, as masks do not make it any less. What
         was spent on deciding is counted where a method runs networks of its own (LVPruning) or
-        compares rows (DivPrune, CDPruner, those for videos). Every row counts in the last layer,
-        too, although where few logits are asked for it runs on theirs alone.
+        compares rows (DivPrune, CDPruner, VisPruner, DART, SparseVLM, those for videos). Every row
+        counts in the last layer, too, although where few logits are asked for it runs on theirs
+        alone.
     flops_reduction : float, or None
         1 - prefill_flops / dense_prefill_flops.
     flops_unknown : str or None
@@ -70,7 +71,8 @@ class Report:
     kv_bytes, dense_kv_bytes : int
         Keys and values of all layers after the call.
     events : list of dict
-        What happened at which layer, in order.
+        What happened at which layer, in order. Where rows that left were merged into some that
+        stayed: "merged", with how many "rows" of each prompt, and "into" how many.
     units : list of dict, or None
         The pictures and frames of videos, in the order in which they stand in the prompts, and how
         many of their `tokens` stayed: `kept` {layer: int}, as above. "prompt", and in it "picture"
