@@ -253,7 +253,7 @@ def test_every_selector(family, models, inputs, tmp_path):
     for name in SELECTORS:
         method = pruning_method(name, models["sdpa"], tmp_path)
         if name not in known:
-            with pytest.raises(NotImplementedError, match="what its vision tower sees is not kn"):
+            with pytest.raises(NotImplementedError, match=r"cannot run .*vision tower"):
                 vtp.apply(models["sdpa"], method)
             continue
         with noting_content() as content, vtp.prune(models["sdpa"], method) as run:

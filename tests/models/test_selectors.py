@@ -180,7 +180,7 @@ def test_what_a_tower_cannot_give(monkeypatch):
     model = FAMILIES["llava"].model("sdpa")
     with pytest.raises(ValueError, match=r"HiPrune\.middle: there is no layer 9, the vision tower"):
         vtp.apply(model, vtp.HiPrune(middle=9))
-    monkeypatch.setattr(Tower, "_grids", lambda *_: None)
+    monkeypatch.setattr(Tower, "_lines", lambda *_: None)
     with vtp.prune(model, vtp.HiPrune(6, 1.0)):
         with pytest.raises(NotImplementedError, match=r"HiPrune\.decide before layer 0: how the"):
             model(**FAMILIES["llava"].batch(model, ((0,), 9)))

@@ -82,8 +82,9 @@ class Method(ABC):
     """Base class of all pruning methods. Subclasses are frozen dataclasses."""
 
     name: ClassVar[str]
-    #: Whether it always asks the vision tower for something, and cannot do without.
-    needs_tower: ClassVar[bool] = False
+    #: What it always asks the vision tower for: some of `contract.vision.ASKS`; "layers" if not of
+    #: the features' layer alone, and "grids" if it is to know how tokens stand in a picture.
+    needs_tower: ClassVar[tuple[str, ...]] = ()
 
     # `key`, for `name` is what Python 3.10 calls an argument of its own here.
     def __init_subclass__(cls, key: str | None = None, **kwargs: Any) -> None:

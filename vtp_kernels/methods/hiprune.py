@@ -52,7 +52,7 @@ class HiPrune(BudgetedMethod, key="hiprune"):
     around: float = 0.1
     middle: int | float = 0.375
     per: str = "prompt"
-    needs_tower: ClassVar[bool] = True
+    needs_tower: ClassVar[tuple[str, ...]] = ("received", "layers", "grids")
 
     def __post_init__(self) -> None:
         super().__post_init__()

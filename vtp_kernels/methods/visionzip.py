@@ -48,7 +48,7 @@ class VisionZip(BudgetedMethod, key="visionzip"):
     keep: int | float = 64
     contextual: int | float = 0.15625
     per: str = "prompt"
-    needs_tower: ClassVar[bool] = True
+    needs_tower: ClassVar[tuple[str, ...]] = ("attention", "keys")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,7 +45,7 @@ class VisPruner(BudgetedMethod, key="vispruner"):
     keep: int | float = 64
     important: float = 0.5
     per: str = "prompt"
-    needs_tower: ClassVar[bool] = True
+    needs_tower: ClassVar[tuple[str, ...]] = ("attention",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

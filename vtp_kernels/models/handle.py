@@ -207,8 +207,8 @@ def supported_models() -> dict[str, dict[str, Any]]:
         text_models : `model_type` of the language models in them that it is tested with. Any other
             is tried when a method is applied, and taken if what it computes is what is computed
             here, or refused with what differs.
-        methods : names of methods, as in their files. Those that always look at what the vision
-            tower saw are not among them where nothing is known of it.
+        methods : names of methods, as in their files. Those that always ask the vision tower
+            for something are not among them where it is not known to give that.
         layers : before which layers visual tokens may leave, in words.
         positions : what `positions` of `apply` may be.
         vision_tower : whether methods that look at what the vision tower saw find it
@@ -227,7 +227,8 @@ def supported_models() -> dict[str, dict[str, Any]]:
             "methods": sorted(
                 name
                 for name, kind in known_methods().items()
-                if family.towers or not kind.needs_tower
+                if not kind.needs_tower
+                or any(tower.gives().issuperset(kind.needs_tower) for tower in family.towers)
             ),
             "layers": family.leave_before,
             "positions": list(family.positions),

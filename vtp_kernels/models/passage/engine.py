@@ -96,6 +96,11 @@ class Engine(StaysBehind):
                 self.watch = VisionWatch(parts.base, tower, method.vision_source(), backend)
             except NotImplementedError as error:
                 raise NotImplementedError(f"{parts.family} cannot run {method}: {error}") from error
+            if missing := [x for x in method.needs_tower if x not in tower.gives()]:
+                raise NotImplementedError(
+                    f"{parts.family} cannot run {method}: its vision tower is not known to give "
+                    f"{', '.join(missing)}"
+                )
         self.last_prefill: PrefillRecord | None = None
         self.handle: Any = None  # whoever applied the method finds it again by the model
         self.shadows: dict[int, AttentionShadow] = {}  # by layer

@@ -39,8 +39,8 @@ class Tower:
     #: What there is to score by; and why not by the rest, where that is not all.
     scores: tuple[str, ...] = SOURCES
     unscored = ""
-    #: Whether vectors of patches become those of tokens, as numbers do; and whether that is known
-    #: of all layers, or of that of the features alone.
+    #: Whether vectors of patches become those of tokens, as numbers do, and tokens stand in rows
+    #: and columns; and whether all layers are known, or that of the features alone.
     vectors = True
     all_layers = True
     #: Whether frames of videos are seen as pictures are.
@@ -50,6 +50,14 @@ class Tower:
 
     def __init__(self, base: nn.Module, layers: Layers) -> None:
         self.base, self.layers = base, layers
+
+    @classmethod
+    def gives(cls) -> set[str]:
+        """What methods may need of it, see `Method.needs_tower`."""
+        given = {"similarity", "hidden"}
+        given |= set(SCORES) if "attention" in cls.scores else set()
+        given |= {"keys", "grids"} if cls.vectors else set()
+        return given | ({"layers"} if cls.all_layers else set())
 
     @staticmethod
     def is_known(base: nn.Module) -> bool:
