@@ -169,6 +169,31 @@ def attention_topk(device, query, key) -> list[Launch]:
     return [*attention_scores(device, query, key), *select_topk(device, scores, None)]
 
 
+def select_diverse(device, features, k, *relevance) -> list[Launch]:
+    """Of rows of more than 32 bytes, up to 16384 of them; dpp where there is relevance."""
+    require(features)
+    batch, length, width = features.shape
+    large = batch * triangle(ceil(length / 128))
+    tile, blocks = (128, large) if large >= 28 else (64, batch * triangle(ceil(length / 64)))
+    matrix = [
+        Launch(f"select_diverse: products<bf16, {tile}>", blocks, tile // 16, ceil(width / 64)),
+        Launch("select_diverse: cosines<bf16>", batch * ceil(length / 8), 8, ceil(length / 256)),
+    ]
+    if not relevance:
+        columns = 4 if length <= 1024 else 16
+        kernel = f"select_diverse: maxmin_held<{columns}>"
+        return [*matrix, Launch(kernel, batch, ceil(length / columns / 32), k)]
+    blocks, warps = (CLUSTER, 8) if device.is_hopper else (1, 16)
+    columns = ceil(length / blocks / 32 / warps)  # of a thread
+    in_shared = (length / blocks + 1) * k * 4 < device.sorted_keys * 4
+    kernel = f"select_diverse: greedy<f32, 1, false, {str(in_shared).lower()}>"
+    return [*matrix, Launch(kernel, batch * blocks, warps, k * columns * ceil(k / 32))]
+
+
+def triangle(tiles: int) -> int:
+    return tiles * (tiles + 1) // 2
+
+
 def token_contribution(device, query, key, *_) -> list[Launch]:
     require(query, DIM)
     batch, heads, _ = query.shape
@@ -276,6 +301,7 @@ LAUNCHES: dict[str, Callable[..., list[Launch]]] = {
         inflection,
         merge_rows,
         passive_attention,
+        select_diverse,
         select_topk,
         token_contribution,
     )

@@ -811,6 +811,7 @@ template <class Device>
 void implement_ops(Library& m) {
   m.impl("attention_scores", TORCH_BOX(&Ops<Device>::attention_scores));
   m.impl("select_topk", TORCH_BOX(&Ops<Device>::select_topk));
+  m.impl("select_diverse", TORCH_BOX(&Ops<Device>::select_diverse));
   m.impl("attention_topk", TORCH_BOX(&Ops<Device>::attention_topk));
   m.impl("token_contribution", TORCH_BOX(&Ops<Device>::token_contribution));
   m.impl("compact_kv", TORCH_BOX(&Ops<Device>::compact_kv));

@@ -30,8 +30,9 @@ METRICS = (
 )
 # If it does not know one of them, ncu measures nothing at all. These are on all chips.
 SURE = ("gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum")
-OPS = (  # eight that have kernels of their own
+OPS = (  # nine that have kernels of their own
     "select_topk",
+    "select_diverse",
     "attention_topk",
     "attention_scores",
     "token_contribution",

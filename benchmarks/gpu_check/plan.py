@@ -71,7 +71,7 @@ STEPS = (
         for model in steps.MODELS
     ),
     Step("racecheck", 40, "races in compiled code", sanitized("racecheck", "65 or 200")),
-    Step("ncu", 35, "counters of the kernels of eight ops", steps.count),
+    Step("ncu", 35, "counters of the kernels of nine ops", steps.count),
     Step("plain-launches", 25, "the same cells, no launches that overlap", Cells(plain=True)),
     Step("memcheck", 40, "stray accesses", sanitized("memcheck")),
     Step(

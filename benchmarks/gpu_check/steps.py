@@ -314,7 +314,7 @@ class EndToEnd:
 
 
 def count(check: Check, step: str, until: float) -> dict:
-    """Counters of the kernels of eight ops."""
+    """Counters of the kernels of nine ops."""
     program = sanitizers.find("ncu", check.environment()["PATH"])
     if program is None:
         return cannot("ncu not found; set CUDA_HOME")

@@ -8,18 +8,22 @@ namespace vtp::cuda {
 #ifdef VTP_EMULATOR
 
 template <class Kernel>
-int clusters_at_once(const char* name, Kernel* kernel, unsigned /*cluster*/, unsigned /*threads*/) {
+int clusters_at_once(const char* name, Kernel* kernel, unsigned /*cluster*/, unsigned /*threads*/,
+                     size_t /*dynamic_shared*/ = 0) {
   return architecture_of(name, kernel) < kClusterArchitecture ? 0 : 16;
 }
 
 #else
 
-// How many clusters of `cluster` blocks of `threads` threads the current device runs at the same
-// time; 0 where its code knows no clusters, or a slice of a GPU has no room for one. May be asked
+// How many clusters of `cluster` blocks of `threads` threads, each with so much dynamic shared
+// memory, the current device runs at the same time; of a kernel it is always to be asked alike. 0
+// where its code knows no clusters, or a slice of a GPU has no room for one. May be asked
 // while a CUDA graph is captured.
 template <class Kernel>
-int clusters_at_once(const char* name, Kernel* kernel, unsigned cluster, unsigned threads) {
+int clusters_at_once(const char* name, Kernel* kernel, unsigned cluster, unsigned threads,
+                     size_t dynamic_shared = 0) {
   const void* entry = reinterpret_cast<const void*>(kernel);
+  if (dynamic_shared > 0) ask_for_dynamic_shared(name, entry, dynamic_shared);
   return with_kernel_state(name, entry, [&](KernelState& state) {
     int& count = state.clusters_at_once;
     if (count >= 0) return count;
@@ -31,6 +35,7 @@ int clusters_at_once(const char* name, Kernel* kernel, unsigned cluster, unsigne
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(cluster);
     config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = dynamic_shared;
     config.attrs = &attribute;
     config.numAttrs = 1;
     int found = 0;

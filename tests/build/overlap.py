@@ -11,6 +11,8 @@ FIRST = {
     "attend",
     "list_tokens_kernel",
     "similarities",
+    "products",
+    "row_squares",
     "compact_rows_kernel",
     "compact_rows_in_place_kernel",
     "key_norms",

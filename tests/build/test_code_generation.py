@@ -390,6 +390,11 @@ WIDE = (
     ("attention_scores_warpgroup: warpgroup_pass<", "LDGSTS", "9.0"),
     ("passive_attention: attend_kernel<", "LDGSTS", "8.0"),
     ("passive_attention: attend_kernel<", "STG", "7.5"),
+    ("select_diverse: products<", "LDGSTS", "8.0"),
+    ("select_diverse: cosines<", "LDG", "7.5"),
+    ("select_diverse: cosines<", "STG", "7.5"),
+    ("select_diverse: maxmin_held<", "LDG", "7.5"),
+    ("select_diverse: greedy<f32, .*, false, true>", "LDS", "7.5"),
 )
 
 
@@ -410,6 +415,7 @@ def test_memory_is_moved_16_bytes_at_a_time(code, kernel, instruction, oldest):
         "assign_rows: nearest_targets<",
         "attention_scores: key_pass<",
         "passive_attention: attend_kernel<",
+        "select_diverse: products<",
     ),
 )
 @pytest.mark.parametrize("dtype, oldest", (("f16", "7.5"), ("bf16", "8.0")))

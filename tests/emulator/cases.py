@@ -149,6 +149,22 @@ def select_topk(draw, batch, length):
     return scores, per_row, k, candidates, keep, threshold, width
 
 
+def select_diverse(draw, batch, length, shape=None):
+    channels, rule = shape or (draw.any(*DIMS), draw.any("maxmin", "dpp"))
+    features = draw.normal(batch, length, channels)
+    if draw.any(True, False):  # copies, rows of zeros, odd ones, and some that need be scaled
+        features[:, 1::5] = features[:, :1].clone()
+        features[:, 2::9], features[:, 3::7, -1] = 0.0, draw.any(torch.inf, torch.nan)
+        features[:, 4:6] *= 1.0 if draw.dtype == torch.float16 else draw.any(2.0**99, 2.0**-99)
+    candidates = draw.maybe(draw.bools(batch, length, p=0.8))
+    keep = draw.maybe(draw.bools(batch, length, p=0.1))
+    relevance = draw.normal(batch, length, dtype=torch.float32) if rule == "dpp" else None
+    few = selection(draw, batch, min(length, 16))
+    per_row, k, _, width = few if shape is None else (None, 9, None, length)
+    first = draw.any(-1, length - 1) if rule == "maxmin" else -1
+    return features, per_row, k, rule, draw.maybe(relevance), candidates, keep, first, width
+
+
 def token_contribution(draw, batch, length):
     (heads, kv_heads), dim = draw.any(*HEADS), draw.any(*DIMS)
     if length in LONG["token_contribution"]:
@@ -252,6 +268,7 @@ OPS = {
     "attention_scores": attention,
     "attention_topk": attention_topk,
     "select_topk": select_topk,
+    "select_diverse": select_diverse,
     "token_contribution": token_contribution,
     "passive_attention": passive_attention,
     "inflection": inflection,
@@ -262,7 +279,7 @@ OPS = {
     "merge_rows": merge_rows,
 }
 # Ops that have other kernels before sm_90, which knows clusters.
-ARCHITECTURES = {"attention_topk": (90, 80), "select_topk": (90, 80)}
+ARCHITECTURES = {"attention_topk": (90, 80), "select_diverse": (90, 80), "select_topk": (90, 80)}
 # What sm_90 has: rows of inflection that are sorted there are sorted elsewhere on other devices.
 SHARED_BYTES = 227 << 10
 # Rows that take the ways for long ones.
@@ -291,11 +308,24 @@ BESIDE_CLUSTERS = (
     (1, 16400, ((1, 1), 1, 1)),
 )
 
+# Where select_diverse has a matrix, and where it has none. Batch, length, (channels, rule) and
+# architecture.
+MATRICES = (
+    (1, 130, (40, "maxmin"), 90),
+    (1, 130, (40, "dpp"), 90),
+    (1, 70, (40, "dpp"), 80),
+    (1, 70, (8, "maxmin"), 90),
+    (1, 70, (8, "maxmin"), 80),
+    (1, 70, (8, "dpp"), 90),
+)
+
 
 def cases(op: str, seed: int) -> Iterator[Case]:
     """The op's cases; made anew by each call, equal for equal seeds."""
     draw = Draw(seed)
     sizes = [(2, draw.any(*LENGTHS), dtype, x) for dtype in DTYPES for x in LAYOUTS]
+    if op == "select_diverse":  # its work grows with the square of the length
+        sizes = [(2, draw.any(1, 7, 64, 65), draw.any(*DTYPES), x) for x in LAYOUTS]
     sizes += [(0, 7, torch.float32, "dense"), (2, 0, draw.any(*DTYPES), "dense")]
     sizes += [(1, length, draw.any(*DTYPES), "dense") for length in LONG.get(op, ())]
     for architecture in ARCHITECTURES.get(op, (90,)):
@@ -320,6 +350,9 @@ def cases(op: str, seed: int) -> Iterator[Case]:
     for batch, length, shape in BESIDE_CLUSTERS if op == "attention_topk" else ():
         text = f"{draw.dtype} {shape} batch {batch} length {length} sm_90"
         yield Case(op, text, attention_topk(draw, batch, length, shape), 90)
+    for batch, length, shape, architecture in MATRICES if op == "select_diverse" else ():
+        text = f"{draw.dtype} {shape} batch {batch} length {length} sm_{architecture}"
+        yield Case(op, text, select_diverse(draw, batch, length, shape), architecture)
 
 
 def run(kernels, case: Case) -> list[Tensor]:

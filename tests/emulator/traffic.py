@@ -88,6 +88,14 @@ def passive_attention(name: str) -> Case:
     return benchmark("passive_attention", shape(name, *smaller[name]))
 
 
+# Tokens, channels and k: the work of select_diverse grows with the square of the tokens.
+PAIRS = {"llava": (288, 128, 32), "next": (360, 128, 40), "qwen": (520, 64, 52)}
+
+
+def select_diverse(name: str, rule: str) -> Case:
+    return benchmark("select_diverse", 1, *PAIRS[name], rule, torch.bfloat16)
+
+
 # The cases of a shape, by op.
 CASES: dict[str, Callable[[str], Case]] = {
     "assign_rows": lambda name: benchmark("assign_rows", 1, *MERGED[name], 64, torch.bfloat16),
@@ -105,6 +113,8 @@ CASES: dict[str, Callable[[str], Case]] = {
     "inflection": lambda name: benchmark("inflection", 1, CURVES[name][0]),
     "merge_rows": lambda name: benchmark("merge_rows", 1, *MERGED[name], 1024, torch.bfloat16),
     "passive_attention": passive_attention,
+    "select_diverse": lambda name: select_diverse(name, "maxmin"),
+    "select_diverse, dpp": lambda name: select_diverse(name, "dpp"),
     "select_topk": lambda name: benchmark("select_topk", 1, *CURVES[name]),
     "token_contribution": lambda name: benchmark("token_contribution", shape(name)),
 }
@@ -261,6 +271,7 @@ MEMBERS = (
     "rows are listed by group: those of a warp go to as many places; the lists are below 1 % of "
     "the bytes of the op"
 )
+MATRIX = "products of all pairs of tokens pass from launch to launch, and come back as cosines"
 LISTS = "a thread lists eight neighbouring tokens; the lists are below 2 % of the bytes of the op"
 
 # What passes the limits, in any shape, and why it may.
@@ -273,6 +284,8 @@ EXCEPTIONS: dict[Breach, str] = {
     ("inflection", "inflection: long", "stores"): CHOSEN,
     ("merge_rows", "merge_rows lists", "stores"): MEMBERS,
     ("passive_attention", "passive_attention lists", "stores"): LISTS,
+    ("select_diverse", "all", "bytes"): MATRIX,
+    ("select_diverse, dpp", "all", "bytes"): MATRIX,
     ("select_topk", "select_topk", "stores"): CHOSEN,
     ("select_topk", "select_topk in clusters", "stores"): CHOSEN,
     ("token_contribution", "all", "bytes"): LOGITS,

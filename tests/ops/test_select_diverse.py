@@ -162,12 +162,13 @@ def masks(draw, batch, length):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_maxmin_takes_the_first_of_the_farthest(draw, backend, dtype):
+def test_maxmin_takes_the_first_of_the_farthest(draw, backend, emulated, dtype):
     for length, channels in ((1, 5), (2, 16), (33, 20), (70, 160)):
         features = with_odd_rows(draw, signs(draw, 3, length, channels).to(dtype))
         steps = min(length, 12)
         check(features, steps, backend, slack=0)
-        check(features, length, backend, slack=0, **masks(draw, 3, length))
+        steps = steps if emulated else length
+        check(features, steps, backend, slack=0, **masks(draw, 3, length))
 
 
 def test_it_begins_with_the_row_that_is_given(draw, backend):
@@ -240,10 +241,10 @@ def test_dpp_weighs_any_relevance(draw, backend):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32, torch.float64))
 @pytest.mark.parametrize("rule", RULES)
 def test_no_finite_row_is_too_large_or_too_small(draw, backend, rule, dtype):
-    """Rows may be scaled by powers of two: same choice."""
+    """Rows may be scaled by powers of two: same choice, as long as no bit is lost to subnormals."""
     features = draw.normal(2, 40, 24).to(torch.bfloat16).to(dtype)
     want = vtp.select_diverse(features, 10, rule=rule, backend=backend)
-    largest = 1020 if dtype == torch.float64 else 124
+    largest = {torch.float64: 1000, torch.float32: 120, torch.bfloat16: 100}[dtype]
     for exponents in (draw.integers(-largest, largest, 2, 40, 1), largest, -largest):
         scaled = torch.ldexp(features.double(), torch.as_tensor(exponents, device=draw.device))
         got = vtp.select_diverse(scaled.to(dtype), 10, rule=rule, backend=backend)
