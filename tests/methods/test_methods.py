@@ -238,3 +238,26 @@ def test_a_method_of_one_s_own():
             Everything(3).check_model(2)
     finally:
         del METHODS["everything"]
+
+
+@pytest.mark.parametrize(
+    ("method", "pictures", "expected"),
+    [
+        (vtp.FastV(2, 0.5), [5, 4], [9, 9, 5, 5, 5]),
+        (vtp.FastV(2, 0.5, per="picture"), [5, 5], [10, 10, 6, 6, 6]),
+        (vtp.FastV(2, 64), [5], [5, 5, 5, 5, 5]),
+        (vtp.RandomPruning(0, 0.1), [40], [4, 4, 4, 4, 4]),
+        (vtp.Schedule({1: 3, 3: 0.5}), [10], [10, 3, 3, 3, 3]),
+        (vtp.PyramidDrop((1, 3), (0.5, 0.25)), [], [0, 0, 0, 0, 0]),
+        (vtp.LVPruning(None, (1, 3), (0.3, 0.1)), [15], [15, 4, 4, 1, 1]),
+        (
+            vtp.VisiPruner(decision="fixed", schedule=vtp.Schedule({1: 3})),
+            [4],
+            [4, 3, 3, 3, 3],
+        ),
+        (vtp.VisiPruner(), [4], [None] * 5),
+        (vtp.InflectionPruning(), [4], [None] * 5),
+    ],
+)
+def test_how_many_are_left_is_known_beforehand(method, pictures, expected):
+    assert [method.visual_left(layer, pictures) for layer in range(5)] == expected

@@ -67,6 +67,8 @@ from .passive import PassiveVisual
 from .storage import read_json
 
 if TYPE_CHECKING:
+    import torch
+
     from .rows import Kept, PromptRows
     from .unit import Unit
     from .vision import Ask
@@ -150,6 +152,16 @@ class Method(ABC):
     def decide(self, layer: int, rows: PromptRows) -> Kept | None:
         """Which rows stay from `layer` on, as `rows.keep_visual`, `keep_where` or `keep_rows` say
         it; None leaves them all."""
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:  # noqa: B027
+        """Load what `decide` needs besides rows on that device and of that dtype. It would be
+        loaded when it is first needed; what measures its memory before (vLLM) calls this."""
+
+    def visual_left(self, layer: int, pictures: Sequence[int]) -> int | None:
+        """How many visual tokens are left from `layer` on, of a prompt whose pictures came with so
+        many each, if that follows from these numbers alone; None where only `decide` can tell.
+        What sets memory aside before anything runs (`vtp_kernels.vllm`) asks for it."""
+        return None
 
     def events(self, memory: dict[str, Any]) -> list[dict[str, Any]]:
         """What report() is to tell of a prefill besides the rows that left, given what `decide`

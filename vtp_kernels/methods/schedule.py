@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vtp_kernels._shown import shown
 
-from .budget import check_layer
+from .budget import check_layer, visual_budget
 from .scorers import SCORERS
 from .stages import BudgetedMethod, Stage
 
@@ -46,6 +46,12 @@ class ScheduledMethod(BudgetedMethod):
         if not SCORERS[self.score].needs_attention:
             return ()
         return tuple(stage.layer - 1 for stage in self.stages)
+
+    def visual_left(self, layer: int, pictures: Sequence[int]) -> int:
+        """A picture is one frame; what videos leave depends on their frames."""
+        budgets = [stage.keep for stage in self.stages if stage.layer <= layer]
+        groups = [sum(pictures)] if self.per == "prompt" else pictures
+        return sum(min([n, *(visual_budget(keep, n) for keep in budgets)]) for n in groups)
 
     def decide(self, layer: int, rows: PromptRows) -> Kept:
         if self.per != "prompt":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -182,6 +182,9 @@ class VisiPruner(Method, key="visipruner"):
 
     def needs_units(self) -> bool:
         return self.schedule is not None and self.schedule.needs_units()
+
+    def visual_left(self, layer: int, pictures: Sequence[int]) -> int | None:
+        return None if self.schedule is None else self.schedule.visual_left(layer, pictures)
 
     def check_model(self, depth: int) -> None:
         if self.shallow_layers and ("shallow" in self.stages or self.drop_shallow_kv):

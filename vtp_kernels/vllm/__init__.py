@@ -15,13 +15,16 @@ import os
 
 from .budget import Budget
 
-__all__ = ["Budget", "Encoder", "encode", "register"]
+__all__ = ["Budget", "Encoder", "StagedScheduler", "encode", "register"]
 
 PLUGIN = "vtp_kernels"
 MODELS = {
     "LlavaForConditionalGeneration": "vtp_kernels.vllm.llava:PrunedLlava",
     "LlavaNextForConditionalGeneration": "vtp_kernels.vllm.llava_next:PrunedLlavaNext",
 }
+
+#: What is imported when it is asked for.
+HOMES = {"Encoder": "encoder", "encode": "encoder", "StagedScheduler": "stages.scheduler"}
 
 
 def register() -> None:
@@ -39,6 +42,6 @@ def register() -> None:
 
 
 def __getattr__(name: str):
-    if name not in ("Encoder", "encode"):
+    if name not in HOMES:
         raise AttributeError(f"module 'vtp_kernels.vllm' has no attribute {name!r}")
-    return getattr(importlib.import_module("vtp_kernels.vllm.encoder"), name)
+    return getattr(importlib.import_module(f"vtp_kernels.vllm.{HOMES[name]}"), name)

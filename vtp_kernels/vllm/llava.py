@@ -16,6 +16,7 @@ from vtp_kernels.ops import compact_rows, select_topk
 from .budget import KEY, Budget
 from .processing import BudgetInfo, BudgetProcessor
 from .seeing import PrunedImages
+from .stages.model import Staged
 
 __all__ = ["PrunedLlava"]
 
@@ -45,7 +46,7 @@ def _processor(info: Any, dummy_inputs: Any) -> Any:
 
 
 @MULTIMODAL_REGISTRY.register_processor(_processor, info=_info, dummy_inputs=_plain.dummy_inputs)
-class PrunedLlava(PrunedImages, LlavaForConditionalGeneration):
+class PrunedLlava(Staged, PrunedImages, LlavaForConditionalGeneration):
     hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | PrunedImages.tower_names
 
     def _embed_best(self, images: Any, keep: int, score: str) -> Any:

@@ -17,6 +17,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from .choice import best_rows
 from .processing import BudgetInfo, BudgetProcessor
 from .seeing import PrunedImages
+from .stages.model import Staged
 
 __all__ = ["PrunedLlavaNext"]
 
@@ -34,7 +35,7 @@ class LlavaNextBudgetProcessor(BudgetProcessor, LlavaNextMultiModalProcessor):
     info=LlavaNextBudgetInfo,
     dummy_inputs=LlavaNextForConditionalGeneration._processor_factory.dummy_inputs,
 )
-class PrunedLlavaNext(PrunedImages, LlavaNextForConditionalGeneration):
+class PrunedLlavaNext(Staged, PrunedImages, LlavaNextForConditionalGeneration):
     hf_to_vllm_mapper = (
         LlavaNextForConditionalGeneration.hf_to_vllm_mapper | PrunedImages.tower_names
     )

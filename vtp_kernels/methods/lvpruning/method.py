@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,6 +133,13 @@ class LVPruning(Method, key="lvpruning"):
         scores = self._scores(layer, rows) if any(counts) else None
         return rows.keep_visual(counts, scores)
 
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._deciders(device, dtype)
+
+    def visual_left(self, layer: int, pictures: Sequence[int]) -> int:
+        total = sum(pictures)
+        return min([total, *(self.budget(at, total) for at in self.layers if at <= layer)])
+
     # ---- how it decides -----------------------------------------------------------------------
 
     def budget(self, layer: int, visual_tokens: int) -> int:
@@ -146,13 +154,12 @@ class LVPruning(Method, key="lvpruning"):
         drafts = rows.text.shape[1] - 1 - rows.prompt_end
         asked, _, text_valid = rows.gather(text, [count - drafts for count in rows.text_now])
         visual, visual_at, _ = rows.gather(rows.visual, rows.visual_now)
-        decider = self._deciders(rows.hidden)[layer]
+        decider = self._deciders(rows.hidden.device, rows.hidden.dtype)[layer]
         logits = decider(visual, asked, text_valid).float()
         return rows.spread(logits[..., 0] - logits[..., 1], visual_at)
 
-    def _deciders(self, like: Tensor) -> Deciders:
-        """On the device and in the dtype of `like`."""
-        at = like.device, like.dtype
+    def _deciders(self, device: torch.device, dtype: torch.dtype) -> Deciders:
+        at = device, dtype
         if at not in self._loaded:
             file = Path(self.modules_path, WEIGHTS).resolve()
             written = file.stat().st_mtime_ns if file.exists() else None

@@ -164,31 +164,41 @@ class PassiveVisualAttention(StandIn):
             key, value = key[:, :, :keys], value[:, :, :keys]  # a static cache has more room
         # Every key needs its query: those that came before are computed along.
         query, visual = pad(query, (0, 0, past, 0)), pad(visual, (past, 0))
-        output = self._passive(query, key, value, visual, valid)[:, :, past:]
+        output = attend_passively(
+            self.passive, query, key, value, visual, valid, attention.scaling, self.backend
+        )[:, :, past:]
         output = output.transpose(1, 2).reshape(*hidden_states.shape[:2], -1)
         return put_out(attention, output, gate), None
 
-    def _passive(
-        self, query: Tensor, key: Tensor, value: Tensor, visual: Tensor, valid: Tensor | None
-    ) -> Tensor:
-        passive = self.passive
-        options = {
-            "valid": valid,
-            "sink": passive.sink,
-            "renormalize": passive.renormalize,
-            "scale": self.replaced.scaling,
-            "backend": self.backend,
-        }
-        output = passive_attention(
-            query, key, value, visual=visual, visual_rows=passive.visual_rows, **options
+
+def attend_passively(
+    passive: PassiveVisual,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visual: Tensor,
+    valid: Tensor | None,
+    scale: float,
+    backend: str | None,
+) -> Tensor:
+    """[B, Hq, S, D]: `vtp_kernels.passive_attention` as a method asks for it."""
+    options = {
+        "valid": valid,
+        "sink": passive.sink,
+        "renormalize": passive.renormalize,
+        "scale": scale,
+        "backend": backend,
+    }
+    output = passive_attention(
+        query, key, value, visual=visual, visual_rows=passive.visual_rows, **options
+    )
+    if passive.spare_second_half:
+        first_half = visual & (2 * visual.cumsum(1) <= visual.sum(1, keepdim=True))
+        text = passive_attention(
+            query, key, value, visual=first_half, visual_rows="skip", **options
         )
-        if passive.spare_second_half:
-            first_half = visual & (2 * visual.cumsum(1) <= visual.sum(1, keepdim=True))
-            text = passive_attention(
-                query, key, value, visual=first_half, visual_rows="skip", **options
-            )
-            output = torch.where(visual[:, None, :, None], output, text)
-        return output
+        output = torch.where(visual[:, None, :, None], output, text)
+    return output
 
 
 class SomeRowsAttention(StandIn):

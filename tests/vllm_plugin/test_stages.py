@@ -1,0 +1,339 @@
+"""Pruning between the layers in vLLM, as far as it needs no vLLM: what may be asked for, how many
+rows each request has, and which of a step's rows stay."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+
+import vtp_kernels as vtp
+from vtp_kernels.contract.backends import Backends
+from vtp_kernels.models.attention.ranks import AllHeads
+from vtp_kernels.vllm.stages.accounting import Accounts, Prompt
+from vtp_kernels.vllm.stages.choice import Choice, Heads, Rows, Seen
+from vtp_kernels.vllm.stages.settings import SCHEDULER, Settings, check_engine
+
+DEPTH, CPU = 8, torch.device("cpu")
+
+
+def config(vtp=None, **changes):
+    """As much of vLLM's configuration as is looked at; changes as `part__option=value`."""
+    text = SimpleNamespace(
+        num_hidden_layers=DEPTH, model_type="llama", hidden_size=256, num_attention_heads=4
+    )
+    hf_config = SimpleNamespace(model_type="llava", get_text_config=lambda: text)
+    found = SimpleNamespace(
+        additional_config={} if vtp is None else {"vtp": vtp},
+        use_v2_model_runner=True,
+        model_config=SimpleNamespace(
+            hf_config=hf_config, enable_prompt_embeds=False, runner_type="generate"
+        ),
+        scheduler_config=SimpleNamespace(
+            scheduler_cls=SCHEDULER,
+            enable_chunked_prefill=False,
+            long_prefill_token_threshold=0,
+            disable_hybrid_kv_cache_manager=None,
+        ),
+        parallel_config=SimpleNamespace(
+            pipeline_parallel_size=1,
+            data_parallel_size=1,
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            use_ubatching=False,
+        ),
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False, kv_offloading_size=None),
+        compilation_config=SimpleNamespace(cudagraph_mode=SimpleNamespace(name="NONE")),
+        speculative_config=None,
+        lora_config=None,
+        kv_transfer_config=None,
+        ec_transfer_config=None,
+    )
+    for name, value in changes.items():
+        *parts, option = name.split("__")
+        setattr(getattr(found, parts[0]) if parts else found, option, value)
+    return found
+
+
+def settings(method):
+    return Settings.of(config({"method": method}))
+
+
+# ---- settings ---------------------------------------------------------------------------------
+
+
+def test_a_method_is_given_as_everywhere(tmp_path):
+    fastv = vtp.FastV(3, 0.25)
+    fastv.save(tmp_path / "it.json")
+    for given in ("fastv:3:0.25", str(tmp_path / "it.json"), fastv.to_dict()):
+        assert settings(given) == Settings(fastv, (3,), DEPTH)
+    for nothing in (None, {"method": "none"}, {"method": None}):
+        assert Settings.of(config(nothing)) is None
+    found = settings("pyramiddrop:2=0.5,4=0.25,6=16")
+    assert [found.stage_of(layer) for layer in range(DEPTH)] == [None, None, 0, 0, 1, 1, 2, 2]
+    assert found.left([100, 11]) == [56, 28, 16]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ("fastv:2:0.5", TypeError, r"additional_config\.vtp: expected .* got 'fastv:2:0.5'"),
+        ({}, ValueError, r"vtp\.method: expected a method, got nothing"),
+        ({"method": "fastv", "keep": 1}, ValueError, "there is no keep; expected 'method'"),
+        ({"method": 3}, TypeError, r"vtp\.method: expected a string .* got 3"),
+        ({"method": "fastvv"}, ValueError, r"vtp\.method: there is no method 'fastvv'"),
+        ({"method": {"method": "fastv", "ratio": 1}}, ValueError, r"vtp\.method: .*no \['ratio'\]"),
+        ({"method": f"fastv:{DEPTH}"}, ValueError, "there is no layer 8"),
+        (
+            {"method": {"method": "lvpruning", "layers": [1], "ratios": [0.5]}},
+            ValueError,
+            r"LVPruning\.modules_path",
+        ),
+        (
+            {"method": "inflection:llm_layers=2"},
+            NotImplementedError,
+            "InflectionPruning .*vision tower",
+        ),
+        (
+            {"method": "inflection:source=none,llm_layers=2"},
+            NotImplementedError,
+            "attention that is not causal",
+        ),
+        (
+            {"method": "visipruner:stages=middle+deep,shallow_layers=2"},
+            NotImplementedError,
+            "does not tell beforehand how many",
+        ),
+        ({"method": "schedule:"}, ValueError, "LAYER=KEEP"),
+    ],
+)
+def test_what_cannot_be_had_is_named(given, error, message):
+    with pytest.raises(error, match=message):
+        Settings.of(config(given))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scheduler_config__scheduler_cls": None}, "scheduler_cls: expected 'vtp_kernels"),
+        ({"scheduler_config__enable_chunked_prefill": True}, "enable_chunked_prefill: expected"),
+        ({"scheduler_config__long_prefill_token_threshold": 9}, "long_prefill_token_threshold"),
+        ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache"),
+        ({"speculative_config": SimpleNamespace()}, "speculative_config: expected None"),
+        ({"lora_config": SimpleNamespace()}, "enable_lora: expected False"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline_parallel_size: expected 1 "),
+        ({"parallel_config__data_parallel_size": 2}, "data_parallel_size"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "decode_context_parallel_size"),
+        ({"parallel_config__prefill_context_parallel_size": 2}, "prefill_context_parallel_size"),
+        ({"parallel_config__use_ubatching": True}, "enable_dbo"),
+        ({"kv_transfer_config": SimpleNamespace()}, "kv_transfer_config: expected None"),
+        ({"ec_transfer_config": SimpleNamespace()}, "ec_transfer_config"),
+        ({"cache_config__kv_offloading_size": 1.0}, "kv_offloading_size"),
+        ({"cache_config__kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
+        ({"model_config__enable_prompt_embeds": True}, "enable_prompt_embeds"),
+        ({"model_config__runner_type": "pooling"}, "runner: expected 'generate'"),
+        (
+            {"compilation_config__cudagraph_mode": SimpleNamespace(name="FULL_AND_PIECEWISE")},
+            "cudagraph_mode: expected one of .*FULL_DECODE_ONLY.* got 'FULL_AND_PIECEWISE'",
+        ),
+        ({"use_v2_model_runner": False}, "VLLM_USE_V2_MODEL_RUNNER=1"),
+    ],
+)
+def test_options_that_do_not_go_with_it_are_named(changes, message):
+    check_engine(config(), "0.32.0")
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        check_engine(config(**changes), "0.32.0")
+    with pytest.raises(NotImplementedError, match=r"made for vLLM 0\.32, this is 0\.33\.1"):
+        check_engine(config(), "0.33.1")
+
+
+# ---- which rows there are ---------------------------------------------------------------------
+
+
+def test_the_last_token_of_a_prompt_is_none_of_its_images():
+    prompt = Prompt.of([[(6, 9)], [(1, 2), (4, 4)]], 10)
+    assert prompt.visual.tolist() == [1, 2, 4, 6, 7, 8]
+    assert prompt.picture.tolist() == [0, 0, 0, 1, 1, 1] and prompt.pictures == [3, 3]
+    assert Prompt.of([], 3) == (3, *(pytest.approx(np.zeros(0)),) * 2, [])
+
+
+def new_accounts(method, prompts):
+    accounts = Accounts(settings(method), 16, CPU)
+    for slot, (name, prompt) in enumerate(prompts.items()):
+        accounts.add(name, slot, prompt)
+    return accounts
+
+
+def take(accounts, names, computed, lengths):
+    slots = np.array([accounts.prompts[name][0] for name in names])
+    arrays = (np.array(x, dtype=np.int32) for x in (computed, lengths))
+    return accounts.step(names, slots, torch.from_numpy(slots), *arrays)
+
+
+def test_lengths_and_starts_of_a_step():
+    """A prompt beside one that is answered already, text, and one that was preempted and comes back
+    with two tokens of its answer."""
+    prompts = {
+        "new": Prompt.of([[(1, 8)]], 12),
+        "answered": Prompt.of([[(0, 7)]], 10),
+        "text": Prompt.of([], 6),
+        "back": Prompt.of([[(0, 3)], [(5, 8)]], 11),
+    }
+    accounts = new_accounts("pyramiddrop:2=0.5,4=2", prompts)
+    step = take(accounts, list(prompts), [0, 14, 0, 0], [12, 1, 6, 13])
+    assert step.fresh.tolist() == [0, 3] and step.rows == 32
+    first, second = step.stages
+    assert first.gone.tolist() == [4, 4, 0, 4] and second.gone.tolist() == [6, 6, 0, 6]
+    assert first.starts.tolist() == [0, 8, 9, 15, 24]
+    assert second.starts.tolist() == [0, 6, 7, 13, 20]
+    request, place = second.places(second.starts.long(), torch.tensor([6, 9, 6, 7]), 20)
+    assert request.tolist() == [0] * 6 + [1] + [2] * 6 + [3] * 7
+    assert place.tolist() == [*range(6), 8, *range(6), *range(7)]
+    sources, places = step.staying(0, 1)
+    assert sources.tolist() == [8, *range(9, 15), 22, 23]
+    assert places.tolist() == [6, *range(7, 13), 18, 19]
+    answering = take(accounts, list(prompts), [12, 15, 6, 13], [1, 1, 1, 1])
+    assert not len(answering.fresh) and answering.stages[1].starts is None
+    assert answering.stages[1].gone.tolist() == [6, 6, 0, 6]
+
+
+def test_batches_that_vllm_makes_up_are_no_steps():
+    accounts = new_accounts("fastv:2:0.5", {"a": Prompt.of([[(0, 7)]], 10)})
+    assert accounts.step(["b"], *[np.zeros(1, dtype=np.int64)] * 4) is None
+    accounts.remove("a")
+    assert accounts.step(["a"], *[np.zeros(1, dtype=np.int64)] * 4) is None
+
+
+def test_a_prompt_that_was_cut_up_is_an_error():
+    accounts = new_accounts("fastv:2:0.5", {"a": Prompt.of([[(2, 7)]], 10)})
+    for computed, length in ((0, 9), (1, 9)):
+        with pytest.raises(RuntimeError, match="cut up"):
+            take(accounts, ["a"], [computed], [length])
+
+
+def test_what_loses_nothing_may_be_read_in_any_way():
+    accounts = new_accounts("fastv:2:9", {"a": Prompt.of([[(2, 7)]], 10)})
+    step = take(accounts, ["a"], [4], [3])
+    assert not len(step.fresh) and step.stages[0].gone.tolist() == [0]
+
+
+# ---- which rows stay --------------------------------------------------------------------------
+
+HEADS, KEYS, SIZE = 4, 2, 8
+
+
+def new_step(draw, method, prompts, computed, lengths):
+    accounts = new_accounts(method, prompts)
+    step = take(accounts, list(prompts), computed, lengths)
+    together = AllHeads(HEADS, None)
+    return accounts.settings, step, Heads(HEADS, KEYS, SIZE, 0.3, together)
+
+
+def states(draw, rows, heads):
+    return [draw.normal(rows, n * SIZE) for n in (HEADS, KEYS, KEYS)]
+
+
+def by_hand(scorer, query, key, value, visual):
+    """Scores of a prompt's rows: [rows, heads * SIZE] each."""
+    rows = len(query)
+    query, key, value = (x.double().view(rows, -1, SIZE) for x in (query, key, value))
+    key, value = (x.repeat_interleave(HEADS // KEYS, 1) for x in (key, value))
+    logits = 0.3 * torch.einsum("mhd,nhd->hmn", query, key)
+    causal = torch.ones(rows, rows, dtype=torch.bool).tril()
+    weights = logits.masked_fill(~causal, -torch.inf).softmax(-1)
+    if scorer == "last_token":
+        return weights[:, -1].mean(0)
+    if scorer == "text":
+        asking = ~visual & (visual.cumsum(0) > 0)
+        return weights[:, asking].mean((0, 1))
+    return (weights[:, -1, :, None] * value.transpose(0, 1)).square().sum((0, 2)).sqrt()
+
+
+@pytest.mark.parametrize("scorer", ["last_token", "text", "contribution"])
+def test_rows_that_stay_are_those_chosen_one_by_one(draw, scorer):
+    """Of prompts of very different lengths, beside requests that lose nothing, over two stages."""
+    prompts = {
+        "long": Prompt.of([[(3, 40)], [(44, 70)]], 75),
+        "text": Prompt.of([], 5),
+        "short": Prompt.of([[(1, 9)]], 12),
+        "answered": Prompt.of([[(0, 7)]], 10),
+        "back": Prompt.of([[(0, 30)]], 64),
+    }
+    names, computed, lengths = list(prompts), [0, 0, 0, 12, 0], [75, 5, 12, 1, 66]
+    asked, step, heads = new_step(draw, f"schedule:2=0.5,5=7:{scorer}", prompts, computed, lengths)
+    choice = Choice(asked, step, Backends(None))
+    before = [list(range(n)) for n in lengths]  # places of each request's rows that are left
+    for stage, keep in enumerate((0.5, 7)):
+        rows = sum(map(len, before))
+        seen = states(draw, rows, heads)
+        places = torch.tensor([at for some in before for at in some])
+        visual = torch.cat(
+            [
+                torch.from_numpy(np.isin(at, prompts[n].visual) & (c == 0))
+                for n, at, c in zip(names, before, computed, strict=True)
+            ]
+        )
+        there = Rows(draw.normal(rows, 6), visual, places)
+        stays = choice.stays(stage, there, Seen(heads, *seen))
+        expected, after, first = [], [], 0
+        for name, some, done in zip(names, before, computed, strict=True):
+            prompt, at = prompts[name], np.array(some)
+            own = slice(first, first + len(some))
+            head = int((at < prompt.length).sum())
+            chosen = np.ones(len(some), dtype=bool)
+            if done == 0 and len(prompt.visual):
+                part = [x[own][:head] for x in seen]
+                scores = by_hand(scorer, *part, visual[own][:head])
+                tokens = np.flatnonzero(visual[own].numpy())
+                total = len(prompt.visual)
+                count = int(total * keep + 0.5) if keep < 1 else min(keep, len(tokens))
+                best = sorted(tokens, key=lambda row: -scores[row].item())[:count]
+                chosen[np.setdiff1d(tokens, best)] = False
+            expected += (first + np.flatnonzero(chosen)).tolist()
+            after.append(at[chosen].tolist())
+            first += len(some)
+        assert stays.tolist() == expected
+        assert len(expected) == int(step.begins(stage)[-1])
+        before = after
+
+
+def test_each_picture_keeps_its_own(draw):
+    prompt = Prompt.of([[(1, 10)], [(12, 15)]], 18)
+    asked, step, heads = new_step(
+        draw, "schedule:2=0.5:last_token:picture", {"a": prompt}, [0], [18]
+    )
+    there = Rows(draw.normal(18, 6), step.visual, torch.arange(18))
+    seen = Seen(heads, *states(draw, 18, heads))
+    stays = Choice(asked, step, Backends(None)).stays(0, there, seen)
+    found = np.bincount(prompt.picture[np.isin(prompt.visual, stays)])
+    assert found.tolist() == [5, 2]
+
+
+def test_a_choice_by_chance_is_that_of_the_method(draw):
+    prompts = {"a": Prompt.of([[(2, 30)]], 40), "b": Prompt.of([[(0, 9)]], 33)}
+    asked, step, _ = new_step(draw, "random:0.3:0:7", prompts, [0, 0], [40, 33])
+    there = Rows(draw.normal(73, 6), step.visual, torch.tensor([*range(40), *range(33)]))
+    stays = Choice(asked, step, Backends(None)).stays(0, there, None)
+    alone, begins = [], [0, 40]
+    for (name, prompt), first in zip(prompts.items(), begins, strict=True):
+        asked, step, _ = new_step(draw, "random:0.3:0:7", {name: prompt}, [0], [prompt.length])
+        rows = Rows(draw.normal(prompt.length, 6), step.visual, torch.arange(prompt.length))
+        alone.append(first + Choice(asked, step, Backends(None)).stays(0, rows, None))
+    assert torch.equal(stays, torch.cat(alone))
+
+
+def test_a_method_that_breaks_its_promise_is_named(draw):
+    class Liar(vtp.Schedule):
+        def visual_left(self, layer, pictures):
+            return super().visual_left(layer, pictures) - 1
+
+    prompt = Prompt.of([[(1, 10)]], 12)
+    accounts = Accounts(Settings(Liar({2: 0.5}, score="random"), (2,), DEPTH), 4, CPU)
+    accounts.add("a", 0, prompt)
+    step = take(accounts, ["a"], [0], [12])
+    there = Rows(draw.normal(12, 6), step.visual, torch.arange(12))
+    with pytest.raises(RuntimeError, match=r"Liar\.visual_left promised \[4\] .* left \[5\]"):
+        Choice(accounts.settings, step, Backends(None)).stays(0, there, None)

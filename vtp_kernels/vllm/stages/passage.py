@@ -1,0 +1,133 @@
+"""A step's rows on their way through the layers."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtp_kernels.contract.backends import Backends
+from vtp_kernels.ops import compact_rows
+
+from .attention import Shared, StageAttention
+from .choice import Choice, Heads, Rows, Seen
+from .ground import (
+    AllRanks,
+    check_layers,
+    get_forward_context,
+    override_forward_context,
+    with_rows,
+)
+from .settings import Settings
+
+__all__ = ["Passage"]
+
+
+class Passage:
+    """The layers of a language model, one by one, for steps in which rows leave. All other steps
+    are vLLM's own, compiled and in graphs."""
+
+    def __init__(self, decoder: nn.Module, settings: Settings) -> None:
+        check_layers(decoder)
+        self.settings, self.decoder = settings, decoder
+        self.shared = Shared()
+        self.backends = Backends(None)
+        self.observed = set(settings.method.observed_layers(len(decoder.layers)))
+        for number, layer in enumerate(decoder.layers):
+            stage = settings.stage_of(number)
+            if stage is not None:
+                StageAttention.make(layer.self_attn.attn, stage, self.shared)
+
+    def is_asked_for(self) -> bool:
+        """Whether prompts are read in this forward pass that vLLM would read otherwise. One without
+        metadata is no step at all: vLLM measures its memory so."""
+        step = self.shared.step
+        real = isinstance(get_forward_context().attn_metadata, dict)
+        return real and step is not None and len(step.fresh) > 0
+
+    def __call__(self, positions: Tensor, embeddings: Tensor) -> Tensor:
+        """What the last layer puts out, [rows, C]; 0 for rows that left."""
+        step, context, device = self.shared.step, get_forward_context(), positions.device
+        choice = Choice(self.settings, step, self.backends)
+        hidden, residual, places = embeddings[: step.rows], None, positions[: step.rows]
+        left = torch.arange(step.rows, device=device)  # which rows these are
+        visual, seen = step.visual, None
+        for first, last, stage in self._stretches():
+            if stage is not None and step.loses_at(stage):
+                read = hidden if residual is None else hidden + residual
+                stays = choice.stays(stage, Rows(read, visual, places), seen)
+                hidden, residual, places, visual, left = _compacted(
+                    stays, hidden, residual, places, visual, left
+                )
+            with override_forward_context(with_rows(context, len(hidden))):
+                for number in range(first, last):
+                    layer = self.decoder.layers[number]
+                    with (
+                        _watching(layer.self_attn, number in self.observed) as calls,
+                        self._passive(number, choice, stage, visual),
+                    ):
+                        hidden, residual = layer(places, hidden, residual)
+                    seen = _seen(layer.self_attn, calls)
+        hidden, _ = self.decoder.norm(hidden, residual)
+        return hidden.new_zeros(len(positions), hidden.shape[1]).index_copy_(0, left, hidden)
+
+    @contextmanager
+    def _passive(self, number: int, choice: Choice, stage: int | None, visual: Tensor) -> Any:
+        """In a layer where visual tokens are passive its attention runs as ever, which fills the
+        cache, and what it puts out is replaced."""
+        how, attention = self.settings.passive.get(number), self.decoder.layers[number].self_attn
+        if how is None:
+            yield
+            return
+        hook = attention.attn.register_forward_hook(
+            lambda module, args, output: choice.passive(
+                stage, how, visual, _seen(attention, [args]), output
+            )
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _stretches(self) -> list[tuple[int, int, int | None]]:
+        """The layers before the first stage, and those of each: (first, behind the last, stage)."""
+        bounds = [0, *self.settings.layers, len(self.decoder.layers)]
+        stages = [None, *range(len(self.settings.layers))]
+        return list(zip(bounds[:-1], bounds[1:], stages, strict=True))
+
+
+def _compacted(stays: Tensor, *rows: Tensor | None) -> list[Tensor | None]:
+    """[rows, ...] each, or None: the rows that stay."""
+    given = [x[None] for x in rows if x is not None]
+    found = iter(compact_rows(given, stays[None]))
+    return [None if x is None else next(found)[0] for x in rows]
+
+
+@contextmanager
+def _watching(attention: nn.Module, watched: bool) -> Any:
+    """What a layer's attention is called with, if it is watched."""
+    calls: list[Any] = []
+    if not watched:
+        yield calls
+        return
+    hook = attention.attn.register_forward_pre_hook(lambda module, args: calls.append(args))
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def _seen(attention: nn.Module, calls: list[Any]) -> Seen | None:
+    if not calls:
+        return None
+    (query, key, value, *_), *_ = calls
+    heads = Heads(
+        attention.num_heads,
+        attention.num_kv_heads,
+        attention.head_dim,
+        attention.scaling,
+        AllRanks(attention.total_num_heads),
+    )
+    return Seen(heads, query, key, value)
