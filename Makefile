@@ -125,7 +125,9 @@ wheel-check: $(READY) ## such a wheel, looked into and run in new environments w
 	$(BIN)/python tests/build/wheel_check.py $(WHEEL_CHECK_ARGS)
 
 vllm-check: $(BUILT) $(VLLM_READY) ## the vLLM plugin in vLLM's CPU build, offline and behind its server
-	$(VLLM_BIN)/python -m pytest --confcutdir=tests/vllm_check tests/vllm_check $(TEST_ARGS)
+	$(VLLM_BIN)/python -m pytest --confcutdir=tests/vllm_check tests/vllm_check \
+		--ignore=tests/vllm_check/stages $(TEST_ARGS)
+	$(VLLM_BIN)/python -m pytest --confcutdir=tests/vllm_check tests/vllm_check/stages $(TEST_ARGS)
 
 bench-vllm: $(BUILT) $(VLLM_READY) ## the small LLaVA in vLLM, dense and pruned
 	$(VLLM_BIN)/python -m benchmarks.serving --json out/vllm.json

