@@ -373,10 +373,11 @@ def test_names_of_a_tradeoff_lie_over_nothing(tmp_path):
     points = {f"a method with a name, {i}": tuple(pair) for i, pair in enumerate(shares)}
     drawn = plot.tradeoff(points, tmp_path / "it.png")
     assert Image.open(tmp_path / "it.png").size == drawn.size
+    lines = {name: [pair] for name, pair in points.items()}
     axes = next(
         made.axes[0]
         for height in tradeoff_module.HEIGHTS
-        if (made := tradeoff_module._figure(points, height, "saved", "right")) is not None
+        if (made := tradeoff_module._figure(lines, height, "saved", "right")) is not None
     )
     boxes = [figure.box_of(text) for text in axes.texts]
     spots = [axes.transData.transform((100 * x, 100 * y)) for x, y in points.values()]
@@ -387,6 +388,17 @@ def test_names_of_a_tradeoff_lie_over_nothing(tmp_path):
     assert not any(labels.overlap(box, dot, room=0) for box in boxes for dot in dots)
     width, height = drawn.size
     assert all(b[0] >= 0 and b[1] >= 0 and b[2] <= width and b[3] <= height for b in boxes)
+
+
+def test_several_points_of_a_method_are_a_line(tmp_path):
+    lines = {"FastV": [(0.3, 0.9), (0.5, 0.8), (0.8, 0.4)], "none": (0.0, 0.95)}
+    figure = tradeoff_module._figure(
+        {name: tradeoff_module._line(name, line) for name, line in lines.items()},
+        *(tradeoff_module.HEIGHTS[0], "saved", "right"),
+    )
+    drawn = [line.get_xydata().tolist() for line in figure.axes[0].lines]
+    assert [[30, 90], [50, 80], [80, 40]] in [[[round(v) for v in p] for p in x] for x in drawn]
+    assert {text.get_text() for text in figure.axes[0].texts} == {"FastV", "no pruning"}
 
 
 def test_what_is_no_tradeoff_is_refused():

@@ -77,18 +77,22 @@ def _last(group: list[float], least: float, floor: float) -> float:
 
 
 def beside_points(
-    axes: Axes, points: Sequence[tuple[str, float, float, str]]
+    axes: Axes,
+    points: Sequence[tuple[str, float, float, str]],
+    others: Sequence[tuple[float, float]] = (),
 ) -> list[tuple[Text, Box]] | None:
     """(name, x, y, color), each named as near to its point as there is room; where it is not near,
-    a line leads there. None if no place is found for some of them."""
+    a line leads there, and none over `others` (x, y), which have no names. None if no place is
+    found for some of them."""
     spots = [tuple(axes.transData.transform(point[1:3])) for point in points]
     style = {"fontsize": LABEL, "transform": None, "parse_math": False}
     texts = [axes.text(0, 0, name, color=darker(color), **style) for name, _, _, color in points]
     sizes = [(box[2] - box[0], box[3] - box[1]) for box in map(box_of, texts)]
     window = axes.get_window_extent()
     room = (window.x0 + 2, window.y0 + 2, axes.figure.bbox.x1 - 4, window.y1 + 12)
+    marks = [_mark(spot) for spot in (*spots, *map(axes.transData.transform, others))]
     for order in _orders(spots):
-        boxes = _placed(order, spots, sizes, room)
+        boxes = _placed(order, spots, sizes, room, marks)
         if boxes is not None:
             break
     else:
@@ -115,10 +119,14 @@ def _orders(spots: Sequence[Spot]) -> Iterator[list[int]]:
 
 
 def _placed(
-    order: Sequence[int], spots: Sequence[Spot], sizes: Sequence[Spot], room: Box
+    order: Sequence[int],
+    spots: Sequence[Spot],
+    sizes: Sequence[Spot],
+    room: Box,
+    marks: Sequence[Box],
 ) -> list[Box] | None:
     """A box for each point, taken in turn. None if one of them finds none."""
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
+    taken = list(marks)
     lines: list[Line] = []
     found: dict[int, Box] = {}
     for index in order:
@@ -134,6 +142,12 @@ def _placed(
         if math.dist(*line) > _FAR:
             lines.append(line)
     return [found[index] for index in range(len(spots))]
+
+
+def _mark(spot: Spot) -> Box:
+    """Around a point."""
+    x, y = spot
+    return x - 5, y - 5, x + 5, y + 5
 
 
 def _places(spot: Spot, width: float, height: float) -> Iterator[Box]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -21,7 +21,7 @@ HEIGHTS = (440, 560, 720, 900, 1200)  # the first in which all names have room
 
 
 def tradeoff(
-    points: Mapping[str, tuple[float, float]],
+    points: Mapping[str, tuple[float, float] | Sequence[tuple[float, float]]],
     path: str | os.PathLike | None = None,
     *,
     saved: str = "prefill FLOPs saved",
@@ -29,11 +29,13 @@ def tradeoff(
 ) -> Image.Image:
     """Draws methods by what they save and by how often the answer is still right.
 
-    Every point has its name beside it. Methods of one kind have one color and one mark.
+    Every point has its name beside it; of several points of one method, which a line joins, the
+    last. Methods of one kind have one color and one mark.
 
     Args:
-        points: method -> (share saved, share of right answers), both from 0 to 1. A method is
-            named as on the command line, which is put into words, or in words.
+        points: method -> (share saved, share of right answers), both from 0 to 1, or several such
+            pairs in the order of the line. A method is named as on the command line, which is put
+            into words, or in words.
         path: where to write the PNG; None writes nothing.
         saved, right: what the shares are of, for the axes.
 
@@ -44,35 +46,45 @@ def tradeoff(
     """
     if not points:
         raise ValueError("points: expected at least one method, got none")
-    for name, pair in points.items():
-        if len(pair) != 2 or not all(0 <= share <= 1 for share in pair):
-            raise ValueError(f"points: expected two shares from 0 to 1, got {pair} for {name!r}")
+    lines = {name: _line(name, given) for name, given in points.items()}
     for height in HEIGHTS:
-        figure = _figure(points, height, saved, right)
+        figure = _figure(lines, height, saved, right)
         if figure is not None:
             return finished(figure, path)
     raise ValueError(f"points: {len(points)} are too many for their names; draw fewer at once")
 
 
+def _line(name: str, given: Sequence) -> list[tuple[float, float]]:
+    """The points of one method."""
+    pairs = [given] if len(given) and not isinstance(given[0], Sequence) else list(given)
+    for pair in pairs or [()]:
+        if len(pair) != 2 or not all(0 <= share <= 1 for share in pair):
+            raise ValueError(f"points: expected two shares from 0 to 1, got {pair} for {name!r}")
+    return pairs
+
+
 def _figure(
-    points: Mapping[str, tuple[float, float]], height: int, saved: str, right: str
+    lines: Mapping[str, list[tuple[float, float]]], height: int, saved: str, right: str
 ) -> Figure | None:
     """None if the names have no room in it."""
     figure = new_figure(WIDTH, height)
     axes = new_axes(figure, 56, 44, 90, 24)
-    lowest = min(share for _, share in points.values())
+    lowest = min(share for line in lines.values() for _, share in line)
     axes.set_xlim(-3, 100)
     axes.set_ylim(*_range(100 * lowest))
     axes.grid(color=FAINT, linewidth=0.6)
     axes.set_xlabel(f"{saved}, %", fontsize=9)
     axes.set_ylabel(f"{right}, %", fontsize=9)
-    names = readable(list(points))
-    named = []
-    for name, pair, look in zip(names, points.values(), _looks(names), strict=True):
-        (color, marker), (x, y) = look, (100 * share for share in pair)
+    names = readable(list(lines))
+    named, others = [], []
+    for name, line, look in zip(names, lines.values(), _looks(names), strict=True):
+        color, marker = look
+        x, y = ([100 * pair[axis] for pair in line] for axis in (0, 1))
+        axes.plot(x, y, color=color, linewidth=1.2, alpha=0.6)
         axes.plot(x, y, marker, color=color, markersize=7, mec="white", mew=0.7, clip_on=False)
-        named.append((name, x, y, color))
-    return None if beside_points(axes, named) is None else figure
+        others += zip(x[:-1], y[:-1], strict=True)
+        named.append((name, x[-1], y[-1], color))
+    return None if beside_points(axes, named, others) is None else figure
 
 
 def _range(lowest: float) -> tuple[float, float]:
