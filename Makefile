@@ -26,7 +26,7 @@ METHODS ?= none fastv:2:0.5 fastv:2:0.22 pyramiddrop:2=0.5,4=0.25,6=0.125 schedu
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint docs bench bench-compare bench-model bench-vllm gpu-check \
-	gpu-rehearsal triton-cache evaluate wheel wheel-check vllm-check clean
+	gpu-rehearsal triton-cache evaluate leaderboard wheel wheel-check vllm-check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -117,6 +117,10 @@ triton-cache: $(BUILT) $(GPU_READY) ## Triton's kernels compiled for sm_90, to b
 evaluate: $(BUILT) ## exact match of the small LLaVA, dense and pruned, on 2,000 held-out questions
 	$(BIN)/python benchmarks/pocket_llava/evaluate.py --questions 2000 --method $(METHODS) \
 		--json out/accuracy.json
+
+leaderboard: $(BUILT) ## every method on the small LLaVA, at as many visual tokens
+	$(BIN)/python benchmarks/pocket_llava/leaderboard.py --json out/leaderboard.json \
+		--plot out/leaderboard.png
 
 wheel: $(READY) ## a wheel for the architectures in VTP_CUDA_ARCHS, in dist/
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
