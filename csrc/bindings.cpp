@@ -126,7 +126,6 @@ STABLE_TORCH_LIBRARY(vtp_kernels, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(vtp_kernels, CPU, m) {
   vtp::implement_ops<vtp::Cpu>(m);
-  m.impl("select_diverse", TORCH_BOX(&vtp::Ops<vtp::Cpu>::select_diverse));
 }
 
 #ifdef VTP_WITH_CUDA

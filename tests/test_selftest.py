@@ -128,3 +128,4 @@ sys.exit(main(["selftest"]))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert " 0 do not" in run.stdout
+    assert "previously registered" not in run.stderr  # an op that the library registers twice
