@@ -202,6 +202,8 @@ def test_prompts_and_pictures_have_tabs_that_keys_reach(open_page, written, repo
         page.press(chosen, "RIGHT")
         assert len(page.all("#pictures [role=tab]")) == count
         assert page.browser.switch_to.active_element.get_attribute("aria-selected") == "true"
+        page.all("#prompts [aria-selected=true]")[0].click()
+        assert page.browser.switch_to.active_element.get_attribute("aria-selected") == "true"
         if count:
             page.press(page.all("#pictures [aria-selected=true]")[0], "LEFT")  # to the last
             page.set_layer(4)
@@ -347,6 +349,18 @@ def test_what_does_not_fit_is_refused(reports, words, tmp_path):
     with pytest.raises(ValueError, match="prompt: expected"):
         plot.page(picture(0), one, path, prompt=words[0][1:])
     assert not path.exists()
+
+
+def test_scores_that_are_not_finite_are_written(reports, tmp_path):
+    one = of_prompt(reports[0], 0)
+    columns = columns_of(one, 0, 0)
+    one.scores[2] = one.scores[2].clone()
+    one.scores[2][0, columns[0]], one.scores[2][0, columns[1]] = -torch.inf, torch.inf
+    plot.page(PICTURES[0], one, tmp_path / "odd.html")
+    data = re.search(r'type="application/json">(.*?)</script>', (tmp_path / "odd.html").read_text())
+    scores = json.loads(data[1])["methods"][0]["prompts"][0]["scores"]["2"]
+    assert [scores[column] for column in columns[:2]] == ["-Infinity", "Infinity"]
+    assert scores[0] is None
 
 
 def test_methods_have_names_in_words(reports, tmp_path):

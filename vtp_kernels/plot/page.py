@@ -273,13 +273,20 @@ def _method(name: str, report: Report) -> dict[str, Any]:
                 "kv": [counts[b] for counts in report.kv_tokens_per_layer],
                 "left": _left(report, b),
                 "scores": {
-                    layer: [None if x != x else float(f"{x:.4g}") for x in scores[b].tolist()]
+                    layer: [_number(x) for x in scores[b].tolist()]
                     for layer, scores in report.scores.items()
                 },
             }
             for b in range(batch)
         ],
     }
+
+
+def _number(score: float) -> float | str | None:
+    """JSON has numbers that are finite, and no others."""
+    if math.isnan(score):
+        return None
+    return float(f"{score:.4g}") if math.isfinite(score) else str(score).replace("inf", "Infinity")
 
 
 def _left(report: Report, b: int) -> list[int | None]:
