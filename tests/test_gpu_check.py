@@ -55,7 +55,7 @@ def test_the_whole_plan_is_rehearsed(tmp_path):
     assert result["steps"]["ncu"]["launches"][0]["dram__bytes_read.sum"] == 234.5
     assert "without passive_attention" in result["steps"]["memcheck"]["said"]
     bench = json.loads((tmp_path / "bench.json").read_text())
-    assert len(bench["rows"]) == 20 and not bench["failed"] and bench["running"] is None
+    assert len(bench["rows"]) == 22 and not bench["failed"] and bench["running"] is None
     assert bench["launch_gap_seconds"] > 0 and bench["copy_bytes_per_second"] > 0
     plain = json.loads((tmp_path / "bench-plain_launches.json").read_text())
     assert len(plain["rows"]) == 18 and not any(row["speedup"] for row in plain["rows"])

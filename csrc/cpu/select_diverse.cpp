@@ -200,7 +200,9 @@ class SelectGroup {
     plan.steps = std::min(wanted, plan.open);
     plan.odd = is_maxmin ? wanted - plan.steps : 0;
     if (is_maxmin && plan.steps == plan.open) {  // all, without a look at them
-      for (int64_t j = 0; j < plan.active; ++j) take(g, j);
+      for (int64_t j = 0; j < plan.active; ++j) {
+        if (open_[g * width_ + j]) take(g, j);  // of those kept, capacity may not hold all
+      }
       plan.steps = 0;
     }
     if (plan.steps == 0) return plan;

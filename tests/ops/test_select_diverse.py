@@ -280,6 +280,11 @@ def test_kept_rows_come_first_where_there_is_no_room(draw, backend, rule):
         row = row if row is not None else [0, 1, 2, 3, 4, 6]
         assert selection.indices.tolist() == [row + [-1] * (capacity - len(row))]
         assert selection.counts.tolist() == [len(row)]
+    for capacity in (0, 1, 2, 3):  # nothing competes, and what is kept has no room
+        selection = vtp.select_diverse(
+            features, 3, rule=rule, keep=keep, candidates=keep, capacity=capacity, backend=backend
+        )
+        assert selection.indices.tolist() == [keep[0].nonzero()[:capacity, 0].tolist()]
 
 
 @pytest.mark.parametrize("rule", RULES)
