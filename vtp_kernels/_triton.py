@@ -13,7 +13,7 @@ from vtp_kernels._compiling import constant
 
 #: Ops without Triton kernels. select_diverse: one launch for k steps that depend on each other
 #: takes barriers among the threads of a block, or of a cluster, which Triton does not have. The
-#: others: torch's own products and sums, which the reference calls, do about as well.
+#: others: the reference, which calls torch's own products and sums, serves.
 WITHOUT = frozenset({"select_diverse", "assign_rows", "merge_rows"})
 
 #: Why Triton cannot run on the devices asked about so far, or None if it can.

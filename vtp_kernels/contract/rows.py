@@ -35,7 +35,7 @@ from .seen import Observed, Sight
 from .unit import Unit, Units
 from .vision import PromptVision
 
-__all__ = ["KINDS", "Kept", "PromptRows", "rows_of"]
+__all__ = ["KINDS", "Kept", "PromptRows"]
 
 KINDS = ("text rows", "visual tokens")
 LOGITS = 1 << 24
@@ -406,14 +406,15 @@ class PromptRows:
             k = (among.sum(1).double() * keep + 0.5).floor().to(torch.int32)
         width = among.shape[1]
         chosen = select_topk(scores, k, candidates=among, capacity=width, backend=self._backend)
-        return rows_of(chosen, width)
+        return marked(chosen.indices, width)
 
     def up_to_knee(self, scores: Tensor, among: Tensor, **rule: Any) -> Tensor:
         """bool [B, S]: the rows of `among` bool [B, S] up to the knee of their sorted scores; all
         of them where there is none. `rule` as of `vtp_kernels.inflection`."""
         self.note_scores(scores, among)
         curve = scores.masked_fill(~among, torch.nan)  # what is not a number is on no curve
-        return rows_of(inflection(curve, **rule, backend=self._backend), among.shape[1]) & among
+        chosen = inflection(curve, **rule, backend=self._backend)
+        return marked(chosen.indices, among.shape[1]) & among
 
     def keep_rows(
         self,
@@ -558,7 +559,7 @@ class PromptRows:
             )
             if rule != "dpp":
                 return found
-            chosen = rows_of(found, rows.shape[1])
+            chosen = marked(found.indices, rows.shape[1])
             return select_topk(
                 torch.zeros(rows.shape, device=rows.device) if told is None else told,
                 k - found.counts,
@@ -722,7 +723,7 @@ class PromptRows:
         tensor(f"{where}: content", content, "B, T, C", shape, dtype, device)
         named = targets != -1
         places = torch.where((targets >= 0) & (targets < width), targets, width)
-        stays = pad(rows_of(kept.selection, width), (0, 1)).gather(1, places)
+        stays = pad(marked(kept.selection.indices, width), (0, 1)).gather(1, places)
         once = torch.zeros(batch, width + 1, dtype=torch.int64, device=device)
         once.scatter_add_(1, places, named.long())
         demand(
@@ -787,8 +788,3 @@ def _both(some: Tensor | None, others: Tensor | None) -> Tensor | None:
 def behind(past: int, among: Tensor) -> Tensor:
     """bool [B, past + S]: of `past` earlier keys none, and behind them those of `among`."""
     return pad(among, (past, 0)) if past else among
-
-
-def rows_of(selection: Selection, width: int) -> Tensor:
-    """bool [B, width]: the rows that were chosen."""
-    return marked(selection.indices, width)

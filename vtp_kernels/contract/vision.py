@@ -15,6 +15,7 @@ from vtp_kernels.ops import cls_inflection, inflection
 from vtp_kernels.selection import Selection
 
 from .counts import moved, on_device
+from .groups import marked
 
 __all__ = ["ASKS", "SCORES", "SOURCES", "Ask", "PromptVision", "Seen", "Shown", "asks_of"]
 
@@ -229,11 +230,8 @@ class PromptVision:
 
     def rows_showing(self, selection: Selection) -> Tensor:
         """bool [B, S]: the visual rows that show one of the tokens chosen, or none of all."""
-        pictures, tokens = self.seen.features.shape[:2]
-        indices = selection.indices
-        chosen = torch.zeros(pictures, tokens + 1, dtype=torch.bool, device=indices.device)
-        chosen.scatter_(1, torch.where(indices < 0, tokens, indices), True)
-        flat = pad(chosen[:, :tokens].reshape(-1), (0, 1), value=True)
+        chosen = marked(selection.indices, self.seen.features.shape[1])
+        flat = pad(chosen.flatten(), (0, 1), value=True)
         return flat.to(self.shows.device)[self.shows]  # -1 is the last one
 
     def at_most(self, tokens: int) -> list[int]:

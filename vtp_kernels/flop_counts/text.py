@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-__all__ = ["CHUNK", "TEXT", "DecoderLayer", "decoder_layers"]
+__all__ = ["CHUNK", "TEXT", "DecoderLayer", "decoder_layers", "head_dim"]
 
 CHUNK = 64
 """Rows that the gated delta rule takes together, here and in the kernels for it."""
@@ -65,11 +65,15 @@ def _layer_type(text: Any, layer: int) -> str | None:
 # ---- attention ------------------------------------------------------------------------------
 
 
+def head_dim(text: Any) -> int:
+    """Elements of a head, of a language model's config."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
 def _attention(text: Any, mlp: int, kind: str | None) -> DecoderLayer:
     width = text.hidden_size
-    head_dim = getattr(text, "head_dim", None) or width // text.num_attention_heads
-    query_width = text.num_attention_heads * head_dim
-    key_width = text.num_key_value_heads * head_dim
+    query_width = text.num_attention_heads * head_dim(text)
+    key_width = text.num_key_value_heads * head_dim(text)
     gate = query_width if text.model_type in QWEN3_5 else 0
     slides = kind == "sliding_attention" or (kind is None and text.model_type in ALL_SLIDING)
     return DecoderLayer(

@@ -8,7 +8,7 @@ from typing import Any
 
 from vtp_kernels._shown import shown
 
-__all__ = ["SHARES", "as_tuple", "check_keep", "check_layer", "visual_budget"]
+__all__ = ["SHARES", "as_tuple", "check_keep", "check_layer", "check_share", "visual_budget"]
 
 SHARES = "one for each layer, as (0.5, 0.25)"
 
@@ -43,6 +43,14 @@ def check_keep(keep: object, where: str) -> int | float:
     elif not (math.isfinite(keep) and 0.0 <= keep <= 1.0):
         raise ValueError(f"{where}: a share lies between 0.0 and 1.0, got {keep}")
     return keep
+
+
+def check_share(share: object, where: str) -> None:
+    """Raise TypeError or ValueError, naming `where`, for what is no share of `keep`, 0 to 1."""
+    if isinstance(share, bool) or not isinstance(share, int | float):
+        raise TypeError(f"{where}: expected a share of keep, got {shown(share)}")
+    if not 0 <= share <= 1:
+        raise ValueError(f"{where}: a share lies between 0.0 and 1.0, got {share}")
 
 
 def visual_budget(keep: int | float, visual_tokens: int) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .scorers import text_rows, wide
+from .scorers import directions, text_rows
 from .stages import BudgetedMethod, Stage
 
 if TYPE_CHECKING:
@@ -72,19 +72,14 @@ class CDPruner(BudgetedMethod, key="cdpruner"):
 def relevance(rows: PromptRows) -> Tensor:
     """float32 [B, S]: how relevant each visual row is to the text behind the first picture, from
     just above 0 to 1; 0 of what has no cosine, such as NaN, and off visual rows."""
-    embedded = wide(rows.hidden)
+    embedded = directions(rows.hidden)
     text, asks = text_rows(rows)
-    asked = torch.where(asks[..., None], _directions(embedded[:, text]), 0)
+    asked = torch.where(asks[..., None], embedded[:, text], 0)
     # The mean cosine to several rows is the product with their mean direction.
     mean = asked.sum(1) / asks.sum(1, keepdim=True).clamp(min=1)
-    cosine = (_directions(embedded) * mean[:, None]).sum(2)
+    cosine = (embedded * mean[:, None]).sum(2)
     among = rows.visual & cosine.isfinite()
     least = torch.where(among, cosine, torch.inf).amin(1, keepdim=True)
     spread = torch.where(among, cosine, -torch.inf).amax(1, keepdim=True) - least
     scaled = torch.where(spread > 0, (cosine - least + 1e-6) / spread, 1)
     return torch.where(among, scaled, 0)
-
-
-def _directions(x: Tensor) -> Tensor:
-    """Each row over its length; 0 for a row of zeros."""
-    return x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)

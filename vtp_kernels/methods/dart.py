@@ -77,7 +77,7 @@ class DART(BudgetedMethod, key="dart"):
         if not budgets.are_a_choice:
             return rows.keep_of_each(*budgets, None)
         groups = rows.grouped(budgets.group, budgets.there)
-        counts = [n for of_prompt in budgets.counts for n in of_prompt]
+        counts = budgets.of_groups
         norms, hidden = rows.key_norms(), wide(rows.hidden)
         mine, (until, asks) = groups.of(hidden), text_rows(rows)
         visual = ranked(groups.of(norms), groups.here, [min(self.visual_pivots, n) for n in counts])

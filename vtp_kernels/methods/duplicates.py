@@ -8,7 +8,7 @@ from torch import Tensor
 from vtp_kernels.contract.counts import moved
 from vtp_kernels.contract.groups import marked
 
-from .scorers import wide
+from .scorers import directions
 
 __all__ = ["most_distinct"]
 
@@ -35,8 +35,7 @@ def most_distinct(
     sizes: how many rows each group has, which tells how many rounds there may be. Nothing waits.
     """
     length = features.shape[1]
-    unit = wide(features)
-    unit = unit / unit.norm(dim=2, keepdim=True).clamp(min=torch.finfo(unit.dtype).tiny)
+    unit = directions(features)
     comparable = comparable & unit.isfinite().all(2) & among
     similar = unit.nan_to_num() @ unit.nan_to_num().transpose(1, 2)
     wanted = moved(torch.tensor(counts), features.device)

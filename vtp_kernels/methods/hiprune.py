@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from vtp_kernels._shown import shown
 from vtp_kernels.contract.vision import Ask
 
+from .budget import check_share
 from .stages import BudgetedMethod, Stage
 
 if TYPE_CHECKING:
@@ -56,11 +56,7 @@ class HiPrune(BudgetedMethod, key="hiprune"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        around = self.around
-        if isinstance(around, bool) or not isinstance(around, int | float):
-            raise TypeError(f"HiPrune.around: expected a share of keep, got {shown(around)}")
-        if not 0 <= around <= 1:
-            raise ValueError(f"HiPrune.around: a share lies between 0.0 and 1.0, got {around}")
+        check_share(self.around, "HiPrune.around")
         self.vision_source()
 
     @property
@@ -78,7 +74,7 @@ class HiPrune(BudgetedMethod, key="hiprune"):
         middle, deep = (rows.vision.of_rows(ask) for ask in self.vision_source())
         rows.note_scores(deep, rows.visual)
         middle, deep = groups.of(middle), groups.of(deep)
-        counts = [n for of_prompt in budgets.counts for n in of_prompt]
+        counts = budgets.of_groups
         anchors = [math.floor(n * self.around / CROSS + 0.5) for n in counts]
         chosen = groups.best(middle, anchors)
         buffers = groups.of(rows.vision.next_to(groups.in_rows(chosen))) & ~chosen

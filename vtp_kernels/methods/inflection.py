@@ -12,6 +12,7 @@ from vtp_kernels._shown import shown
 from vtp_kernels.contract import vision
 from vtp_kernels.contract.checks import check_depth
 from vtp_kernels.contract.method import Method, parse_settings, read_value
+from vtp_kernels.flop_counts.text import head_dim
 from vtp_kernels.ops.inflection import check_rule
 
 from .budget import as_tuple, check_keep, check_layer, visual_budget
@@ -165,12 +166,11 @@ class InflectionPruning(Method, key="inflection"):
         if layer == 0:
             return 0
         width, rows = config.hidden_size, text + visual
-        head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
-        queries = config.num_attention_heads * head_dim
+        queries = config.num_attention_heads * head_dim(config)
         scored_rows = rows if self.text_keep == 1.0 else 2 * rows + 1
         macs = scored_rows * queries * (width + rows)
         if self.score_without_rope:
-            macs += rows * width * config.num_key_value_heads * head_dim
+            macs += rows * width * config.num_key_value_heads * head_dim(config)
         return 2 * macs
 
     # ---- what it decides ----------------------------------------------------------------------

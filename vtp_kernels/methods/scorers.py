@@ -14,12 +14,28 @@ from torch import Tensor
 if TYPE_CHECKING:
     from vtp_kernels.contract.rows import PromptRows
 
-__all__ = ["SCORERS", "Scorer", "contribution", "last_token", "random", "text", "text_rows", "wide"]
+__all__ = [
+    "SCORERS",
+    "Scorer",
+    "contribution",
+    "directions",
+    "last_token",
+    "random",
+    "text",
+    "text_rows",
+    "wide",
+]
 
 
 def wide(x: Tensor) -> Tensor:
     """As float32; float64 as it is."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def directions(x: Tensor) -> Tensor:
+    """Each row, `wide`, over its length; 0 for a row of zeros."""
+    x = wide(x)
+    return x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def last_row(rows: PromptRows) -> tuple[slice, None]:

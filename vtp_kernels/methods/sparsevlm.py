@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +9,9 @@ from torch import Tensor
 
 from vtp_kernels._shown import shown
 from vtp_kernels.contract.method import parse_settings, read_value
+from vtp_kernels.flop_counts.text import head_dim
 
-from .budget import SHARES, as_tuple
+from .budget import SHARES, as_tuple, visual_budget
 from .merging import Merging, merged_events
 from .raters import raters
 from .stages import BudgetedMethod, Budgets, Stage
@@ -112,8 +112,8 @@ class SparseVLM(BudgetedMethod, key="sparsevlm"):
 
     def _recycle(self, layer: int, rows: PromptRows, budgets: Budgets, scores: Tensor) -> Kept:
         groups = rows.grouped(budgets.group, budgets.there)
-        counts = [n for of_prompt in budgets.counts for n in of_prompt]
-        pools = [_part(RECYCLED, n - k) for n, k in zip(groups.sizes, counts, strict=True)]
+        counts = budgets.of_groups
+        pools = [visual_budget(RECYCLED, n - k) for n, k in zip(groups.sizes, counts, strict=True)]
         centres = [min(_centres(n), k) for n, k in zip(pools, counts, strict=True)]
         rows.note_scores(scores, rows.visual)
         scores = groups.of(scores)
@@ -139,23 +139,18 @@ class SparseVLM(BudgetedMethod, key="sparsevlm"):
         if kept in (0, visual):
             return 0
         width, rows = config.hidden_size, text + visual
-        head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
-        macs = text * config.num_attention_heads * head_dim * (width + rows)
+        macs = text * config.num_attention_heads * head_dim(config) * (width + rows)
         if self.recycle:
-            pool = _part(RECYCLED, visual - kept)
+            pool = visual_budget(RECYCLED, visual - kept)
             macs += pool * _centres(pool) * width
         if layer == self.layers[0]:
             macs += text * visual * width
         return 2 * macs
 
 
-def _part(share: float, rows: int) -> int:
-    return math.floor(share * rows + 0.5)
-
-
 def _centres(pool: int) -> int:
     """One at least, where there is anything to be merged into it."""
-    return max(_part(CLUSTERED, pool), int(pool > 1))
+    return max(visual_budget(CLUSTERED, pool), int(pool > 1))
 
 
 def _numbers(text: str) -> tuple[Any, ...]:

@@ -43,6 +43,11 @@ class Budgets(NamedTuple):
     counts: list[list[int]]
 
     @property
+    def of_groups(self) -> list[int]:
+        """`counts` of all prompts' groups, in order."""
+        return [n for of_prompt in self.counts for n in of_prompt]
+
+    @property
     def are_a_choice(self) -> bool:
         """Whether it matters which rows of some group stay."""
         return any(

@@ -69,7 +69,7 @@ class VisionZip(BudgetedMethod, key="visionzip"):
         if not budgets.are_a_choice:
             return rows.keep_of_each(*budgets, None)
         groups, vision = rows.grouped(budgets.group, budgets.there), rows.vision
-        counts = [n for of_prompt in budgets.counts for n in of_prompt]
+        counts = budgets.of_groups
         contextual = [visual_budget(self.contextual, n) for n in counts]
         scores = vision.of_rows("attention")
         rows.note_scores(scores, rows.visual)

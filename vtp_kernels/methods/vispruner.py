@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vtp_kernels._shown import shown
-
+from .budget import check_share
 from .duplicates import most_distinct
 from .stages import BudgetedMethod, Stage
 
@@ -49,11 +48,7 @@ class VisPruner(BudgetedMethod, key="vispruner"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        share = self.important
-        if isinstance(share, bool) or not isinstance(share, int | float):
-            raise TypeError(f"VisPruner.important: expected a share of keep, got {shown(share)}")
-        if not 0 <= share <= 1:
-            raise ValueError(f"VisPruner.important: a share lies between 0.0 and 1.0, got {share}")
+        check_share(self.important, "VisPruner.important")
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -67,7 +62,7 @@ class VisPruner(BudgetedMethod, key="vispruner"):
         if not budgets.are_a_choice:
             return rows.keep_of_each(*budgets, None)
         groups, vision = rows.grouped(budgets.group, budgets.there), rows.vision
-        counts = [n for of_prompt in budgets.counts for n in of_prompt]
+        counts = budgets.of_groups
         important = [int(n * self.important) for n in counts]
         scores = vision.of_rows("attention")
         rows.note_scores(scores, rows.visual)

@@ -10,11 +10,11 @@ from torch import Tensor
 from vtp_kernels._shown import shown
 from vtp_kernels.contract.counts import added, on_device
 from vtp_kernels.contract.facts import Fact, asked_stay, check_fit, demand, equal, host_counts
+from vtp_kernels.contract.groups import marked
 from vtp_kernels.contract.method import Method
-from vtp_kernels.contract.rows import KINDS, Kept, PromptRows, rows_of
+from vtp_kernels.contract.rows import KINDS, Kept, PromptRows
 from vtp_kernels.ops import _checks
 from vtp_kernels.ops._checks import ANY, INT64, INTS, tensor
-from vtp_kernels.selection import Selection
 
 __all__ = ["decision"]
 
@@ -81,7 +81,7 @@ def _check_rows(kept: Kept, rows: PromptRows) -> None:
     real = torch.arange(indices.shape[1], device=indices.device) < counts[:, None]
     there = ~real | ((indices >= 0) & (indices < width))
     ascend = ~real[:, 1:] | (indices[:, 1:] > indices[:, :-1])
-    stays = rows_of(Selection(torch.where(real, indices, -1), counts), width)
+    stays = marked(torch.where(real, indices, -1), width)
     if rows.valid is not None:
         stays = stays & rows.valid
     text, visual = (

@@ -16,6 +16,7 @@ from vtp_kernels.contract.counts import Counts, on_host
 from vtp_kernels.contract.method import Method
 from vtp_kernels.contract.passive import PassiveVisual
 from vtp_kernels.contract.storage import read_json
+from vtp_kernels.flop_counts.text import head_dim
 from vtp_kernels.flops import Attention, Spans, layer_flops, passive_attention, visual_pairs
 
 from ..keys.reach import Blocks, LayerKind, reach_of
@@ -173,6 +174,12 @@ class Report:
         )
         return "\n".join(lines)
 
+    def visual_at_start(self, prompt: int) -> int:
+        """Visual tokens that a prompt came with."""
+        pruned = [event for event in self.events if event["event"] == "pruned"]
+        before = pruned[0]["visual_before"] if pruned else self.visual_tokens_per_layer[0]
+        return before[prompt]
+
     def _flops(self) -> str:
         if self.flops_unknown is not None:
             return f"FLOPs not known ({self.flops_unknown})"
@@ -184,8 +191,7 @@ class Report:
     def _prompt(self, b: int) -> str:
         visual = [counts[b] for counts in self.visual_tokens_per_layer]
         text = [counts[b] - n for counts, n in zip(self.tokens_per_layer, visual, strict=True)]
-        pruned = [event for event in self.events if event["event"] == "pruned"]
-        at_start = pruned[0]["visual_before"][b] if pruned else visual[0]
+        at_start = self.visual_at_start(b)
         line = f"  prompt {b}: {self.dense_tokens[b]} tokens, "
         line += f"{at_start} visual: {_course(at_start, visual)}"
         words = self.dense_tokens[b] - at_start
@@ -405,10 +411,10 @@ class PrefillRecord:
     def _scores(self, ranked: Ranked) -> Tensor:
         """float32 [B, S]: what the input columns were ranked by; NaN where they were not."""
         out = torch.full(self.prompt_visual.shape, torch.nan)
+        origin = ranked.origin.cpu()
         for scores, among in ranked.by:
-            among = among.cpu()
-            prompt, row = among.nonzero(as_tuple=True)
-            out[prompt, ranked.origin.cpu()[prompt, row]] = scores.cpu()[prompt, row].float()
+            prompt, row = among.cpu().nonzero(as_tuple=True)
+            out[prompt, origin[prompt, row]] = scores.cpu()[prompt, row].float()
         return out
 
     def _columns_there(self, stage: StageRecord | None) -> Tensor:
@@ -504,9 +510,7 @@ class PrefillRecord:
 
     def _kv_bytes(self, keys: list[list[int]]) -> int:
         config = self.config
-        head_dim = getattr(config, "head_dim", None)
-        head_dim = head_dim or config.hidden_size // config.num_attention_heads
-        per_token = 2 * config.num_key_value_heads * head_dim * self.bytes_per_number
+        per_token = 2 * config.num_key_value_heads * head_dim(config) * self.bytes_per_number
         held = (sum(counts) for layer, counts in enumerate(keys) if layer not in self.linear)
         return per_token * sum(held)
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from vtp_kernels.contract.vision import Ask, Seen
 
 from .layers import Layers, Place
-from .tower import LastLayer, Tower
+from .tower import LastLayer, Tower, seen_whole
 
 __all__ = ["OvisLayers", "OvisTower"]
 
@@ -41,9 +40,4 @@ class OvisTower(LastLayer, Tower):
         for ask, scores in looked.items():
             side = round(scores.shape[1] ** 0.5)
             values[ask] = avg_pool2d(scores.view(-1, 1, side, side), stride).flatten(1)
-        return Seen(
-            features=features,
-            summary=features.mean(1),
-            values=values,
-            shows=torch.arange(features.shape[:2].numel()),
-        )
+        return seen_whole(features, values)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtp_kernels.contract.vision import Ask, Seen
 
-from .tower import LastLayer, Tower
+from .tower import LastLayer, Tower, seen_whole
 
 __all__ = ["AskingTower", "PerceiverTower"]
 
@@ -30,12 +30,7 @@ class AskingTower(Tower):
         for ask, scores in looked.items():
             reads = self._reads(given, self._states(given, output), features.shape[1])
             values[ask] = (reads.float() @ scores[:, :, None])[:, :, 0]
-        return Seen(
-            features=features,
-            summary=features.mean(1),
-            values=values,
-            shows=torch.arange(features.shape[:2].numel()),
-        )
+        return seen_whole(features, values)
 
     @torch.no_grad()
     def _reads(self, given: Mapping[str, Any], states: Tensor, tokens: int) -> Tensor:
@@ -72,9 +67,4 @@ class PerceiverTower(LastLayer, Tower):
         rows = output.pooler_output  # by prompt, since transformers 5.23
         rows = rows.flatten(0, -2) if isinstance(rows, Tensor) else torch.cat(rows)
         features = rows.unflatten(0, (len(output.last_hidden_state), -1))
-        return Seen(
-            features=features,
-            summary=features.mean(1),
-            values={},
-            shows=torch.arange(len(rows)),
-        )
+        return seen_whole(features, {})

@@ -13,7 +13,7 @@ from vtp_kernels.contract.vision import Ask, Seen
 
 from ..modules.placement import own_parameters
 from .layers import Layers, Place, scale_of
-from .tower import LastLayer, Tower
+from .tower import LastLayer, Tower, seen_whole
 
 __all__ = ["ConvolvedTower", "SamLayers"]
 
@@ -79,12 +79,7 @@ class ConvolvedTower(LastLayer, Tower):
             plane = scores.view(-1, 1, *output.last_hidden_state.shape[-2:])
             plane = avg_pool2d(plane, *self._squares(), count_include_pad=False)
             values[ask] = plane.flatten(1)
-        return Seen(
-            features=features,
-            summary=features.mean(1),
-            values=values,
-            shows=torch.arange(features.shape[:2].numel()),
-        )
+        return seen_whole(features, values)
 
     def _squares(self) -> tuple[int, int, int]:
         """The side of the squares, how far they lie apart, and how far the first begins beyond the

@@ -12,7 +12,7 @@ from vtp_kernels.contract.vision import SCORES, SOURCES, Ask, Seen
 
 from .layers import Layers
 
-__all__ = ["LastLayer", "Tower", "VideoLlavaTower", "VipTower"]
+__all__ = ["LastLayer", "Tower", "VideoLlavaTower", "VipTower", "seen_whole"]
 
 
 class Tower:
@@ -233,6 +233,11 @@ class LastLayer:
 
     def _lost(self, given: Mapping[str, Any]) -> int:
         return 0
+
+
+def seen_whole(features: Tensor, values: Mapping[Ask, Tensor]) -> Seen:
+    """Of pictures all of whose tokens become rows, in order; their mean stands for CLS."""
+    return Seen(features, features.mean(1), values, torch.arange(features.shape[:2].numel()))
 
 
 def _in_order(pictures: int, tokens: int, others: int) -> Tensor:
