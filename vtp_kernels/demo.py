@@ -23,6 +23,7 @@ from vtp_kernels.methods import Schedule
 from vtp_kernels.models import prune
 from vtp_kernels.models.pictures.grids import PictureGrid, picture_grids
 from vtp_kernels.pictures import check_file, check_writable, load_image
+from vtp_kernels.plot.tokens import one_or_several
 from vtp_kernels.terminal import columns
 
 DENSE = "dense"
@@ -179,25 +180,17 @@ def compare(
     files = {}
     if grids is not None:
         shown = [*loaded, *clips]
+        names = plot.readable(list(reports))
         if picture is not None:
-            _draw(shown, reports, grids, picture)
+            named = dict(zip(names, reports.values(), strict=True))
+            one_or_several(shown, named, picture, grids=grids)
             files["picture"] = os.fspath(picture)
         if page is not None:
-            texts, names = token_texts(processor, inputs["input_ids"]), plot.readable(list(reports))
+            texts = token_texts(processor, inputs["input_ids"])
             given = {"prompt": texts, "names": names, "grids": grids}
             plot.page(shown, list(reports.values()), page, **given)
             files["page"] = os.fspath(page)
     return Comparison(prompts, rows, expected, not_drawn=not_drawn, **files)
-
-
-def _draw(shown: list, reports: dict, grids: list[PictureGrid], path: str | os.PathLike) -> None:
-    """One method layer by layer, several side by side."""
-    names = plot.readable(list(reports))
-    if len(names) == 1:
-        (report,) = reports.values()
-        plot.tokens(shown, report, path, grids=grids, title=names[0])
-    else:
-        plot.methods(shown, dict(zip(names, reports.values(), strict=True)), path, grids=grids)
 
 
 def pocket(

@@ -74,16 +74,11 @@ def _grid(text: str) -> tuple[int, int]:
 
 
 def _tokens(args: argparse.Namespace) -> None:
-    from vtp_kernels import plot
     from vtp_kernels.models import Report
+    from vtp_kernels.plot.tokens import one_or_several
 
     reports = _named([Report.load(path) for path in args.files])
-    options = {"sample": args.sample, "grid": args.grid}
-    if len(reports) == 1:
-        ((name, report),) = reports.items()
-        plot.tokens(args.image, report, args.out, title=name, **options)
-    else:
-        plot.methods(args.image, reports, args.out, **options)
+    one_or_several(args.image, reports, args.out, sample=args.sample, grid=args.grid)
 
 
 def _curve(args: argparse.Namespace) -> None:
@@ -149,16 +144,9 @@ def _add(found: dict[str, Any], name: str, value: Any, where: str) -> None:
 
 def _named(reports: list[Any]) -> dict[str, Any]:
     """Reports by the method of each, in words."""
-    from vtp_kernels.methods import METHODS, Method
-    from vtp_kernels.plot import readable
+    from vtp_kernels.plot.names import of_reports
 
-    methods = [
-        Method.from_dict(report.method)
-        if report.method["method"] in METHODS
-        else report.method["method"]  # of one's own, whose module is not imported here
-        for report in reports
-    ]
-    names = readable(methods)
+    names = of_reports(reports)
     if len(set(names)) < len(names):
         raise ValueError(f"files: expected reports of different methods, got {', '.join(names)}")
     return dict(zip(names, reports, strict=True))

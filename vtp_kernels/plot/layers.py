@@ -97,5 +97,4 @@ def _counts(report: Any, sample: int) -> tuple[int, Sequence[int]]:
     if not 0 <= sample < batch:
         raise ValueError(f"sample: expected 0 to {batch - 1}, got {sample}")
     left = [layer[sample] for layer in report.visual_tokens_per_layer]
-    pruned = [event for event in report.events if event["event"] == "pruned"]
-    return (pruned[0]["visual_before"][sample] if pruned else left[0]), left
+    return report.visual_at_start(sample), left

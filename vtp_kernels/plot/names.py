@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -38,6 +38,20 @@ def readable(specs: Sequence[str | Method]) -> list[str]:
         spec if isinstance(spec, str) and names.count(name) > specs.count(spec) else name
         for spec, name in zip(specs, names, strict=True)
     ]
+
+
+def of_reports(reports: Sequence[Any]) -> list[str]:
+    """The methods of reports in words; of one's own that is not imported here, its name."""
+    return readable([_reported(report.method) for report in reports])
+
+
+def _reported(settings: Mapping[str, Any]) -> str | Method:
+    try:
+        return Method.from_dict(dict(settings))
+    except ValueError:
+        if settings["method"] in METHODS:
+            raise
+        return settings["method"]
 
 
 def kind_of(name: str) -> str:

@@ -16,10 +16,9 @@ import torch
 from PIL import Image
 
 from vtp_kernels._shown import shown
-from vtp_kernels.contract.method import Method
 
 from .looks import Film, Look, fitted, looks_of
-from .names import readable
+from .names import of_reports
 
 if TYPE_CHECKING:
     from vtp_kernels.models import Report
@@ -72,7 +71,7 @@ def page(
     _check_same(reports)
     words = _words(prompt, *reports[0].kept.visual.shape)
     if names is None:
-        names = _names(reports)
+        names = of_reports(reports)
     elif isinstance(names, str) or len(names) != len(reports):
         raise ValueError(f"names: expected {len(reports)}, one a report, got {shown(names)}")
     batch = len(reports[0].dense_tokens)
@@ -134,16 +133,6 @@ def _words(prompt: Any, batch: int, width: int) -> list[Sequence[str] | None]:
             f"prompts, got {[len(one) for one in listed]}"
         )
     return listed
-
-
-def _names(reports: Sequence[Report]) -> list[str]:
-    found = []
-    for report in reports:
-        try:
-            found.append(Method.from_dict(report.method))
-        except ValueError:  # of a class that is not imported here
-            found.append(str(report.method.get("method")))
-    return readable(found)
 
 
 def _of_prompt(image: Any, prompt: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -97,7 +98,12 @@ def write(figure: Figure, words: str, left: int, top: int, room: int, **look) ->
     text = figure.text(
         *place, "", fontsize=_TEXT, color=INK, va="baseline", parse_math=False, **look
     )
-    text.set_text(words)
-    while len(words) > 1 and box_of(text)[2] > left + room:
-        words = words[:-1]
-        text.set_text(words.rstrip() + "…")
+
+    def ends(count: int) -> float:
+        """Where so many letters of it end."""
+        text.set_text(words if count == len(words) else words[:count].rstrip() + "…")
+        return box_of(text)[2]
+
+    if ends(len(words)) > left + room:
+        fits = bisect_right(range(1, len(words)), left + room, key=ends)
+        ends(max(fits, 1))

@@ -109,6 +109,17 @@ def panels(image, kept, size: int) -> tuple[Cell, list[Cell]]:
     return Cell("all", fitted(look.picture, size)), _panels(look, size)
 
 
+def one_or_several(
+    image, reports: Mapping[str, Any], path: str | os.PathLike, **options: Any
+) -> None:
+    """One method layer by layer, by `tokens`; several side by side, by `methods`."""
+    if len(reports) > 1:
+        methods(image, reports, path, **options)
+        return
+    ((name, report),) = reports.items()
+    tokens(image, report, path, title=name, **options)
+
+
 def _blocks(look: Look | Film, title: str) -> list[Block]:
     if isinstance(look, Film):
         layers = look.frames[0].stayed
