@@ -151,10 +151,17 @@ class _Batch:
         self.visual = moved(torch.from_numpy(visual), step.device)
         self.visual_at_start = visual.sum(1)
         self.units = _Pictures(self.prompts, self.columns)
+        #: Layers with passive visual tokens ask again and again.
+        self._index: dict[int | None, tuple[Tensor, Tensor | None]] = {}
 
     def index(self, stage: int | None) -> tuple[Tensor, Tensor | None]:
         """Where the prompts' rows are in the step once a stage has begun, int64 [B, S]; and which
         of these are no padding, bool [B, S], None if all."""
+        if stage not in self._index:
+            self._index[stage] = self._found(stage)
+        return self._index[stage]
+
+    def _found(self, stage: int | None) -> tuple[Tensor, Tensor | None]:
         counts = self.lengths - self.step.gone_by(stage)[self.requests]
         width = int(counts.max())
         place = np.arange(width) - (width - counts)[:, None]

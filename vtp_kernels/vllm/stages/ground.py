@@ -173,7 +173,8 @@ class AllRanks(NamedTuple):
     """Heads that tensor-parallel ranks share evenly, made one: see
     `vtp_kernels.models.attention.ranks.AllHeads`. What each rank gets is the same to the bit."""
 
-    total: int
+    heads: int
+    """Query heads in all."""
 
     def mean(self, scores: Tensor, query: Tensor) -> Tensor:
         if not self.are_spread(query):
@@ -190,4 +191,4 @@ class AllRanks(NamedTuple):
         )
 
     def are_spread(self, query: Tensor) -> bool:
-        return query.shape[1] != self.total
+        return query.shape[1] != self.heads
