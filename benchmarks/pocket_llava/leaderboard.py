@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -94,16 +95,13 @@ def _inflection(share: float, left: Left) -> list[Method]:
     ]
 
 
-def _pyramid(layers: tuple[int, ...], ratio: float) -> Callable[[float], Method]:
-    return lambda keep: m.PyramidDrop(
-        layers, tuple(round(keep * ratio**i, 4) for i in range(len(layers)))
-    )
+def _steps(kind: type[Method], layers: tuple[int, ...], ratio: float) -> Callable[[float], Method]:
+    """A method in steps, each of which leaves that much of what the one before left."""
+    return lambda keep: kind(layers, tuple(round(keep * ratio**i, 4) for i in range(len(layers))))
 
 
-def _sparse(layers: tuple[int, ...], ratio: float) -> Callable[[float], Method]:
-    return lambda keep: m.SparseVLM(
-        layers, tuple(round(keep * ratio**i, 4) for i in range(len(layers)))
-    )
+def _both(kind: type[Method]) -> list[Callable[[float], Method]]:
+    return [_steps(kind, (1, 3, 5), 0.5), _steps(kind, (1, 2, 4), 0.35)]
 
 
 def _lvpruning(keep: float) -> Method:
@@ -119,8 +117,8 @@ BOARD = (
     Entry("DivPrune", _before(m.DivPrune), "looks for what differs, and background differs, too"),
     Entry("CDPruner", _before(m.CDPruner), "relevance by the language model's embeddings"),
     Entry("FastV", _within(lambda keep: m.FastV(1, keep), lambda keep: m.FastV(2, keep)), BEHIND),
-    Entry("PyramidDrop", _within(_pyramid((1, 3, 5), 0.5), _pyramid((1, 2, 4), 0.35)), BEHIND),
-    Entry("SparseVLM", _within(_sparse((1, 3, 5), 0.5), _sparse((1, 2, 4), 0.35)), BEHIND),
+    Entry("PyramidDrop", _within(*_both(m.PyramidDrop)), BEHIND),
+    Entry("SparseVLM", _within(*_both(m.SparseVLM)), BEHIND),
     Entry("DART", _within(lambda keep: m.DART(1, keep)), BEHIND),
     Entry("LVPruning", _within(_lvpruning), "deciders trained for other shares; " + BEHIND),
     Entry(
@@ -199,13 +197,12 @@ def _prefill(model, inputs, method: Method | None) -> tuple[float, float]:
 
         return decision
 
-    with pruned(model, method):
-        kind = type(method)
-        held = mock.patch.object(kind, "decide", timed(kind.decide)) if method else None
-        with held or mock.MagicMock():
-            start = time.perf_counter()
-            model(**inputs, logits_to_keep=1)
-            return time.perf_counter() - start, spent
+    kind = type(method)
+    held = mock.patch.object(kind, "decide", timed(kind.decide)) if method else nullcontext()
+    with pruned(model, method), held:
+        start = time.perf_counter()
+        model(**inputs, logits_to_keep=1)
+        return time.perf_counter() - start, spent
 
 
 def table(rows: list[dict]) -> str:
