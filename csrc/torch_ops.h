@@ -66,6 +66,9 @@ inline int32_t dtype_of(const Tensor& t) {
   return dtype;
 }
 
+// What numbers of that type are scored, or added up, in.
+inline DType score_type(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
+
 inline int32_t score_dtype(DType dtype) { return dtype == DType::f64 ? dtypes::f64 : dtypes::f32; }
 
 inline int64_t element_bytes(const Tensor& t) { return static_cast<int64_t>(t.element_size()); }
@@ -328,7 +331,7 @@ struct Ops {
     a.query_positions = read.template view<int64_t>("query_positions", query_positions, dtypes::i64,
                                                     {batch, rows});
     a.query_valid = read.mask("query_valid", query_valid, {batch, rows});
-    const DType scores = a.query.dtype == DType::f64 ? DType::f64 : DType::f32;
+    const DType scores = score_type(a.query.dtype);
     if (lse) a.lse = read.floats_like("lse", *lse, scores, {batch, heads, rows});
     a.scale = scale;
     a.candidates_only = support.choose("support", {"all", "candidates"}) == 1;
@@ -407,7 +410,7 @@ struct Ops {
     a.k = k;
     if (k_per_row) a.k_per_row = read.integers("k_per_row", *k_per_row, batch);
     a.rule = static_cast<Diversity>(rule_text.choose("rule", {"maxmin", "dpp"}));
-    const DType scores = a.features.dtype == DType::f64 ? DType::f64 : DType::f32;
+    const DType scores = score_type(a.features.dtype);
     if (relevance) a.relevance = read.floats_like("relevance", *relevance, scores, {batch, length});
     a.candidates = read.mask("candidates", candidates, {batch, length});
     a.keep = read.mask("keep", keep, {batch, length});
@@ -670,7 +673,7 @@ struct Ops {
     a.mode = static_cast<MergeMode>(mode_text.choose("mode", {"mean", "add_mean", "weighted"}));
     const bool weighted = a.mode == MergeMode::weighted;
     check(weights.has_value() == weighted, "weights go with mode 'weighted' and with no other");
-    const DType sums = a.features.dtype == DType::f64 ? DType::f64 : DType::f32;
+    const DType sums = score_type(a.features.dtype);
     if (weights) a.weights = read.floats_like("weights", *weights, sums, {batch, length});
     if (Device::kReadsValues) {
       check_targets(a.targets, length);
