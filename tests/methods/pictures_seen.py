@@ -5,6 +5,7 @@ import torch
 from prompt_rows import Told, prompt_rows
 
 import vtp_kernels as vtp
+from near_ties import apart
 from vtp_kernels.contract.vision import Ask, PromptVision, Seen, Shown
 
 CHANNELS = 6
@@ -13,7 +14,8 @@ CHANNELS = 6
 class Pictures:
     """`prompts` are lists of ("text", rows) and ("picture", height, width) in tokens; with
     `newlines` a row that shows none ends each line. What was seen is drawn: `asks`, and features;
-    `rows` are the rows of the prompts."""
+    `rows` are the rows of the prompts. With `ties` numbers are -1, 0 and 1: of vectors of three,
+    cosines that are equal by the formula are so to the bit."""
 
     def __init__(self, prompts, rng, asks=(), newlines=False, ties=False, **more):
         sizes = [part[1:] for parts in prompts for part in parts if part[0] == "picture"]
@@ -34,7 +36,7 @@ class Pictures:
 
         def draw(*shape):
             x = rng.standard_normal(shape).astype(np.float32)
-            return np.round(x).astype(np.float32) if ties else x
+            return np.round(x).clip(-1, 1) if ties else x
 
         here = torch.arange(width) < torch.tensor([h * w for h, w in sizes])[:, None]
         values = {}
@@ -90,6 +92,11 @@ def by_rank(columns, scores):
 def cosine(a, b):
     size = np.linalg.norm(a) * np.linalg.norm(b)
     return float(a @ b / size) if size else 0.0
+
+
+def nearest(targets, vector, vectors):
+    """Of `targets` that whose vector is most alike; of equals the first."""
+    return by_rank(targets, apart({t: cosine(vector, vectors[t]) for t in targets}))[0]
 
 
 def check_kept(pictures, kept, expected):
