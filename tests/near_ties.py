@@ -19,14 +19,28 @@ class TooClose(Exception):
     """Rounding may decide between two of the values that an oracle compares."""
 
 
-def apart(values):
-    """The values, a sequence or mapping, none of which is nearly equal to another."""
+def apart(values, size=0.0):
+    """The values, a sequence or mapping, none of which is nearly equal to another; `size`, where
+    that is larger, is of the numbers they are differences of."""
     compared = values.values() if isinstance(values, Mapping) else values
     ranked = np.sort(np.asarray(list(compared), np.float64))
     gaps = np.diff(ranked)
-    if ((gaps > 0) & (gaps <= ROUNDING * np.abs(ranked).max(initial=0.0))).any():
+    if ((gaps > 0) & (gaps <= ROUNDING * np.abs(ranked).max(initial=size))).any():
         raise TooClose
     return values
+
+
+def away(values, bound, size=0.0):
+    """The values, none of which is nearly the bound."""
+    for value in values:
+        apart((value, bound), size)
+    return values
+
+
+def cut(ranked, count):
+    """The first `count` of values in order, the last of which is not nearly the next."""
+    apart(ranked[max(count - 1, 0) : count + 1])
+    return ranked[:count]
 
 
 def until_clear(check, *given, draws=100):

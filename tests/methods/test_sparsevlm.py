@@ -9,7 +9,7 @@ from layer_seen import observed
 from pictures_seen import PROMPTS, Pictures, by_rank, check_kept, nearest
 
 import vtp_kernels as vtp
-from near_ties import apart, until_clear
+from near_ties import apart, away, until_clear
 from vtp_kernels.methods.budget import visual_budget
 
 
@@ -23,7 +23,7 @@ def raters(rows, b):
     logits = hidden[rows.visual[b].numpy()] @ hidden[text].T
     weights = np.exp(logits - logits.max(1, keepdims=True))
     shares = (weights / weights.sum(1, keepdims=True)).mean(0)
-    apart([*shares, shares.mean()])
+    away(shares, shares.mean())
     above = [c for c, share in zip(text, shares, strict=True) if share > shares.mean() + 1e-9]
     return above or text
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from near_ties import apart, away, cut
+
 
 def knee(scores, rule, min_keep, max_keep, clip_quantile, mass):
     """Indices up to the knee of a list of finite scores, sorted; chord, iqr and mass."""
@@ -21,17 +23,26 @@ def knee(scores, rule, min_keep, max_keep, clip_quantile, mass):
     if found and rule == "chord":
         chord = np.linspace(y[0], y[-1], len(y))
         below = [line - x for line, x in zip(chord, y, strict=True)]
-        rounding = np.finfo(np.float32).eps * max(abs(y[0]), abs(y[-1]))
-        last = below.index(max(below)) if max(below) > rounding else None
+        size = max(abs(y[0]), abs(y[-1]))
+        rounding = np.finfo(np.float32).eps * size
+        deepest = max(below[1:-1])  # the ends of the chord are on it
+        away([deepest], rounding, size)
+        last = None
+        if deepest > rounding:
+            apart(sorted(below)[-2:], size)
+            last = below.index(deepest)
     elif found and rule == "iqr":
         q1, q3 = np.percentile(y, [25, 75])
-        last = sum(x > q3 + 1.5 * (q3 - q1) for x in y) - 1
+        bound = q3 + 1.5 * (q3 - q1)
+        last = sum(x > bound for x in away(y, bound)) - 1
         last = None if last < 0 else last
     elif found:
         positive = np.cumsum([max(x, 0.0) for x in y])
+        away(positive, mass * positive[-1], size=positive[-1])
         last = int(np.argmax(positive >= mass * positive[-1])) if positive[-1] > 0 else None
     count = len(y) if last is None else last + 1
     count = min(max(count, min_keep), len(y) if max_keep is None else max_keep)
+    cut([float(scores[i]) for i in order], count)
     return sorted(order[:count])
 
 
@@ -161,7 +172,9 @@ class PlainInflection:
             )
             return {among[i] for i in found}
         count = keep if isinstance(keep, int) else math.floor(keep * len(among) + 0.5)
-        return set(sorted(among, key=lambda i: (-float(scores[i]), i))[:count])
+        ranked = sorted(among, key=lambda i: (-float(scores[i]), i))
+        cut([float(scores[i]) for i in ranked], count)
+        return set(ranked[:count])
 
     def note(self, layer, stay):
         self.open = torch.tensor([i in stay for i in range(len(self.visual))])

@@ -8,6 +8,7 @@ from tiny_llava import IMAGE, batch, one, prompt, three, tiny_llava
 from visipruner_reference import PlainVisiPruner
 
 import vtp_kernels as vtp
+from near_ties import until_clear
 from vtp_kernels.methods import Method, method_from_spec
 
 DEPTH, SHALLOW = 14, 3
@@ -76,7 +77,8 @@ def assert_agrees(model, inputs, settings, **options):
 def test_equals_the_published_arithmetic_on_random_models(draw):
     """Same fusion layer, same tokens, same exit layer, same logits."""
     branches = Counter()
-    for case in range(MODELS):
+
+    def check(case):
         model = tiny_llava(num_hidden_layers=DEPTH, seed=draw.integer(0, 2**31))
         inputs = batch(prompt(1 + case % 3, draw.integer(1, 9), seed=case), seed=case)
         settings = {
@@ -86,7 +88,7 @@ def test_equals_the_published_arithmetic_on_random_models(draw):
             "shallow_visual_rows": ("causal", "none")[draw.integer(0, 2)],
         }
 
-        def look(settings=settings, model=model, inputs=inputs):
+        def look():
             return PlainVisiPruner(shallow_layers=SHALLOW, **settings).run(model, inputs)
 
         fires, keeps = ("early", "late", "never")[case % 3], ("none", "some", "some")[case // 3 % 3]
@@ -103,6 +105,9 @@ def test_equals_the_published_arithmetic_on_random_models(draw):
         branches[fires if plain.fusion is not None else "never"] += 1
         branches["keeps none" if plain.kept == [] else "keeps some"] += plain.kept is not None
         branches["exits" if plain.exit is not None else "stays"] += bool(plain.kept)
+
+    for case in range(MODELS):
+        until_clear(check, case)
     seen = {name for name, count in branches.items() if count >= 3}
     assert seen >= {"early", "late", "never", "keeps none", "keeps some", "exits", "stays"}
 

@@ -9,6 +9,8 @@ import math
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from near_ties import apart, away
+
 
 class PlainVisiPruner:
     """Runs one prompt and notes what happens: `fusion` and `exit`, the layers, or None; `kept`, a
@@ -118,8 +120,10 @@ class PlainVisiPruner:
         self.cosine[index], self.norm[index] = cosine, norm
         fused = self.fusion is not None or "middle" not in self.stages
         if not fused:
+            away([min(cosine)], self.fusion_threshold)
             if min(cosine) < self.fusion_threshold:
                 self.fusion = index
+                away(apart(norm), self.token_threshold)
                 best = sorted(norm, reverse=True)[: self.min_keep]
                 self.kept = [
                     j
@@ -129,6 +133,7 @@ class PlainVisiPruner:
                 self.open = ~self.visual
                 self.open[self.kept] = True
         elif "deep" in self.stages:
+            away([min(cosine)], self.exit_threshold)
             if min(cosine) >= self.exit_threshold:
                 self.votes += 1
             elif self.consecutive_votes:
