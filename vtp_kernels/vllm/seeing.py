@@ -8,7 +8,7 @@ from torch import Tensor
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.models.utils import WeightsMapper
 
-from .budget import KEY, SCORES
+from .budget import KEY, Budget
 from .choice import attention_of_cls, similarity_to_cls
 
 __all__ = ["PrunedImages"]
@@ -39,21 +39,22 @@ class PrunedImages:
     def embed_multimodal(self, **kwargs: object) -> Any:
         budget = kwargs.pop(KEY, None)
         if budget is not None:
-            keep, score = budget.tolist()
             images = self._parse_and_validate_image_input(**kwargs)
-            return self._embed_best(images, keep, SCORES[score])
+            return self._embed_best(images, Budget.of_numbers(budget.tolist()))
         if kwargs.get("pixel_values") is None and kwargs.get("image_embeds") is not None:
             # vLLM's own class wants all images of a batch to have as many rows.
             return list(kwargs["image_embeds"])
         return super().embed_multimodal(**kwargs)
 
-    def _embed_best(self, images: Any, keep: int, score: str) -> Any:
-        """The embeddings of each image, `keep` rows or all it has."""
+    def _embed_best(self, images: Any, budget: Budget) -> Any:
+        """The embeddings of each image, of as many rows as its budget says."""
         raise NotImplementedError
 
-    def _see(self, pixels: Tensor, score: str) -> tuple[Tensor, Tensor]:
+    def _see(self, pixels: Tensor, score: str) -> tuple[Tensor, Tensor | None]:
         """Of pixels [V, 3, h, w]: what the tower puts out, CLS in row 0, [V, 1 + N, C], and the
-        scores of all other rows, float32 [V, N]."""
+        scores of all other rows, float32 [V, N]; None where it is not the tower that is asked."""
+        if score == "divprune":
+            return self.vision_tower(pixels, feature_select_strategy="full"), None
         if score == "similarity":
             hidden = self.vision_tower(pixels, feature_select_strategy="full")
             return hidden, similarity_to_cls(hidden)
