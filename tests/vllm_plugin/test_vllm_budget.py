@@ -11,7 +11,7 @@ import torch
 from vtp_kernels import vllm as plugin
 from vtp_kernels.methods.budget import visual_budget
 from vtp_kernels.vllm.budget import Budget, without_budget
-from vtp_kernels.vllm.towers import check_clip
+from vtp_kernels.vllm.checks import check_clip
 
 
 def kwargs(**settings):
@@ -82,7 +82,7 @@ def test_workers_read_what_the_processor_wrote(budget):
         (kwargs(keep=True), TypeError, "vtp.keep: .* got True"),
         (kwargs(keep="64"), TypeError, "vtp.keep: .* got '64'"),
         (kwargs(keep=64, score="norm"), ValueError, "vtp.score: .* got 'norm'"),
-        (kwargs(keep=64, score="cdpruner"), NotImplementedError, "all text of a prompt"),
+        (kwargs(keep=64, score="cdpruner"), ValueError, "all text of a prompt"),
         (kwargs(keep=64, at_most=64), ValueError, "vtp.at_most: bounds a share.*count 64"),
         (kwargs(keep=0.5, at_most=0), ValueError, "vtp.at_most: expected at least 1, got 0"),
         (kwargs(keep=0.5, at_most=9.5), TypeError, "vtp.at_most: expected an int, got 9.5"),

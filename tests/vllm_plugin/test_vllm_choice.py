@@ -7,23 +7,27 @@ import torch
 
 from vtp_kernels import reference
 from vtp_kernels.vllm.choice import (
-    attention_of_cls,
+    attention_received,
     best_rows,
     scores_of_rows,
-    similarity_to_cls,
+    similarity_to_whole,
     unlike_rows,
 )
 
 
-def test_scores_are_those_of_the_cls_row(draw):
+@pytest.mark.parametrize("cls", [True, False])
+def test_scores_are_those_of_cls_or_of_what_stands_for_it(draw, cls):
+    first = int(cls)
     hidden = draw.normal(3, 17, 32)
+    whole = hidden[:, :1] if cls else hidden.mean(1, keepdim=True)
     torch.testing.assert_close(
-        similarity_to_cls(hidden),
-        torch.nn.functional.cosine_similarity(hidden[:, 1:], hidden[:, :1], dim=-1),
+        similarity_to_whole(hidden, cls),
+        torch.nn.functional.cosine_similarity(hidden[:, first:], whole, dim=-1),
     )
     query, key = draw.normal(3, 4, 17, 8), draw.normal(3, 4, 17, 8)
-    weights = torch.softmax(query[:, :, :1] @ key.transpose(2, 3) * 0.3, -1)
-    torch.testing.assert_close(attention_of_cls(query, key, 0.3), weights.mean(1)[:, 0, 1:])
+    weights = torch.softmax(query @ key.transpose(2, 3) * 0.3, -1).mean(1)
+    expected = weights[:, 0, 1:] if cls else weights.mean(1)
+    torch.testing.assert_close(attention_received(query, key, 0.3, cls), expected)
 
 
 @pytest.mark.parametrize("views", [1, 3])

@@ -51,7 +51,7 @@ class Budget:
                 f"{KEY}.keep: expected at least 1 token, or a share above 0.0, got {self.keep}"
             )
         if self.score == "cdpruner":
-            raise NotImplementedError(
+            raise ValueError(
                 f"{KEY}.score: 'cdpruner' looks at all text of a prompt and at its other images, "
                 "and vLLM encodes and caches an image without them; 'divprune' does not need the "
                 "text"

@@ -1,8 +1,8 @@
-"""Which rows of an image stay: scores by the CLS token of its vision tower, and the best of them.
+"""Which rows of an image stay: scores by what its vision tower saw, and the best of them.
 
-An image may have been seen in several views (LLaVA-NeXT: as a whole, and in crops). Each has a CLS
-token of its own, whose attention adds up to the same; all compete for the image's rows, as they do
-in transformers.
+An image may have been seen in several views (LLaVA-NeXT: as a whole, and in crops). The attention
+that a view's tokens receive adds up to the same in each; all compete for the image's rows, as they
+do in transformers.
 """
 
 from __future__ import annotations
@@ -12,20 +12,28 @@ from torch import Tensor
 
 from vtp_kernels.ops import attention_scores, cls_inflection, select_diverse, select_topk
 
-__all__ = ["attention_of_cls", "best_rows", "scores_of_rows", "similarity_to_cls", "unlike_rows"]
+__all__ = [
+    "attention_received",
+    "best_rows",
+    "scores_of_rows",
+    "similarity_to_whole",
+    "unlike_rows",
+]
 
 
-def similarity_to_cls(hidden: Tensor) -> Tensor:
-    """float32 [V, N]: cosine similarity of all other rows of hidden [V, 1 + N, C] to row 0, CLS."""
-    _, similarity = cls_inflection(hidden[:, 1:], hidden[:, 0])
-    return similarity
+def similarity_to_whole(hidden: Tensor, cls: bool) -> Tensor:
+    """float32 [V, N]: cosine similarity of a view's tokens to CLS, row 0 of hidden [V, 1 + N, C];
+    without one to the mean of hidden [V, N, C]."""
+    tokens, whole = (hidden[:, 1:], hidden[:, 0]) if cls else (hidden, hidden.mean(1))
+    return cls_inflection(tokens, whole)[1]
 
 
-def attention_of_cls(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """float32 [V, N]: what row 0, CLS, pays to every other row, mean over heads; [V, H, 1 + N, D]
-    each."""
+def attention_received(query: Tensor, key: Tensor, scale: float, cls: bool) -> Tensor:
+    """float32 [V, N]: what CLS, row 0, pays to every other row, mean over heads, [V, H, 1 + N, D]
+    each; without one what a row gets from all, mean over these, too, [V, H, N, D] each."""
     everyone = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
-    return attention_scores(query[:, :, :1], key, candidates=everyone, scale=scale)[:, 1:]
+    payers = query[:, :, :1] if cls else query
+    return attention_scores(payers, key, candidates=everyone, scale=scale)[:, int(cls) :]
 
 
 def scores_of_rows(scores: Tensor, shows: Tensor) -> Tensor:

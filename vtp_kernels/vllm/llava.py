@@ -15,11 +15,11 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vtp_kernels.ops import compact_rows
 
 from .budget import KEY, Budget
-from .choice import best_rows, unlike_rows
+from .checks import check_clip
+from .choice import best_rows
 from .processing import BudgetInfo, BudgetProcessor
-from .seeing import PrunedImages
+from .seeing import PrunedImages, see_with_cls, stays
 from .stages.model import Staged
-from .towers import check_clip
 
 __all__ = ["PrunedLlava"]
 
@@ -54,11 +54,11 @@ class PrunedLlava(Staged, PrunedImages, LlavaForConditionalGeneration):
     hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | PrunedImages.tower_names
 
     def _embed_best(self, images: Any, budget: Budget) -> Any:
-        hidden, scores = self._see(images["pixel_values"], budget.score)
+        hidden, scores = see_with_cls(self.vision_tower, images["pixel_values"], budget.score)
         features = hidden[:, 1:]
-        keep = budget.rows(features.shape[1])
         if scores is None:
-            return [rows[unlike_rows(rows, keep)] for rows in self.multi_modal_projector(features)]
+            return [stays(rows, None, budget) for rows in self.multi_modal_projector(features)]
+        keep = budget.rows(features.shape[1])
         chosen = torch.stack([best_rows(of_image, keep) for of_image in scores])
         (features,) = compact_rows((features,), chosen)
         return self.multi_modal_projector(features)

@@ -15,11 +15,11 @@ from vllm.model_executor.models.llava_next import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from .budget import Budget
-from .choice import best_rows, scores_of_rows, unlike_rows
+from .checks import check_clip
+from .choice import best_rows, scores_of_rows
 from .processing import BudgetInfo, BudgetProcessor
-from .seeing import PrunedImages
+from .seeing import PrunedImages, see_with_cls, stays
 from .stages.model import Staged
-from .towers import check_clip
 
 __all__ = ["PrunedLlavaNext"]
 
@@ -46,18 +46,17 @@ class PrunedLlavaNext(Staged, PrunedImages, LlavaNextForConditionalGeneration):
     def _embed_best(self, images: Any, budget: Budget) -> Any:
         pixels = images["pixel_values"]  # [B, V, 3, h, w], or a list of [V, 3, h, w]
         views = [len(image) for image in pixels]
-        hidden, scores = self._see(torch.cat(tuple(pixels)), budget.score)
+        hidden, scores = see_with_cls(self.vision_tower, torch.cat(tuple(pixels)), budget.score)
         first, found = 0, []
         for size, count in zip(images["image_sizes"], views, strict=True):
             features = hidden[first : first + count, 1:]
             shows = self._shows(size, *features.shape[:2])
-            keep = budget.rows(len(shows))
             if scores is None:
-                rows = self._rows(features, shows)
-                rows = rows[unlike_rows(rows, keep)]
+                rows = stays(self._rows(features, shows), None, budget)
             else:
                 ranked = scores_of_rows(scores[first : first + count], shows)
-                rows = self._rows(features, shows[best_rows(ranked, keep).cpu()])
+                best = best_rows(ranked, budget.rows(len(shows)))
+                rows = self._rows(features, shows[best.cpu()])
             found.append(rows)
             first += count
         return found

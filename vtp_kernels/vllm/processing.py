@@ -119,7 +119,8 @@ class BudgetProcessor:
     def _get_mm_fields_config(
         self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]
     ) -> Mapping[str, MultiModalFieldConfig]:
-        config = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
+        known = without_budget(hf_processor_mm_kwargs)
+        config = dict(super()._get_mm_fields_config(hf_inputs, known))
         if KEY in hf_inputs:
             # Shared: vLLM encodes images of different budgets one budget after the other.
             count = len(hf_inputs[self.of_images])
@@ -129,7 +130,8 @@ class BudgetProcessor:
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
     ) -> Sequence[PromptUpdate]:
-        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        known = without_budget(hf_processor_mm_kwargs)
+        updates = super()._get_prompt_updates(mm_items, known, out_mm_kwargs)
         budget = self.info.budget_for(hf_processor_mm_kwargs)
         if budget is None or isinstance(mm_items.get("image"), ImageEmbeddingItems):
             return updates
