@@ -46,11 +46,12 @@ def picture(case):
     return Image.fromarray(case.scene.image)
 
 
-def budget(keep, score="attention"):
+def budget(keep, score="attention", **more):
     """What a request says to have its images pruned; keep None: nothing."""
     if keep is None:
         return {}
-    return {"mm_processor_kwargs": {"images_kwargs": {"vtp": {"keep": keep, "score": score}}}}
+    settings = {"keep": keep, "score": score, **more}
+    return {"mm_processor_kwargs": {"images_kwargs": {"vtp": settings}}}
 
 
 def request(case, images=1, **more):

@@ -27,6 +27,8 @@ BUDGETS = [
     (96, "attention"),
     (96, "similarity"),
     (40, "attention"),
+    (0.375, "attention"),  # 96, too
+    (96, "divprune"),
 ]
 
 
@@ -89,19 +91,32 @@ def test_without_a_budget_answers_are_those_of_vllm_alone(engine, old_names):
 # ---- fixed budgets ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("score", ["attention", "similarity"])
-@pytest.mark.parametrize("keep", [40, 128])
-def test_answers_are_those_of_transformers(engine, model, keep, score):
+METHODS = {
+    "attention": lambda keep: vtp.VisPruner(keep, important=1.0, per="picture"),
+    "similarity": lambda keep: vtp.InflectionPruning(min_keep=keep, max_keep=keep, llm_layers=()),
+    "divprune": lambda keep: vtp.DivPrune(keep, per="picture"),
+}
+
+
+@pytest.mark.parametrize(
+    ("keep", "score", "more", "same"),
+    [
+        (40, "attention", {}, 40),
+        (128, "similarity", {}, 128),
+        (0.25, "divprune", {}, 0.25),
+        (0.75, "attention", {"at_most": 128}, 0.5),
+    ],
+)
+def test_answers_are_those_of_transformers(engine, model, keep, score, more, same):
     count = 100
-    method = vtp.InflectionPruning(source=score, min_keep=keep, max_keep=keep, llm_layers=())
-    theirs = transformers_answers(model, method, count)
+    theirs = transformers_answers(model, METHODS[score](same), count)
     cases = asking.cases(count)
-    outputs = asking.ask(
-        engine, [asking.request(case, **asking.budget(keep, score)) for case in cases]
-    )
+    budget = asking.budget(keep, score, **more)
+    outputs = asking.ask(engine, [asking.request(case, **budget) for case in cases])
     assert [asking.answer(output) for output in outputs] == theirs
     image = model.config.image_token_id
-    assert {output.prompt_token_ids.count(image) for output in outputs} == {keep}
+    kept = vtp.methods.budget.visual_budget(same, PATCHES)
+    assert {output.prompt_token_ids.count(image) for output in outputs} == {kept}
 
 
 def test_budgets_do_not_share_cache_entries(engine):
@@ -126,13 +141,14 @@ def test_budgets_do_not_share_cache_entries(engine):
     image = asking.picture(cases[0])
     found = [keys(engine, image, keep, score)[0] for keep, score in BUDGETS]
     assert len(set(found)) == len(BUDGETS)
+    assert keys(engine, image, 1, "attention") != keys(engine, image, 1.0, "attention")
 
 
 def test_budgets_meet_in_one_batch(engine):
     """With one image, several or none, each as if it were alone."""
     cases = asking.cases(15)
     requests = [
-        asking.request(case, images=n % 4, **(asking.budget(*BUDGETS[n % 5]) if n % 4 else {}))
+        asking.request(case, images=n % 4, **(asking.budget(*BUDGETS[n % 7]) if n % 4 else {}))
         for n, case in enumerate(cases)
     ]
     asking.forget(engine)
@@ -144,8 +160,9 @@ def test_budgets_meet_in_one_batch(engine):
     assert_same(together, alone)
     image = 4
     for n, output in enumerate(together):
-        keep = BUDGETS[n % 5][0] or PATCHES
-        assert output.prompt_token_ids.count(image) == (n % 4) * keep
+        keep = BUDGETS[n % 7][0] or 1.0
+        rows = (n % 4) * plugin.Budget(keep).rows(PATCHES)
+        assert output.prompt_token_ids.count(image) == rows
 
 
 def test_all_tokens_kept_is_nothing_pruned(engine):
@@ -170,7 +187,8 @@ def test_an_engine_with_a_budget(engine):
     assert keys(small, image, None, None) != keys(engine, image, None, None)
     assert keys(small, image, 40, "attention") != keys(small, image, None, None)
     for given, message in (
-        (asking.budget(65), "more than the engine's 64, got 65"),
+        (asking.budget(65), "more than the engine's 64 of the 256 .* got 65"),
+        (asking.budget(0.5), "more than the engine's 64 of the 256 .* got 128"),
         ({"mm_processor_kwargs": {"images_kwargs": {"vtp": None}}}, "got all tokens"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -186,6 +204,7 @@ def test_an_engine_with_a_budget(engine):
     [
         ({"keep": PATCHES + 1}, "at most 256 tokens, got 257"),
         ({"keep": 0}, "vtp.keep: expected at least 1"),
+        ({"keep": 0.5, "score": "cdpruner"}, "'cdpruner' looks at all text"),
         ({"keep": 64, "score": "norm"}, "vtp.score"),
         ({"keep": 64, "layer": 2}, "there is no layer"),
     ],

@@ -1,5 +1,7 @@
 """A small LLaVA-NeXT with random weights in vLLM: the rows that stay, against a choice by hand."""
 
+import math
+
 import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: run by `make vllm-check`")
@@ -11,9 +13,9 @@ from tiny_next import BEST, IMAGE, MOST, PATCHES, SIZES, drawing
 from transformers import LlavaNextProcessor
 from vllm import SamplingParams
 
+from vtp_kernels import reference
 from vtp_kernels.models.families import FAMILIES
-from vtp_kernels.vllm.budget import SCORES
-from vtp_kernels.vllm.choice import shares
+from vtp_kernels.vllm.budget import Budget
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +60,11 @@ def rows_that_stay(model, processor, image, keep, score):
     tower = FAMILIES["llava_next"].tower(model.model)
     shows = tower.shows({"image_sizes": sizes}, views, PATCHES).tolist()
     assert len(shows) == len(dense)
-    if keep >= len(shows):
-        return dense
-    shown = [[t for t in shows if t // PATCHES == view and t >= 0] for view in range(views)]
-    chosen = set()
-    for share, tokens in zip(shares(keep, list(map(len, shown))), shown, strict=True):
-        chosen |= set(sorted(tokens, key=lambda t: -scores.view(-1)[t].item())[:share])
-    lines = [row for row, token in enumerate(shows) if token < 0][: keep - len(chosen)]
-    stays = [row for row, token in enumerate(shows) if token in chosen or row in lines]
-    assert len(stays) == keep
-    return dense[stays]
+    keep = Budget(keep, score).rows(len(dense))
+    if score == "divprune":
+        return dense[reference.select_diverse(dense[None], keep).indices[0]]
+    ranked = [-scores.view(-1)[t].item() if t >= 0 else math.inf for t in shows]
+    return dense[sorted(sorted(range(len(shows)), key=ranked.__getitem__)[:keep])]
 
 
 def next_token(engine, images, **more):
@@ -87,7 +84,7 @@ def next_token(engine, images, **more):
 def rows_in_vllm(engine, processor, images, keep, score):
     """What the model in vLLM makes of a batch of images, padded to the one with most crops."""
     inputs = processor.image_processor(images, return_tensors="pt")
-    budget = torch.tensor([keep, SCORES.index(score)])
+    budget = torch.tensor(Budget(keep, score).to_numbers(), dtype=torch.float64)
     with torch.inference_mode():
         return engine.apply_model(lambda served: served.embed_multimodal(**inputs, vtp=budget))[0]
 
@@ -96,8 +93,8 @@ def difference(found, other):
     return max(abs(found[token] - other[token]) for token in found.keys() & other.keys())
 
 
-@pytest.mark.parametrize("score", ["attention", "similarity"])
-@pytest.mark.parametrize("keep", [10, 41, 84, MOST])
+@pytest.mark.parametrize("score", ["attention", "similarity", "divprune"])
+@pytest.mark.parametrize("keep", [10, 0.4, 84, MOST])
 def test_rows_that_stay(next_engine, model, processor, keep, score):
     """Of images of several sizes, in one batch that pads them: as of each alone. 84 is more than
     112 x 112 has patches, so that some of its lines end; the others have fewer rows."""

@@ -63,24 +63,31 @@ def new_model():
     return model
 
 
-def new_processor():
-    words = {str(i): i for i in range(IMAGE)} | {"<image>": IMAGE}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="0"))
+def new_tokenizer(*more, **named):
+    """Numbers are words, as is `<image>`; so are `more`, the last numbers before it. What the
+    processor calls some of them is `named`."""
+    words = [str(i) for i in range(IMAGE - len(more))] + [*more, "<image>"]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="0",
+        bos_token="1",
+        eos_token="2",
+        unk_token="0",
+        additional_special_tokens=[*more, "<image>"],
+        **({"extra_special_tokens": named} if named else {}),
+    )
+
+
+def new_processor():
     return LlavaNextProcessor(
         image_processor=LlavaNextImageProcessorPil(
             size={"shortest_edge": EDGE},
             crop_size={"height": EDGE, "width": EDGE},
             image_grid_pinpoints=GRIDS,
         ),
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            pad_token="0",
-            bos_token="1",
-            eos_token="2",
-            unk_token="0",
-            additional_special_tokens=["<image>"],
-        ),
+        tokenizer=new_tokenizer(),
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

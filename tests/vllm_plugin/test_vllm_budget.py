@@ -6,9 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from vtp_kernels import vllm as plugin
+from vtp_kernels.methods.budget import visual_budget
 from vtp_kernels.vllm.budget import Budget, without_budget
+from vtp_kernels.vllm.checks import check_clip
 
 
 def kwargs(**settings):
@@ -29,6 +32,40 @@ def test_settings_are_read_from_where_vllm_carries_them():
     for nothing in (None, {}, {"size": 1}, {"images_kwargs": {"size": 1}}, {"images_kwargs": None}):
         assert Budget.of(nothing) is None
     assert Budget.of({"images_kwargs": {"vtp": None}}) is None
+    given = kwargs(keep=0.25, at_most=1024, score="divprune")
+    assert Budget.of(given) == Budget(0.25, "divprune", at_most=1024)
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (Budget(64), {1: 1, 63: 63, 64: 64, 16384: 64}),
+        (Budget(1.0), {1: 1, 16384: 16384}),
+        (Budget(1), {1: 1, 576: 1}),
+        (Budget(0.25), {4: 1, 5: 1, 6: 2, 575: 144, 16384: 4096}),
+        (Budget(0.01), {4: 1, 16384: 164}),
+        (Budget(0.25, at_most=1024), {4: 1, 4096: 1024, 4100: 1024, 16384: 1024}),
+    ],
+)
+def test_rows_follow_from_the_size(budget, expected):
+    assert {size: budget.rows(size) for size in expected} == expected
+    rows = [budget.rows(size) for size in range(1, 2000)]
+    assert rows == sorted(rows)
+    if isinstance(budget.keep, float):  # as methods in transformers count
+        assert rows == [
+            min(max(visual_budget(budget.keep, size), 1), budget.at_most or size)
+            for size in range(1, 2000)
+        ]
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [Budget(64), Budget(1, "divprune"), Budget(1.0, "similarity"), Budget(0.1, at_most=16384)],
+)
+def test_workers_read_what_the_processor_wrote(budget):
+    numbers = torch.tensor(budget.to_numbers(), dtype=torch.float64)
+    found = Budget.of_numbers(numbers.tolist())
+    assert found == budget and type(found.keep) is type(budget.keep)
 
 
 @pytest.mark.parametrize(
@@ -38,10 +75,17 @@ def test_settings_are_read_from_where_vllm_carries_them():
         ({"images_kwargs": {"vtp": 64}}, TypeError, "expected a mapping"),
         (kwargs(score="attention"), ValueError, "vtp.keep: .* got nothing"),
         (kwargs(keep=64, ratio=0.5), ValueError, "there is no ratio"),
-        (kwargs(keep=0), ValueError, "vtp.keep: expected at least 1, got 0"),
-        (kwargs(keep=0.5), TypeError, "vtp.keep: expected an int, got 0.5"),
-        (kwargs(keep=True), TypeError, "vtp.keep: expected an int, got True"),
+        (kwargs(keep=0), ValueError, "vtp.keep: expected at least 1 .* got 0"),
+        (kwargs(keep=0.0), ValueError, "vtp.keep: .* a share above 0.0, got 0.0"),
+        (kwargs(keep=-1), ValueError, "vtp.keep: cannot keep -1 tokens"),
+        (kwargs(keep=1.5), ValueError, "vtp.keep: a share lies between 0.0 and 1.0, got 1.5"),
+        (kwargs(keep=True), TypeError, "vtp.keep: .* got True"),
+        (kwargs(keep="64"), TypeError, "vtp.keep: .* got '64'"),
         (kwargs(keep=64, score="norm"), ValueError, "vtp.score: .* got 'norm'"),
+        (kwargs(keep=64, score="cdpruner"), ValueError, "all text of a prompt"),
+        (kwargs(keep=64, at_most=64), ValueError, "vtp.at_most: bounds a share.*count 64"),
+        (kwargs(keep=0.5, at_most=0), ValueError, "vtp.at_most: expected at least 1, got 0"),
+        (kwargs(keep=0.5, at_most=9.5), TypeError, "vtp.at_most: expected an int, got 9.5"),
     ],
 )
 def test_bad_settings_are_named(given, error, message):
@@ -50,19 +94,20 @@ def test_bad_settings_are_named(given, error, message):
 
 
 def test_settings_must_fit_the_model():
-    Budget(256).check_model(config(), 256)
-    Budget(1, "similarity").check_model(config(layer=0), 256)
+    Budget(256).check_most(256)
+    Budget(0.5, at_most=300).check_most(256)
     with pytest.raises(ValueError, match="at most 256 tokens, got 257"):
-        Budget(257).check_model(config(), 256)
+        Budget(257).check_most(256)
+    check_clip(Budget(1, "similarity"), config(layer=0))
     with pytest.raises(NotImplementedError, match="'siglip_vision_model', which has no CLS"):
-        Budget(64).check_model(config(tower="siglip_vision_model"), 256)
+        check_clip(Budget(64), config(tower="siglip_vision_model"))
     with pytest.raises(NotImplementedError, match="got 'full'"):
-        Budget(64).check_model(config(strategy="full"), 256)
+        check_clip(Budget(64), config(strategy="full"))
     with pytest.raises(NotImplementedError, match="one vision_feature_layer"):
-        Budget(64).check_model(config(layer=[-2, -4]), 256)
+        check_clip(Budget(64), config(layer=[-2, -4]))
     for layer in (0, -7):
         with pytest.raises(ValueError, match="before the first layer"):
-            Budget(64).check_model(config(layer=layer), 256)
+            check_clip(Budget(64), config(layer=layer))
 
 
 def test_transformers_is_not_told():

@@ -21,6 +21,11 @@ PLUGIN = "vtp_kernels"
 MODELS = {
     "LlavaForConditionalGeneration": "vtp_kernels.vllm.llava:PrunedLlava",
     "LlavaNextForConditionalGeneration": "vtp_kernels.vllm.llava_next:PrunedLlavaNext",
+    "LlavaOnevisionForConditionalGeneration": (
+        "vtp_kernels.vllm.llava_onevision:PrunedLlavaOnevision"
+    ),
+    "InternVLForConditionalGeneration": "vtp_kernels.vllm.internvl:PrunedInternVL",
+    "InternVLChatModel": "vtp_kernels.vllm.internvl:PrunedInternVLChat",
 }
 
 #: What is imported when it is asked for.

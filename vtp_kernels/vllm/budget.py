@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from vtp_kernels._shown import shown
+from vtp_kernels.methods.budget import check_keep, visual_budget
 
 __all__ = ["KEY", "SCORES", "Budget", "without_budget"]
 
@@ -15,38 +16,80 @@ __all__ = ["KEY", "SCORES", "Budget", "without_budget"]
 #: keys of vLLM's caches. Inside of `images_kwargs` transformers refuses what it does not know: with
 #: the plugin switched off, the settings are an error and not forgotten.
 SCOPE, KEY = "images_kwargs", "vtp"
-SCORES = ("attention", "similarity")
+SCORES = ("attention", "similarity", "divprune")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A fixed number of visual tokens for every image.
+    """How many of its visual tokens every image keeps. That follows from its size alone.
 
     Parameters
     ----------
-    keep : int
-        Rows of the prompt that an image takes, at least 1. LLaVA-NeXT sees an image as a whole and
-        in crops: they share the number evenly, and what a crop with little in it cannot use goes to
-        the others. The rows that end its lines (`image_newline`) leave first. An image that has no
-        more rows than that keeps them all.
-    score : "attention" | "similarity"
-        The attention that CLS pays to the tokens in the feature layer of the vision tower, mean
-        over heads; or their cosine similarity to CLS there.
+    keep : int | float
+        Rows of the prompt that an image takes: a count, at least 1, or a share of those that it
+        would take unpruned, above 0.0, rounded as methods in transformers round it, and at least
+        one row. An image that has no more rows than a count keeps them all. Views of an image (the
+        crops of LLaVA-NeXT) compete for one number. Rows that end a line (`image_newline`) leave
+        first, but for "divprune".
+    score : "attention" | "similarity" | "divprune"
+        "attention": what the tokens get from CLS in the feature layer of the vision tower, mean
+        over heads, as `vtp.VisPruner(keep, important=1.0, per="picture")` takes it. "similarity":
+        their cosine to CLS there, each view to its own. "divprune": rows that are as unlike each
+        other as can be, as `vtp.DivPrune(keep, per="picture")` chooses them.
+    at_most : int, optional
+        Beside a share: the most rows that any image keeps.
     """
 
-    keep: int
+    keep: int | float
     score: str = "attention"
+    at_most: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep, bool) or not isinstance(self.keep, int):
-            raise TypeError(f"{KEY}.keep: expected an int, got {shown(self.keep)}")
-        if self.keep < 1:
-            raise ValueError(f"{KEY}.keep: expected at least 1, got {self.keep}")
+        check_keep(self.keep, f"{KEY}.keep")
+        if self.keep == 0:
+            raise ValueError(
+                f"{KEY}.keep: expected at least 1 token, or a share above 0.0, got {self.keep}"
+            )
+        if self.score == "cdpruner":
+            raise ValueError(
+                f"{KEY}.score: 'cdpruner' looks at all text of a prompt and at its other images, "
+                "and vLLM encodes and caches an image without them; 'divprune' does not need the "
+                "text"
+            )
         if self.score not in SCORES:
             raise ValueError(f"{KEY}.score: expected one of {SCORES}, got {shown(self.score)}")
+        self._check_at_most()
+
+    def _check_at_most(self) -> None:
+        if self.at_most is None:
+            return
+        if isinstance(self.at_most, bool) or not isinstance(self.at_most, int):
+            raise TypeError(f"{KEY}.at_most: expected an int, got {shown(self.at_most)}")
+        if self.at_most < 1:
+            raise ValueError(f"{KEY}.at_most: expected at least 1, got {self.at_most}")
+        if isinstance(self.keep, int):
+            raise ValueError(
+                f"{KEY}.at_most: bounds a share, as in keep=0.25; keep is the count {self.keep}"
+            )
+
+    def rows(self, unpruned: int) -> int:
+        """How many rows an image keeps that would take so many. More of these are never fewer."""
+        kept = max(visual_budget(self.keep, unpruned), min(1, unpruned))
+        return kept if self.at_most is None else min(kept, self.at_most)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def to_numbers(self) -> list[float]:
+        """The same as numbers for a tensor of float64, which holds each of them exactly."""
+        share = isinstance(self.keep, float)
+        return [self.keep, share, SCORES.index(self.score), self.at_most or 0]
+
+    @classmethod
+    def of_numbers(cls, numbers: Sequence[float]) -> Budget:
+        """What `to_numbers` made numbers of."""
+        keep, share, score, at_most = numbers
+        return cls(keep if share else int(keep), SCORES[int(score)], int(at_most) or None)
 
     @classmethod
     def of(cls, mm_processor_kwargs: Mapping[str, Any] | None) -> Budget | None:
@@ -73,45 +116,9 @@ class Budget:
             raise ValueError(f"{KEY}.keep: expected how many tokens an image keeps, got nothing")
         return cls(**value)
 
-    def check_model(self, config: Any, most: int) -> None:
-        """Whether a model can be pruned so.
-
-        Parameters
-        ----------
-        config : the configuration of a LLaVA-1.5 or LLaVA-NeXT
-        most : int
-            Rows that its images take at most, unpruned.
-
-        Raises
-        ------
-        NotImplementedError
-            If its vision tower has no CLS token, or if its features come from several layers or
-            with the CLS token among them.
-        ValueError
-            If `keep` is more than its images have.
-        """
-        tower = config.vision_config.model_type
-        if tower != "clip_vision_model":
-            raise NotImplementedError(
-                f"{KEY}: the vision tower is a {tower!r}, which has no CLS token to choose by; "
-                "expected a 'clip_vision_model'"
-            )
-        strategy = config.vision_feature_select_strategy
-        if strategy != "default":
-            raise NotImplementedError(
-                f"{KEY}: expected vision_feature_select_strategy 'default', got {strategy!r}"
-            )
-        layer = config.vision_feature_layer
-        if not isinstance(layer, int):
-            raise NotImplementedError(
-                f"{KEY}: expected one vision_feature_layer to choose by, got {layer!r}"
-            )
-        if self.score == "attention" and layer in (0, -1 - config.vision_config.num_hidden_layers):
-            raise ValueError(
-                f"{KEY}.score: the features are taken before the first layer, and no attention "
-                "made them; use 'similarity'"
-            )
-        if self.keep > most:
+    def check_most(self, most: int) -> None:
+        """Raise ValueError if `keep` is a count, and more than images have at most, unpruned."""
+        if isinstance(self.keep, int) and self.keep > most:
             raise ValueError(f"{KEY}.keep: images have at most {most} tokens, got {self.keep}")
 
 

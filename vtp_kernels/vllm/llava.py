@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from vllm.model_executor.models.llava import (
     LlavaForConditionalGeneration,
     LlavaMultiModalProcessor,
@@ -11,11 +12,13 @@ from vllm.model_executor.models.llava import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vtp_kernels.ops import compact_rows, select_topk
+from vtp_kernels.ops import compact_rows
 
 from .budget import KEY, Budget
+from .checks import check_clip
+from .choice import best_rows
 from .processing import BudgetInfo, BudgetProcessor
-from .seeing import PrunedImages
+from .seeing import PrunedImages, see_with_cls, stays
 from .stages.model import Staged
 
 __all__ = ["PrunedLlava"]
@@ -24,7 +27,8 @@ _plain = LlavaForConditionalGeneration._processor_factory
 
 
 class LlavaBudgetInfo(BudgetInfo, LlavaProcessingInfo):
-    pass
+    def check_budget(self, budget: Budget) -> None:
+        check_clip(budget, self.get_hf_config())
 
 
 class LlavaBudgetProcessor(BudgetProcessor, LlavaMultiModalProcessor):
@@ -49,8 +53,12 @@ def _processor(info: Any, dummy_inputs: Any) -> Any:
 class PrunedLlava(Staged, PrunedImages, LlavaForConditionalGeneration):
     hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | PrunedImages.tower_names
 
-    def _embed_best(self, images: Any, keep: int, score: str) -> Any:
-        hidden, scores = self._see(images["pixel_values"], score)
-        chosen = select_topk(scores, keep).indices
-        (features,) = compact_rows((hidden[:, 1:],), chosen)
+    def _embed_best(self, images: Any, budget: Budget) -> Any:
+        hidden, scores = see_with_cls(self.vision_tower, images["pixel_values"], budget.score)
+        features = hidden[:, 1:]
+        if scores is None:
+            return [stays(rows, None, budget) for rows in self.multi_modal_projector(features)]
+        keep = budget.rows(features.shape[1])
+        chosen = torch.stack([best_rows(of_image, keep) for of_image in scores])
+        (features,) = compact_rows((features,), chosen)
         return self.multi_modal_projector(features)

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT in vLLM, of whose image tokens the best of each crop stay."""
+"""LLaVA-NeXT in vLLM, of whose image tokens the best stay."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from vllm.model_executor.models.llava_next import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from .choice import best_rows
+from .budget import Budget
+from .checks import check_clip
+from .choice import best_rows, scores_of_rows
 from .processing import BudgetInfo, BudgetProcessor
-from .seeing import PrunedImages
+from .seeing import PrunedImages, see_with_cls, stays
 from .stages.model import Staged
 
 __all__ = ["PrunedLlavaNext"]
 
 
 class LlavaNextBudgetInfo(BudgetInfo, LlavaNextProcessingInfo):
-    pass
+    def check_budget(self, budget: Budget) -> None:
+        check_clip(budget, self.get_hf_config())
 
 
 class LlavaNextBudgetProcessor(BudgetProcessor, LlavaNextMultiModalProcessor):
@@ -40,24 +43,29 @@ class PrunedLlavaNext(Staged, PrunedImages, LlavaNextForConditionalGeneration):
         LlavaNextForConditionalGeneration.hf_to_vllm_mapper | PrunedImages.tower_names
     )
 
-    def _embed_best(self, images: Any, keep: int, score: str) -> Any:
+    def _embed_best(self, images: Any, budget: Budget) -> Any:
         pixels = images["pixel_values"]  # [B, V, 3, h, w], or a list of [V, 3, h, w]
         views = [len(image) for image in pixels]
-        hidden, scores = self._see(torch.cat(tuple(pixels)), score)
-        width, first, kept = scores.shape[1], 0, []
+        hidden, scores = see_with_cls(self.vision_tower, torch.cat(tuple(pixels)), budget.score)
+        first, found = 0, []
         for size, count in zip(images["image_sizes"], views, strict=True):
-            shows = self._shows(size, count, width)
-            if keep < len(shows):
-                stays = best_rows(scores[first : first + count], shows, keep)
+            features = hidden[first : first + count, 1:]
+            shows = self._shows(size, *features.shape[:2])
+            if scores is None:
+                rows = stays(self._rows(features, shows), None, budget)
             else:
-                stays = shows.to(scores.device)
-            kept.append(torch.where(stays < 0, -1, stays + first * width))
+                ranked = scores_of_rows(scores[first : first + count], shows)
+                best = best_rows(ranked, budget.rows(len(shows)))
+                rows = self._rows(features, shows[best.cpu()])
+            found.append(rows)
             first += count
-        tokens = torch.cat(kept)
-        features = hidden[:, 1:].flatten(0, 1)[tokens.clamp(min=0)]
-        rows = self.multi_modal_projector(features)
-        newline = self.image_newline.to(rows.dtype)
-        return torch.where(tokens[:, None] < 0, newline, rows).split([len(rows) for rows in kept])
+        return found
+
+    def _rows(self, features: Tensor, shows: Tensor) -> Tensor:
+        """[R, C]: rows that show these tokens of features [V, N, D]; see `_shows`."""
+        shows = shows.to(features.device)
+        rows = self.multi_modal_projector(features.flatten(0, 1)[shows.clamp(min=0)])
+        return torch.where(shows[:, None] < 0, self.image_newline.to(rows.dtype), rows)
 
     def _shows(self, size: Tensor, views: int, tokens: int) -> Tensor:
         """int64 [R], on the CPU: the token that each row of an image shows, -1 for `image_newline`.

@@ -6,6 +6,7 @@ front of vLLM's own classes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
@@ -15,9 +16,9 @@ import torch
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageEmbeddingItems
-from vllm.multimodal.processing import PromptUpdate
+from vllm.multimodal.processing import PromptUpdate, PromptUpdateDetails
 
-from .budget import KEY, SCORES, Budget, without_budget
+from .budget import KEY, Budget, without_budget
 
 __all__ = ["BudgetInfo", "BudgetProcessor"]
 
@@ -43,7 +44,12 @@ class BudgetInfo:
 
     def _check(self, budget: Budget | None) -> None:
         if budget is not None:
-            budget.check_model(self.get_hf_config(), self.get_max_image_tokens())
+            self.check_budget(budget)
+            budget.check_most(self.get_max_image_tokens())
+
+    def check_budget(self, budget: Budget) -> None:
+        """Raise NotImplementedError or ValueError for what this model cannot be pruned by."""
+        raise NotImplementedError
 
     def budget_for(self, mm_processor_kwargs: Mapping[str, Any]) -> Budget | None:
         """What holds for a request. vLLM set memory aside for images of the engine's budget, so a
@@ -52,12 +58,14 @@ class BudgetInfo:
         if budget == self.budget:
             return budget
         self._check(budget)
-        if self.budget is not None and (budget is None or budget.keep > self.budget.keep):
-            asked = "all tokens" if budget is None else budget.keep
-            raise ValueError(
-                f"{KEY}.keep: a request may not ask for more than the engine's {self.budget.keep}, "
-                f"got {asked}"
-            )
+        if self.budget is not None:
+            most = self.get_max_image_tokens()
+            limit, asked = self.budget.rows(most), budget.rows(most) if budget else most
+            if asked > limit:
+                raise ValueError(
+                    f"{KEY}.keep: a request may not ask for more than the engine's {limit} of the "
+                    f"{most} tokens of the largest image, got {asked if budget else 'all tokens'}"
+                )
         return budget
 
 
@@ -82,6 +90,8 @@ class BudgetProcessor:
     """In front of a `MultiModalProcessor` of vLLM."""
 
     info: BudgetInfo
+    #: What comes of images, and has as many entries.
+    of_images = "pixel_values"
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         # vLLM leaves out what the engine was started with: engines that share a cache would take
@@ -91,9 +101,10 @@ class BudgetProcessor:
         if budget is None or "image" not in hashes:
             return hashes
         algorithm = self.info.mm_config.mm_hasher_algorithm
+        settings = json.dumps(budget.to_dict(), sort_keys=True)  # tells 1 from 1.0
         return hashes | {
             "image": [
-                MultiModalHasher.hash_kwargs(algorithm, image=key, **{KEY: budget.to_dict()})
+                MultiModalHasher.hash_kwargs(algorithm, image=key, **{KEY: settings})
                 for key in hashes["image"]
             ]
         }
@@ -101,31 +112,48 @@ class BudgetProcessor:
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         budget = self.info.budget_for(hf_kwargs)
         data = super()._apply_hf_processor_main(mm_items, without_budget(hf_kwargs))
-        if budget is not None and "pixel_values" in data:
-            data[KEY] = torch.tensor([budget.keep, SCORES.index(budget.score)])
+        if budget is not None and self.of_images in data:
+            data[KEY] = torch.tensor(budget.to_numbers(), dtype=torch.float64)
         return data
 
     def _get_mm_fields_config(
         self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]
     ) -> Mapping[str, MultiModalFieldConfig]:
-        config = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
+        known = without_budget(hf_processor_mm_kwargs)
+        config = dict(super()._get_mm_fields_config(hf_inputs, known))
         if KEY in hf_inputs:
             # Shared: vLLM encodes images of different budgets one budget after the other.
-            count = len(hf_inputs["pixel_values"])
+            count = len(hf_inputs[self.of_images])
             config[KEY] = MultiModalFieldConfig.shared("image", count, keep_on_cpu=True)
         return config
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
     ) -> Sequence[PromptUpdate]:
-        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        known = without_budget(hf_processor_mm_kwargs)
+        updates = super()._get_prompt_updates(mm_items, known, out_mm_kwargs)
         budget = self.info.budget_for(hf_processor_mm_kwargs)
         if budget is None or isinstance(mm_items.get("image"), ImageEmbeddingItems):
             return updates
-        return [_cut(update, budget.keep) for update in updates]
+        return [_cut(x, budget) if x.modality == "image" else x for x in updates]
 
 
-def _cut(update: Any, keep: int) -> PromptUpdate:
-    """An image's placeholders, no more than `keep`."""
-    placeholders = update.replacement
-    return replace(update, replacement=lambda item: placeholders(item)[:keep])
+def _cut(update: Any, budget: Budget) -> PromptUpdate:
+    """An image's placeholders, as many as the budget leaves; what stands around them stays."""
+    whole = update.replacement
+
+    def replacement(item: int) -> Any:
+        placeholders = whole(item)
+        if not isinstance(placeholders, PromptUpdateDetails):
+            return placeholders[: budget.rows(len(placeholders))]
+        tokens = placeholders.full
+        shows = torch.ones(len(tokens), dtype=torch.bool)
+        if placeholders.is_embed is not None:
+            shows = placeholders.is_embed(tokens)
+        stays = ~shows | (shows.cumsum(0) <= budget.rows(int(shows.sum())))
+        return replace(
+            placeholders,
+            full=[token for token, stay in zip(tokens, stays.tolist(), strict=True) if stay],
+        )
+
+    return replace(update, replacement=replacement)

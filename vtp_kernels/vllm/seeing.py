@@ -1,26 +1,31 @@
-"""What both model families do in vLLM's workers."""
+"""What the model families do in vLLM's workers: encode images, and keep the best of their rows."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.models.utils import WeightsMapper
 
-from .budget import KEY, SCORES
-from .choice import attention_of_cls, similarity_to_cls
+from .budget import KEY, Budget
+from .choice import attention_received, best_rows, similarity_to_whole, unlike_rows
+from .stages.model import Staged
+from .stages.settings import WHERE, Settings
 
-__all__ = ["PrunedImages"]
+__all__ = ["PrunedImages", "Sight", "see_with_cls", "stays", "watching"]
 
 _TOWER_PARTS = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
 
 
 class PrunedImages:
-    """In front of a model class of vLLM that has `vision_tower`, a CLIP with CLS, and
-    `multi_modal_projector`. Images that come without a budget take its own course."""
+    """In front of a model class of vLLM that reads images. Those that come without a budget take
+    its own course."""
 
-    #: transformers 5 writes the tower's weights without the `vision_model` that vLLM looks for.
+    #: transformers 5 writes the weights of CLIP and SigLIP without the `vision_model` that vLLM
+    #: looks for.
     tower_names = WeightsMapper(
         orig_to_new_prefix={
             f"vision_tower.{part}.": f"vision_tower.vision_model.{part}." for part in _TOWER_PARTS
@@ -34,44 +39,95 @@ class PrunedImages:
                 "enable_tower_connector_lora: expected False with the plugin, for the rows of an "
                 "adapter in the vision tower are counted by those that the image takes"
             )
+        if not isinstance(self, Staged) and Settings.of(vllm_config) is not None:
+            raise NotImplementedError(
+                f"{WHERE}: pruning between layers is not there for {type(self).__name__}; a budget "
+                f"before them is (mm_processor_kwargs)"
+            )
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def embed_multimodal(self, **kwargs: object) -> Any:
         budget = kwargs.pop(KEY, None)
         if budget is not None:
-            keep, score = budget.tolist()
             images = self._parse_and_validate_image_input(**kwargs)
-            return self._embed_best(images, keep, SCORES[score])
+            return self._embed_best(images, Budget.of_numbers(budget.tolist()))
         if kwargs.get("pixel_values") is None and kwargs.get("image_embeds") is not None:
             # vLLM's own class wants all images of a batch to have as many rows.
             return list(kwargs["image_embeds"])
         return super().embed_multimodal(**kwargs)
 
-    def _embed_best(self, images: Any, keep: int, score: str) -> Any:
-        """The embeddings of each image, `keep` rows or all it has."""
+    def _embed_best(self, images: Any, budget: Budget) -> Any:
+        """The embeddings of each image, of as many rows as its budget says."""
         raise NotImplementedError
 
-    def _see(self, pixels: Tensor, score: str) -> tuple[Tensor, Tensor]:
-        """Of pixels [V, 3, h, w]: what the tower puts out, CLS in row 0, [V, 1 + N, C], and the
-        scores of all other rows, float32 [V, N]."""
+
+class Sight:
+    """What a vision tower made of V views.
+
+    hidden : [V, M, C], what it put out. query, key : [V, M, H * D], what its last attention was
+    called with, which made the features: vLLM builds a tower up to the layer of these.
+    """
+
+    hidden: Tensor
+    query: Tensor
+    key: Tensor
+
+    def __init__(self, attention: Any) -> None:
+        self._attention = attention
+
+    def scores(self, score: str, cls: bool) -> Tensor | None:
+        """float32 [V, M], or [V, M - 1] without CLS in front: what each token is scored by; None
+        where it is not the tower that is asked."""
         if score == "similarity":
-            hidden = self.vision_tower(pixels, feature_select_strategy="full")
-            return hidden, similarity_to_cls(hidden)
-        # vLLM builds the tower up to the feature layer, so the last attention is the one that made
-        # the features. What it is called with are the queries and keys of this rank's heads.
-        attention = self.vision_tower.vision_model.encoder.layers[-1].self_attn
-        called_with: list[Any] = []
-        hook = attention.attn.register_forward_pre_hook(
-            lambda module, args: called_with.append(args)
+            return similarity_to_whole(self.hidden, cls)
+        return self.attention(cls) if score == "attention" else None
+
+    def attention(self, cls: bool) -> Tensor:
+        """Of the heads of all ranks, or these would keep different tokens."""
+        attention = self._attention
+        ranks = getattr(attention, "tp_size", 1)
+        here = attention.num_heads_per_partition if ranks > 1 else attention.num_heads
+        query, key = (
+            states.unflatten(-1, (here, attention.head_dim)).transpose(1, 2)
+            for states in (self.query, self.key)
         )
-        try:
-            hidden = self.vision_tower(pixels, feature_select_strategy="full")
-        finally:
+        scores = attention_received(query, key, attention.scale, cls)
+        if ranks > 1:
+            scores = tensor_model_parallel_all_reduce(scores.contiguous()) / ranks
+        return scores
+
+
+@contextmanager
+def watching(tower: Any, attention: Any) -> Iterator[Sight]:
+    """While a model encodes images: what its tower puts out, and its last attention reads."""
+    sight = Sight(attention)
+
+    def called(module: Any, args: Any) -> None:
+        sight.query, sight.key = args[:2]
+
+    def put_out(module: Any, args: Any, output: Tensor) -> None:
+        sight.hidden = output
+
+    hooks = (
+        attention.attn.register_forward_pre_hook(called),
+        tower.register_forward_hook(put_out),
+    )
+    try:
+        yield sight
+    finally:
+        for hook in hooks:
             hook.remove()
-        (query, key, *_), *_ = called_with
-        shape = (*query.shape[:2], attention.num_heads_per_partition, attention.head_dim)
-        query, key = (states.view(shape).transpose(1, 2) for states in (query, key))
-        scores = attention_of_cls(query, key, attention.scale)
-        if attention.tp_size > 1:  # or ranks would keep different tokens
-            scores = tensor_model_parallel_all_reduce(scores.contiguous()) / attention.tp_size
-        return hidden, scores
+
+
+def see_with_cls(tower: Any, pixels: Tensor, score: str) -> tuple[Tensor, Tensor | None]:
+    """Of pixels [V, 3, h, w], by a CLIP tower: what it puts out, CLS in row 0, [V, 1 + N, C], and
+    the scores of all other rows, float32 [V, N]; None where it is not the tower that is asked."""
+    with watching(tower, tower.vision_model.encoder.layers[-1].self_attn) as sight:
+        tower(pixels, feature_select_strategy="full")
+    return sight.hidden, sight.scores(score, cls=True)
+
+
+def stays(rows: Tensor, scores: Tensor | None, budget: Budget) -> Tensor:
+    """Of an image's rows [R, C] those that stay, by their scores float32 [R], or by themselves."""
+    keep = budget.rows(len(rows))
+    return rows[unlike_rows(rows, keep) if scores is None else best_rows(scores, keep)]

@@ -12,7 +12,7 @@ from torch.nn.functional import avg_pool2d
 
 from .tower import Tower
 
-__all__ = ["CroppedTower", "NextVideoTower", "ResizedTower"]
+__all__ = ["CroppedTower", "NextVideoTower", "ResizedTower", "places_of", "tokens_at"]
 
 
 class CroppedTower(Tower):
@@ -96,17 +96,15 @@ class ResizedTower(Tower):
         # Where each token of the crops stands, row and column, goes through the model's own packing
         # and scaling in place of what it looks like.
         packed, _ = self.base.pack_image_features(
-            [_places(*grid, side) for grid in grids],
+            [places_of(*grid, side) for grid in grids],
             sizes,
             image_newline=torch.full((2,), -1.0, dtype=torch.float64),
             vision_aspect_ratio=self._setting(given, "vision_aspect_ratio"),
         )
         shows, first = [], 0
         for places, (rows, columns) in zip(packed, grids, strict=True):
-            y, x = places[tokens:].round().long().clamp(-1).unbind(1)
-            inside = (1 + y // side * columns + x // side) * tokens + y % side * side + x % side
-            whole = torch.arange(first, first + tokens)
-            shows.append(torch.cat((whole, torch.where(y < 0, -1, first + inside))))
+            shown = tokens_at(places, columns, side)
+            shows.append(torch.where(shown < 0, -1, first + shown))
             first += (1 + rows * columns) * tokens
         if first != pictures * tokens or edge // config.vision_config.patch_size != side:
             raise ValueError(
@@ -129,10 +127,20 @@ class ResizedTower(Tower):
         )
 
 
-def _places(rows: int, columns: int, side: int) -> Tensor:
+def places_of(rows: int, columns: int, side: int) -> Tensor:
     """float64 [1 + rows * columns, side * side, 2]: row and column of every token, counted over
     all crops of a picture. The whole picture comes before them, with any."""
     y, x = torch.meshgrid(torch.arange(rows * side), torch.arange(columns * side), indexing="ij")
     places = torch.stack((y, x), -1).view(rows, side, columns, side, 2)
     places = places.transpose(1, 2).reshape(rows * columns, side * side, 2)
     return torch.cat((torch.zeros(1, side * side, 2), places)).double()
+
+
+def tokens_at(places: Tensor, columns: int, side: int) -> Tensor:
+    """int64 [R]: the token nearest to each of a picture's rows, of which the first are those of the
+    whole and the others come with the places float64 [R, 2] that `places_of` gave its tokens, in
+    crops that stand in so many columns; -1 where a place is negative."""
+    tokens = side * side
+    y, x = places[tokens:].round().long().clamp(-1).unbind(1)
+    inside = (1 + y // side * columns + x // side) * tokens + y % side * side + x % side
+    return torch.cat((torch.arange(tokens), torch.where(y < 0, -1, inside)))

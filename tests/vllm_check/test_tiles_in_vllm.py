@@ -1,0 +1,180 @@
+"""Small models with random weights that cut pictures up, in vLLM: InternVL and LLaVA-OneVision."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vLLM: run by `make vllm-check`")
+
+import asking
+import plain_tiles
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_next import IMAGE, drawing
+from transformers import AutoProcessor
+
+import vtp_kernels as vtp
+from vtp_kernels import reference
+from vtp_kernels.models.families import FAMILIES
+from vtp_kernels.models.pictures.watch import SEEN, VisionWatch
+from vtp_kernels.vllm.budget import Budget
+
+METHODS = {
+    "attention": lambda keep: vtp.VisPruner(keep, important=1.0, per="picture"),
+    "divprune": lambda keep: vtp.DivPrune(keep, per="picture"),
+}
+
+
+class Served:
+    """The same weights in vLLM and in transformers."""
+
+    def __init__(self, module, folder):
+        self.tiny, self.folder = importlib.import_module(module), folder
+        self.model = self.tiny.new_model()
+        self.model.save_pretrained(folder)
+        self.tiny.new_processor().save_pretrained(folder)
+        self.processor = AutoProcessor.from_pretrained(folder)
+        weights = load_file(folder / "model.safetensors")
+        renamed = {self.tiny.names_before_5(name): x for name, x in weights.items()}
+        save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+        self.engine = asking.llm(folder, **plain_tiles.SETTINGS)
+
+    def pictures(self, first=0, last=None):
+        return [drawing(size, seed) for seed, size in enumerate(self.tiny.SIZES)][first:last]
+
+    def request(self, pictures, text="7 8", **more):
+        return plain_tiles.request(self.tiny, pictures, text) | more
+
+    def embedded(self, kwargs):
+        """What the model in vLLM makes of one picture."""
+        with torch.inference_mode():
+            found = self.engine.apply_model(lambda model: model.embed_multimodal(**kwargs))[0]
+        (rows,) = found
+        return rows
+
+    def in_transformers(self, pictures, method, text="7 8"):
+        """Tokens, and the logarithms of their probabilities."""
+        prompt = self.request(pictures, text)["prompt"]
+        inputs = self.processor(text=prompt, images=pictures, return_tensors="pt")
+        with vtp.prune(self.model, method, positions="contiguous"):
+            found = self.model.generate(
+                **inputs,
+                max_new_tokens=asking.LONGEST_ANSWER,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        new = found.sequences[0, -len(found.logits) :].tolist()
+        steps = zip(new, found.logits, strict=True)
+        return new, [x.log_softmax(-1)[0, token].item() for token, x in steps]
+
+
+@pytest.fixture(scope="module", params=["tiny_internvl", "tiny_onevision"])
+def served(request, tmp_path_factory):
+    return Served(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def assert_same(output, expected):
+    tokens, steps = expected
+    assert asking.tokens(output) == tokens
+    difference = torch.tensor(asking.logprobs(output)) - torch.tensor(steps)
+    assert difference.abs().max() < 1e-4
+
+
+def test_without_a_budget_answers_are_those_of_vllm_alone(served):
+    script = Path(plain_tiles.__file__)
+    command = [sys.executable, script, served.tiny.__name__, served.folder]
+    environment = os.environ | {"VLLM_PLUGINS": "none"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    plain = json.loads(run.stdout.splitlines()[-1])
+    assert plain["module"].startswith("vllm.model_executor.models.")
+    asking.forget(served.engine)
+    assert plain_tiles.answers(served.engine, served.tiny) == plain["outputs"]
+
+
+@torch.no_grad()
+def rows_that_stay(served, picture, budget):
+    """By what transformers' tower saw, and a choice with torch alone."""
+    base = served.model.model
+    tower = FAMILIES[served.tiny.FAMILY].tower(base)
+    inputs = served.processor.image_processor(picture, return_tensors="pt")
+    inputs = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+    watch = VisionWatch(base, tower, "attention", backend="reference")
+    watch.attach()
+    try:
+        output = base.get_image_features(**inputs)
+    finally:
+        watch.detach()
+    dense, seen = output.pooler_output, getattr(output, SEEN)
+    dense = torch.cat(list(dense)).flatten(0, -2)
+    keep = budget.rows(len(dense))
+    if budget.score == "divprune":
+        return dense[reference.select_diverse(dense[None], keep).indices[0]]
+    scores = seen.attention
+    if budget.score == "similarity":
+        whole = seen.summary[:, None]
+        scores = torch.nn.functional.cosine_similarity(seen.features, whole, dim=-1)
+    flat = scores.flatten().tolist()
+    ranked = [-flat[token] if token >= 0 else torch.inf for token in seen.shows.tolist()]
+    return dense[sorted(sorted(range(len(dense)), key=ranked.__getitem__)[:keep])]
+
+
+@pytest.mark.parametrize("score", ["attention", "similarity", "divprune"])
+@pytest.mark.parametrize("keep", [10, 0.4, 0.95])
+def test_rows_that_stay(served, keep, score):
+    budget = Budget(keep, score)
+    given = {"images_kwargs": {"vtp": budget.to_dict()}}
+    processor = served.engine.llm_engine.renderer.get_mm_processor()
+    for picture in served.pictures():
+        items = processor.info.parse_mm_data({"image": [picture]})
+        prompt = served.request([picture])["prompt"]
+        made = processor(prompt, items, hf_processor_mm_kwargs=given)
+        found = served.embedded(made["mm_kwargs"].get_data())
+        expected = rows_that_stay(served, picture, budget)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        assert made["prompt_token_ids"].count(IMAGE) == len(expected)
+
+
+@pytest.mark.parametrize("score", list(METHODS))
+@pytest.mark.parametrize(("keep", "more"), [(12, {}), (0.3, {}), (0.75, {"at_most": 12})])
+def test_answers_are_those_of_transformers(served, keep, more, score):
+    """One picture or several in a prompt, prompts that are read in pieces, and a second turn."""
+    budget = asking.budget(keep, score, **more)
+    method = METHODS[score](12 if more else keep)
+    some = [served.pictures(n, n + 1) for n in range(4)] + [served.pictures(0, 2)]
+    asking.forget(served.engine)
+    outputs = asking.ask(served.engine, [served.request(x, **budget) for x in some])
+    answers = [served.in_transformers(pictures, method) for pictures in some]
+    for output, answer in zip(outputs, answers, strict=True):
+        assert_same(output, answer)
+    text = " ".join(["7 8", *map(str, answers[0][0]), "9 10"])
+    (again,) = asking.ask(served.engine, [served.request(some[0], text, **budget)])
+    assert_same(again, served.in_transformers(some[0], method, text))
+
+
+def test_budgets_meet_in_one_batch_and_share_no_cache_entry(served):
+    budgets = [{}, asking.budget(12), asking.budget(12, "divprune"), asking.budget(0.3)]
+    pictures = served.pictures(0, 2)
+    requests = [served.request(pictures, **budget) for budget in budgets]
+    alone = []
+    for request in requests:
+        asking.forget(served.engine)
+        alone += asking.ask(served.engine, [request])
+    asking.forget(served.engine)
+    for _ in range(2):  # together, then from what is cached
+        together = asking.ask(served.engine, requests)
+        for output, expected in zip(together, alone, strict=True):
+            assert_same(output, (asking.tokens(expected), asking.logprobs(expected)))
+    assert len({tuple(asking.logprobs(output)) for output in alone}) == len(budgets)
+
+
+def test_pruning_between_layers_is_refused(served):
+    settings = {"additional_config": {"vtp": {"method": "fastv:2:0.5"}}}
+    with pytest.raises(NotImplementedError, match="between layers is not there for Pruned"):
+        asking.llm(served.folder, load_format="dummy", **settings)
