@@ -20,6 +20,7 @@ import vtp_kernels as vtp
 from vtp_kernels.chat import chat_inputs
 from vtp_kernels.pocket_llava import scenes
 from vtp_kernels.pocket_llava.model import TRAINED, processor
+from vtp_kernels.vllm import Budget
 
 INSTALLED = importlib.util.find_spec("lmms_eval") is not None
 
@@ -192,7 +193,9 @@ def test_a_method_is_asked_for_before_the_model_is_loaded(stand_ins):
 def test_a_served_model_is_told_what_leaves(stand_ins, monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     cls = simple_class("vllm_vtp")
-    before = {"images_kwargs": {"vtp": {"keep": 144, "score": "similarity"}}}
+    before = {"images_kwargs": {"vtp": Budget(144, "similarity").to_dict()}}
+    share = {"images_kwargs": {"vtp": Budget(0.25, at_most=9).to_dict()}}
+    assert cls("model", keep=0.25, at_most=9).settings == {"mm_processor_kwargs": share}
     made = cls("model", keep=144, score="similarity", dtype="float32")
     assert made.settings == {"mm_processor_kwargs": before, "dtype": "float32"}
     assert made.plugins == "other,vtp_kernels"

@@ -26,7 +26,7 @@ class Served:
     Takes, besides that class's arguments, what is to leave before the language model, between its
     layers, or both:
 
-    keep, score : a `vtp_kernels.vllm.Budget`
+    keep, score, at_most : a `vtp_kernels.vllm.Budget`
     vtp : a method as a JSON file or a short form, for between the layers; or "none". With neither
         of the two, "none" has to be said.
     """
@@ -37,16 +37,18 @@ class Served:
         vtp: str | None = None,
         keep: int | float | None = None,
         score: str | None = None,
+        at_most: int | None = None,
         **kwargs: Any,
     ) -> None:
         if vtp is None and keep is None:
             raise TypeError("vtp: expected a method, or keep=TOKENS, or vtp=none; got none of them")
-        if score is not None and keep is None:
-            raise TypeError(f"score: expected with keep=TOKENS, got {shown(score)} alone")
+        given = {"score": score, "at_most": at_most}
+        given = {name: value for name, value in given.items() if value is not None}
+        for name, value in given.items() if keep is None else ():
+            raise TypeError(f"{name}: expected with keep=TOKENS, got {shown(value)} alone")
         settings = dict(kwargs)
         if keep is not None:
-            scores = {} if score is None else {"score": score}
-            budget = Budget(keep=keep, **scores).to_dict()
+            budget = Budget(keep, **given).to_dict()
             _set(settings, "mm_processor_kwargs", {"images_kwargs": {"vtp": budget}})
         if vtp is not None and (method := method_from_spec(vtp)) is not None:
             _set(settings, "additional_config", {"vtp": {"method": method.to_dict()}})
