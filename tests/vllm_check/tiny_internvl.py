@@ -69,6 +69,6 @@ def new_processor():
     )
 
 
-def names_before_5(name):
-    """What a weight is called in checkpoints that vLLM alone loads."""
-    return name
+def save(model, folder):
+    model.save_pretrained(folder)
+    new_processor().save_pretrained(folder)

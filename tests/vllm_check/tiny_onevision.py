@@ -1,6 +1,7 @@
 """A small LLaVA-OneVision with random weights, and sizes of pictures that make up to 16 crops."""
 
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_next import IMAGE, new_tokenizer
 from transformers import (
     LlavaOnevisionConfig,
@@ -75,6 +76,13 @@ def new_processor():
     )
 
 
-def names_before_5(name):
-    """What a weight is called in checkpoints that vLLM alone loads."""
-    return name.replace("vision_tower.", "vision_tower.vision_model.")
+def save(model, folder):
+    """With the names that vLLM alone knows of the tower's weights."""
+    model.save_pretrained(folder)
+    new_processor().save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    renamed = {
+        name.replace("vision_tower.", "vision_tower.vision_model."): weight
+        for name, weight in weights.items()
+    }
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})

@@ -11,7 +11,7 @@ import torch
 from vtp_kernels import vllm as plugin
 from vtp_kernels.methods.budget import visual_budget
 from vtp_kernels.vllm.budget import Budget, without_budget
-from vtp_kernels.vllm.checks import check_clip
+from vtp_kernels.vllm.checks import check_clip, check_intern, check_siglip
 
 
 def kwargs(**settings):
@@ -108,6 +108,24 @@ def test_settings_must_fit_the_model():
     for layer in (0, -7):
         with pytest.raises(ValueError, match="before the first layer"):
             check_clip(Budget(64), config(layer=layer))
+
+
+def test_settings_must_fit_towers_without_cls_and_those_of_tiles():
+    check_siglip(Budget(64), config("siglip_vision_model", layer=-1, strategy="full"))
+    for wrong, message in (
+        (config(strategy="full"), "how a 'clip_vision_model' sees"),
+        (config("siglip_vision_model"), "'full', got 'default'"),
+        (config("siglip_vision_model", layer=[-1, -2], strategy="full"), "one vision_feature"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            check_siglip(Budget(64), wrong)
+    for layer in (-1, 6):
+        check_intern(Budget(64), config("internvl_vision", layer=layer))
+    check_intern(Budget(64), SimpleNamespace(vision_config=config().vision_config))  # InternVLChat
+    with pytest.raises(NotImplementedError, match="the only one that vLLM takes, got -2"):
+        check_intern(Budget(64), config("internvl_vision"))
+    with pytest.raises(NotImplementedError, match="'default', got 'full'"):
+        check_intern(Budget(64), config("internvl_vision", layer=-1, strategy="full"))
 
 
 def test_transformers_is_not_told():

@@ -44,10 +44,10 @@ class InternVLBudgetProcessor(BudgetProcessor, InternS1MultiModalProcessor):
 class InternVLChatBudgetInfo(TilesInfo, InternVLProcessingInfo):
     def check_budget(self, budget: Budget) -> None:
         super().check_budget(budget)
-        if self.mm_config.mm_encoder_tp_mode == "data" and budget.score != "divprune":
+        if self.mm_config.mm_encoder_tp_mode == "data" and budget.score == "attention":
             raise NotImplementedError(
-                f"{KEY}.score: with mm_encoder_tp_mode='data' no rank sees all tiles; expected "
-                f"'divprune', got {budget.score!r}"
+                f"{KEY}.score: with mm_encoder_tp_mode='data' no rank sees the attention in all "
+                "tiles; expected 'similarity' or 'divprune', got 'attention'"
             )
 
 
