@@ -18,9 +18,9 @@ from benchmarks.harness import Timing, summary
 from benchmarks.pocket_llava.evaluate import table as accuracy_table
 from benchmarks.serving import Row as ServingRow
 from benchmarks.serving import table as serving_table
+from vtp_kernels.catalogue import catalogue
 from vtp_kernels.demo import Comparison, Row, pocket_methods
 from vtp_kernels.methods import Method, method_from_spec
-from vtp_kernels.models import supported_models
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -172,16 +172,15 @@ def machines() -> str:
 
 def families() -> str:
     """What is taken, by the pages of vtp_kernels.models.families."""
-    lines = [
-        "| family | such as | tested around | positions | tower scores | transformers | but |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, family in supported_models().items():
-        lists = (family[key] for key in ("text_models", "positions", "tower_scores"))
-        texts, positions, scores = (", ".join(words) for words in lists)
+    head = "family", "such as", "tested around", "positions", "tower scores", "vLLM", "transformers"
+    head = (*head, "but")
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for name, family in catalogue().families.items():
+        lists = (family[key] for key in ("text_models", "positions", "tower_scores", "vllm"))
+        texts, positions, scores, vllm = (", ".join(words) for words in lists)
         lines.append(
             f"| `{name}` | {family['example']} | {texts} | {positions} | {scores or 'none'} "
-            f"| {family['transformers']} | {'; '.join(family['limits'])} |"
+            f"| {vllm} | {family['transformers']} | {'; '.join(family['limits'])} |"
         )
     return "\n".join(lines)
 

@@ -1,11 +1,12 @@
-"""Pruned LLaVA-1.5 and LLaVA-NeXT in vLLM, as a plugin: vLLM itself stays as it is.
+"""Pruned LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision and InternVL in vLLM, as a plugin: vLLM itself
+stays as it is.
 
     VLLM_PLUGINS=vtp_kernels vllm serve llava-hf/llava-1.5-7b-hf \\
         --mm-processor-kwargs '{"images_kwargs": {"vtp": {"keep": 144, "score": "attention"}}}'
 
-Every image then takes `keep` rows of the prompt and of the KV cache, chosen by the CLS token of the
-vision tower before the projector; see `Budget` for the settings. A request may lower the number by
-`mm_processor_kwargs` of its own. For a number that differs from image to image, see `encode`.
+Every image then takes `keep` rows of the prompt and of the KV cache, chosen by what the vision
+tower saw; see `Budget` for the settings. A request may lower the number by `mm_processor_kwargs` of
+its own. For a number that follows from what an image shows, see `encode`.
 
 Nothing of vLLM is imported here, and nothing is registered unless `VLLM_PLUGINS` names the plugin.
 """
