@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -101,16 +100,39 @@ def assert_same(output, expected):
     assert difference.abs().max() < 1e-4
 
 
-def test_without_a_budget_answers_are_those_of_vllm_alone(served):
-    script = Path(plain_tiles.__file__)
-    command = [sys.executable, script, served.tiny.__name__, served.folder]
-    environment = os.environ | {"VLLM_PLUGINS": "none"}
+def in_another_process(served, *settings, **variables):
+    script = plain_tiles.__file__
+    command = [sys.executable, script, served.tiny.__name__, served.folder, *settings]
+    environment = os.environ | asking.ENVIRONMENT | variables
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    plain = json.loads(run.stdout.splitlines()[-1])
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_without_a_budget_answers_are_those_of_vllm_alone(served):
+    plain = in_another_process(served, VLLM_PLUGINS="none")
     assert plain["module"].startswith("vllm.model_executor.models.")
     asking.forget(served.engine)
     assert plain_tiles.answers(served.engine, served.tiny) == plain["outputs"]
+
+
+V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}  # before Triton is imported
+
+
+@pytest.mark.parametrize(
+    ("settings", "variables"),
+    [({"tensor_parallel_size": 2}, {}), ({}, V2)],
+    ids=["two ranks", "model runner V2"],
+)
+def test_two_ranks_and_model_runner_v2_say_the_same(served, settings, variables):
+    budget = asking.budget(0.4)
+    found = in_another_process(served, json.dumps(settings | budget), **variables)
+    assert found["module"].startswith("vtp_kernels.vllm.")
+    asking.forget(served.engine)
+    expected = plain_tiles.answers(served.engine, served.tiny, **budget)
+    for ours, theirs in zip(found["outputs"], expected, strict=True):
+        assert ours[:2] == theirs[:2]
+        assert ours[2] == pytest.approx(theirs[2], abs=1e-3)
 
 
 @torch.no_grad()
