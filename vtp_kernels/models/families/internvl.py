@@ -20,8 +20,12 @@ class InternVL(Family):
     name = "internvl"
     architectures = ("InternVLForConditionalGeneration",)
     example = "OpenGVLab/InternVL3-8B-hf"
-    text_models = ("llama", "qwen2", "qwen3", "qwen3_moe")
+    text_models = ("gpt_oss", "llama", "qwen2", "qwen3", "qwen3_moe")
     towers = (ShuffledTower,)
+    limits = (
+        "around gpt_oss, whose softmax has attention sinks: no method that goes by the attention "
+        "of its layers",
+    )
 
     def looks(self, given: Given) -> list[Looks]:
         """Frames of videos come as pictures of one tile."""
@@ -79,6 +83,7 @@ class QianfanOcr(InternVL):
     architectures = ("QianfanOCRForConditionalGeneration",)
     example = "baidu/Qianfan-OCR"
     text_models = ("qwen3",)
+    limits = ()
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (

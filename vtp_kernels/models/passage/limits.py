@@ -13,7 +13,7 @@ from vtp_kernels.contract.checks import check_layers
 from vtp_kernels.contract.method import Method
 from vtp_kernels.ops import _checks
 
-from ..attention.projections import has_these_steps, takes_positions
+from ..attention.projections import has_these_steps, refuse_sinks, takes_positions
 from ..families import ModelParts
 from ..keys.cache import check_cache, is_static
 from ..keys.masks import mask_of, takes_keys_by_mask, tells_by_mask
@@ -50,6 +50,7 @@ def check_method(parts: ModelParts, method: Method, positions: str) -> None:
     check_placement(parts, method, observed)
     for layer in sorted({*observed, *(i for i, how in passive if not how.leaves_one)}):
         attention = parts.layers[layer].self_attn
+        refuse_sinks(attention, f"{family} cannot run {method}")
         if not has_these_steps(attention):
             raise NotImplementedError(
                 f"model: {name} computes anew what layer {layer} attended to, and somebody put a "
