@@ -264,6 +264,7 @@ def packed(base, pixel_values, image_sizes):
     return torch.cat(base.pack_image_features(crops, sizes, "full", newline))
 
 
+WORDS_BETWEEN = ("aya_vision", "cohere2_vision", "granite_docling", "idefics3", "lfm2_vl")
 PACKS = {
     "aya_vision": shuffled,
     "cohere2_vision": shuffled,
@@ -328,7 +329,7 @@ def test_cells_show_their_part_of_the_picture(kind):
     parts = model_of(family)
     seen = colours(model, family, pictures)
     counts = counted(family, pictures, tiles, len(seen))
-    ids, ends = prompts_of(counts)
+    ids, ends = prompts_of(counts, family in WORDS_BETWEEN)
     grids = picture_grids(
         parts, {**pictures, "input_ids": ids}, images=images, processor=PROCESSORS[kind]
     )
@@ -367,15 +368,18 @@ def counted(family, pictures, tiles, total):
     return counts
 
 
-def prompts_of(counts):
+def prompts_of(counts, words_between=False):
     """Two left-padded prompts of two pictures each, and the column of each picture's last token."""
+    shown = [[IMAGE] * count for count in counts]
+    if words_between:
+        shown = [[x for i in range(0, len(y), 4) for x in (9, *y[i : i + 4])] for y in shown]
     rows = [
-        [1, 5, *[IMAGE] * a, 7, *[IMAGE] * b, *tail]
-        for (a, b), tail in zip((counts[:2], counts[2:]), ((3, 4), ()), strict=True)
+        [1, 5, *a, 7, *b, *tail]
+        for (a, b), tail in zip((shown[:2], shown[2:]), ((3, 4), ()), strict=True)
     ]
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    ends = [width - 4 - counts[1], width - 3, width - 2 - counts[3], width - 1]
+    ends = [width - 4 - len(shown[1]), width - 3, width - 2 - len(shown[3]), width - 1]
     return ids, ends
 
 
