@@ -215,9 +215,11 @@ def check_frames(model, inputs, grids, shown, tmp_path):
     assert Image.open(tmp_path / "kept.png").width > 0
     with vtp.prune(model, vtp.FrameDifference(0.5)) as run:
         model(**inputs)
-    kept = run.report().kept[0]
-    frames = [kept[0, grid.columns[grid.views[0].tokens.flatten()]] for grid in grids]
-    assert frames[0].all() and frames[3].all()
+    kept = run.report().kept[0][0]
+    for frames in (grids[:3], grids[3:]):  # a share of all tokens, those of slices among them
+        stays = torch.stack([kept[grid.columns] for grid in frames])
+        assert stays[0].all()
+        assert stays.sum() == max(len(stays[0]), (stays.numel() + 1) // 2)
 
 
 def test_words_that_are_not_the_processors():

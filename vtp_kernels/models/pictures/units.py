@@ -122,7 +122,7 @@ def _frames(looks: Sequence[Looks], rows: Tensor) -> list[Unit]:
     for index, prompt, columns in placed([x.tokens for x in looks], rows, "frames", copied=True):
         of_prompt = numbers.setdefault(prompt, {})
         number = of_prompt.setdefault(looks[index].video, len(of_prompt))
-        views = looks[index].views  # none where some of its tokens are left out
-        grid = columns[views[0].tokens] if views else None
+        views = looks[index].views  # none where some tokens are left out, several with crops
+        grid = columns[views[0].tokens] if len(views) == 1 else None
         units.append(Unit(prompt, None, number, looks[index].frames, columns, grid))
     return units
