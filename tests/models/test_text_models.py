@@ -255,6 +255,7 @@ def test_methods_that_look_at_attention_with_sinks_are_refused(with_sinks):
         vtp.DART(2, keep=4),
         vtp.Schedule({2: 5}, score="contribution"),
         vtp.VisiPruner(("shallow",), shallow_layers=1),
+        vtp.VisiPruner(("shallow",), shallow_layers=1, shallow_attention="skip"),
     ):
         with pytest.raises(NotImplementedError, match=f"{message}|sees a sliding window"):
             vtp.apply(model, method)

@@ -12,7 +12,6 @@ from ..modules.placement import out_features
 
 __all__ = [
     "NORMS",
-    "SINKS",
     "attend",
     "has_sinks",
     "has_these_steps",
@@ -29,9 +28,6 @@ __all__ = [
 
 # Some (Qwen3, LFM2) normalise each head's queries and keys.
 NORMS = {"q_proj": ("q_norm", "q_layernorm"), "k_proj": ("k_norm", "k_layernorm")}
-
-# Why weights are not computed anew where there are some.
-SINKS = "a row's weights there do not add up to 1, which only the model's own attention knows"
 
 
 def has_these_steps(attention: nn.Module) -> bool:
@@ -56,8 +52,9 @@ def refuse_sinks(attention: nn.Module, what: str) -> None:
     """Raise NotImplementedError for an attention module with sinks. `what` wants its weights."""
     if has_sinks(attention):
         raise NotImplementedError(
-            f"{what}: the softmax of layer {attention.layer_idx} has attention sinks, and {SINKS}; "
-            "use a method that goes by something else than the attention of layers"
+            f"{what}: the softmax of layer {attention.layer_idx} has attention sinks, and a row's "
+            "weights there do not add up to 1, which only the model's own attention knows; use a "
+            "method that goes by something else than the attention of layers"
         )
 
 

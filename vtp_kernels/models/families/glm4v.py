@@ -40,6 +40,10 @@ class Glm4v(ByGrid):
     example = "zai-org/GLM-4.1V-9B-Thinking"
     text_models = ("glm4v_text",)
     towers = (QwenTower,)
+    limits = (
+        "videos: one answer to a prompt, without beams; transformers loses them where it repeats "
+        "prompts",
+    )
 
     def placeholders(self, base: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor]:
         """Frames of videos have the token of pictures, between tokens that begin and end a video.

@@ -47,10 +47,11 @@ def check_method(parts: ModelParts, method: Method, positions: str) -> None:
     _check_attention(parts, method)
     observed, passive = method.observed_layers(depth), method.passive_layers(depth).items()
     _check_sight(parts, method)
+    for layer in sorted({*observed, *method.passive_layers(depth)}):
+        refuse_sinks(parts.layers[layer].self_attn, f"{family} cannot run {method}")
     check_placement(parts, method, observed)
     for layer in sorted({*observed, *(i for i, how in passive if not how.leaves_one)}):
         attention = parts.layers[layer].self_attn
-        refuse_sinks(attention, f"{family} cannot run {method}")
         if not has_these_steps(attention):
             raise NotImplementedError(
                 f"model: {name} computes anew what layer {layer} attended to, and somebody put a "
