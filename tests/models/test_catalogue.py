@@ -50,7 +50,8 @@ def test_the_table_says_what_pages_say(capsys):
     assert main(["models", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["families"]["llava"]["vllm"] == ["budget", "encode"]
-    assert found["families"]["internvl"]["vllm"] == []
+    assert found["families"]["internvl"]["vllm"] == ["budget"]
+    assert found["families"]["aria"]["vllm"] == []
     assert found["families"].keys() == vtp.supported_models().keys()
     assert found["refused"]["mllama"].startswith("an encoder reads the picture")
 
