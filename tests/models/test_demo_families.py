@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 from tiny_llava import tiny_llava
-from tiny_models import FAMILIES
-from tiny_processors import PROCESSORS
+from tiny_models import ALL, FAMILIES
+from tiny_processors import CUT, PROCESSORS
 from transformers import LlamaForCausalLM
 
 import vtp_kernels as vtp
@@ -86,6 +86,33 @@ def test_two_pictures_and_a_batch(family, tmp_path):
     heights |= {"internvl": (112, 112, 224), "llava_next": (112, 112, 224, 224)}
     expected = sum(height + CAPTION + GAP for height in heights[family])
     assert Image.open(tmp_path / "kept.png").height == expected
+
+
+@pytest.mark.parametrize("family", CUT)
+def test_tiles_with_words_between_them(family, tmp_path):
+    """Two pictures, the first in tiles; and a video of frames in slices."""
+    model, processor = ALL[family].model("eager"), CUT[family]()
+    schedule = {"half": vtp.Schedule({2: 0.5, 4: 0}, score="random")}
+    videos = [[picture(90, 60, seed) for seed in range(3)]] if "minicpm" in family else []
+    out, page = tmp_path / "kept.png", tmp_path / "kept.html"
+    comparison = demo.compare(
+        model,
+        processor,
+        [picture(180, 90), picture(60, 60, 1)],
+        ["w5 w6"],
+        schedule,
+        videos=videos,
+        frames_a_second=2.0,
+        max_new_tokens=2,
+        repeats=1,
+        picture=out,
+        page=page,
+    )
+    assert comparison.not_drawn is None and "crops" in page.read_text()
+    panels = (112, 112, 224)  # the first whole and in tiles; the second is not cut
+    expected = sum(height + CAPTION + GAP for height in panels)
+    sheet = CAPTION + round(FRAME * 60 / 90) + CAPTION + GAP
+    assert Image.open(out).height == expected + 2 * sheet * len(videos)  # two layers
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "internvl"])

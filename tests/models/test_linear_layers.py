@@ -24,7 +24,7 @@ import vtp_kernels as vtp
 from vtp_kernels.contract.passive import PassiveVisual
 from vtp_kernels.models.attention.policy_attention import PolicyAttention
 from vtp_kernels.models.attention.stand_ins import PassiveVisualAttention
-from vtp_kernels.models.families import Family, parts_of
+from vtp_kernels.models.families import parts_of
 from vtp_kernels.models.keys.positions import POSITIONS
 from vtp_kernels.models.masked_run import MaskedRun
 
@@ -190,16 +190,12 @@ def test_rows_that_left_never_came(models, padded, name, tmp_path):
 def test_videos(family, model):
     """Frames with timestamps, or markers, between them, beside pictures and text."""
     inputs = family.batch(model, ((0, (0,), 2), 4), (((0,),), 9), ((), 5))
-    tells_frames = type(family.page).frames is not Family.frames
     for layer in (0, 4):
         with vtp.prune(model, vtp.RandomPruning(layer, 0.25)) as run:
             output = model.generate(**inputs, **SETTINGS)
         report = run.report()
         check(model, inputs, output, report.kept)
-        if tells_frames:
-            check_units(report, vtp.picture_grids(model, inputs))
-        else:
-            assert report.units is None
+        check_units(report, vtp.picture_grids(model, inputs))
         text = inputs["attention_mask"].bool() & ~report.kept.visual
         assert report.kept.visual.any(1).tolist() == [True, True, False]
         assert torch.equal(report.kept[layer] & text, text)

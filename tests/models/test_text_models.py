@@ -6,16 +6,22 @@ import pytest
 import torch
 from masked_reference import MaskedReference
 from test_every_family import passive_weights
-from test_generation import DETAILS, assert_same
+from test_generation import DETAILS, assert_same, next_turn
 from test_last_layer import Around
-from tiny_llava import IMAGE, three, tiny_llava
-from transformers import AutoConfig, AutoModel
+from tiny_llava import IMAGE, prompt, three, tiny_llava
+from tiny_models import FAMILIES, TinyFamily
+from transformers import AutoConfig, AutoModel, InternVLForConditionalGeneration
 
 import vtp_kernels as vtp
+from vtp_kernels.contract.passive import PassiveVisual
+from vtp_kernels.models.attention.policy_attention import PolicyAttention
+from vtp_kernels.models.attention.stand_ins import PassiveVisualAttention, ScoringAttention
 from vtp_kernels.models.checks import text_check
 from vtp_kernels.models.checks.text_check import check_text_model
+from vtp_kernels.models.families import parts_of
 from vtp_kernels.models.families.tiny import EXPERTS as FEW_EXPERTS
-from vtp_kernels.models.families.tiny import TEXT
+from vtp_kernels.models.families.tiny import TEXT, Tiny, square
+from vtp_kernels.models.masked_run import check_masks
 
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
 EXPERTS = FEW_EXPERTS | {"num_local_experts": 4, "shared_expert_intermediate_size": 64}
@@ -181,6 +187,116 @@ def test_those_that_are_named():
     assert {*TAKEN, *elsewhere} == set(named)
 
 
+# --- attention with sinks -------------------------------------------------------------------------
+
+WITH_SINKS = {
+    "windows": {"sliding_window": 8},  # in layers 0, 2 and 4
+    "no windows": {"layer_types": ["full_attention"] * 6},
+}
+
+
+@pytest.fixture(scope="module", params=WITH_SINKS)
+def with_sinks(request):
+    """InternVL around gpt-oss, which runs without SDPA; and prompts for it."""
+
+    def make():
+        config = FAMILIES["internvl"].make().config
+        rope = {"rope_type": "default", "rope_theta": 10000.0}
+        settings = TEXT | EXPERTS | WITH_SINKS[request.param] | {"head_dim": 16}
+        config.text_config = AutoConfig.for_model("gpt_oss", **settings, rope_parameters=rope)
+        return InternVLForConditionalGeneration(config)
+
+    family = TinyFamily(FAMILIES["internvl"].page, Tiny(make, square(112)))
+    model = family.model("eager")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in model.get_decoder().layers:  # far from even, and some larger than any logit
+            layer.self_attn.sinks.normal_(1, 2, generator=generator)
+    return model, family.batch(model, ((0,), 9), ((1, 2), 3), ((), 5))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        vtp.RandomPruning(0, 0.25),
+        vtp.Schedule({1: 0.5, 3: 0.25, 5: 0.0}, score="random"),
+        vtp.DivPrune(0.3),
+        vtp.VisPruner(keep=6),
+    ],
+    ids=lambda method: method.name,
+)
+def test_rows_leave_layers_with_sinks(with_sinks, method):
+    """As they are let go without a look at what layers attend to, also in a second turn."""
+    model, inputs = with_sinks
+    settings = GREEDY | DETAILS | {"suppress_tokens": [IMAGE]}
+    turns = [prompt(0, n, seed=n) for n in (2, 5, 0)]
+
+    def talk():
+        first = model.generate(**inputs, **settings)
+        more = next_turn(first.sequences, inputs["attention_mask"], turns)
+        return first, model.generate(**more, past_key_values=first.past_key_values, **settings)
+
+    with vtp.prune(model, method) as run:
+        first = model.generate(**inputs, **settings)
+        kept = run.report().kept
+        pruned = talk()
+    assert not kept[max(kept)].all()
+    with MaskedReference(model, dict.fromkeys(kept), given=kept):
+        for now, expected in zip((first, *pruned), (*talk()[:1], *talk()), strict=True):
+            assert_same(now, expected, tolerance=5e-5)
+
+
+@torch.no_grad()
+def test_methods_that_look_at_attention_with_sinks_are_refused(with_sinks):
+    model, _ = with_sinks
+    message = r"internvl cannot run .*: the softmax of layer \d has attention sinks, and a row's"
+    for method in (
+        vtp.FastV(2),
+        vtp.DART(2, keep=4),
+        vtp.Schedule({2: 5}, score="contribution"),
+        vtp.VisiPruner(("shallow",), shallow_layers=1),
+        vtp.VisiPruner(("shallow",), shallow_layers=1, shallow_attention="skip"),
+    ):
+        with pytest.raises(NotImplementedError, match=f"{message}|sees a sliding window"):
+            vtp.apply(model, method)
+    attention = model.get_decoder().layers[1].self_attn
+    passive = PassiveVisual("drop", "causal")
+    for stand_in in (
+        lambda: PassiveVisualAttention(attention, passive),
+        lambda: ScoringAttention(attention),
+        lambda: PolicyAttention(attention),
+    ):
+        with pytest.raises(NotImplementedError, match="layer 1 has attention sinks"):
+            stand_in()
+    with pytest.raises(NotImplementedError, match=r"cannot learn a choice .* has attention s"):
+        check_masks(parts_of(model))
+
+
+def test_other_attention_sinks_are_told_from_those():
+    def change(forward):
+        def other(self, *args, **kwargs):
+            sinks, self._parameters["sinks"] = self.sinks, torch.nn.Parameter(self.sinks * 2)
+            output = forward(self, *args, **kwargs)
+            self._parameters["sinks"] = sinks
+            return output
+
+        return other
+
+    settings = EXPERTS | FULL | {"head_dim": 16}
+    for does, message in ((lambda forward: forward, None), (change, "layer 2 uses s_aux")):
+        text = text_model("gpt_oss", **settings)
+        attention = text.layers[2].self_attn
+        kind = type(attention)
+        made = type(kind.__name__, (kind,), {"forward": does(kind.forward)})
+        made.__module__ = kind.__module__
+        attention.__class__ = made
+        if message is None:
+            check_text_model(text)
+            continue
+        with pytest.raises(NotImplementedError, match=message):
+            check_text_model(text)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 LATENT = {
@@ -200,7 +316,6 @@ REFUSED = {
     "diffllama": ({}, "layer 0 attends to other keys than it puts into the KV cache"),
     "doge": ({}, "layer 0 has attention functions of its own"),
     "gemma2": (FULL | {"head_dim": 16}, "layer 0 uses softcap"),
-    "gpt_oss": (EXPERTS | FULL | {"head_dim": 16}, "layer 0 uses s_aux"),
     "hunyuan_v1_dense": (
         {"head_dim": 16},
         r"the queries of layer 0 as recomputed differ .* by [\d.]+ of their size \(it has query_la",

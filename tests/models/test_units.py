@@ -257,6 +257,23 @@ def test_glm_takes_pictures_or_videos():
         model.generate(**inputs, **GREEDY)
 
 
+@pytest.mark.skipif(not ENCODES_FIRST, reason="fails in another place")
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"num_return_sequences": 2}], ids=str)
+def test_glm_has_no_videos_in_repeated_prompts(settings):
+    """Nor has the model without a method: there transformers fails about an empty list."""
+    family = FAMILIES["glm4v"]
+    model = family.model("sdpa")
+    inputs = family.batch(model, (((0,),), 4), ((), 3))
+    settings = {"max_new_tokens": 2, "do_sample": "num_beams" not in settings, **settings}
+    with pytest.raises(ValueError, match="non-empty list"):
+        model.generate(**inputs, **settings)
+    with (
+        vtp.prune(model, vtp.FastV(2, 0.5)),
+        pytest.raises(NotImplementedError, match="num_beams, num_return_sequences: transformers l"),
+    ):
+        model.generate(**inputs, **settings)
+
+
 @pytest.mark.skipif(not ENCODES_FIRST, reason="takes no encoded pictures")
 def test_features_that_come_from_elsewhere_do_not_tell():
     family = FAMILIES["qwen2_5_vl"]

@@ -94,7 +94,9 @@ class TinyFamily:
     def placeholders(self, model, picture):
         """With what stands between and around the frames of a video."""
         if "pixel_values" in picture:
-            return torch.full((self.tokens(model, picture),), IMAGE)
+            around = self.tiny.around
+            shown = [IMAGE] * self.tokens(model, picture)
+            return torch.tensor([*around[:1], *shown, *around[1:]])
         video, total = self.tiny.video, self.tokens(model, picture)
         frames = 1
         if video.before:

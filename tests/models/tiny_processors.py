@@ -6,10 +6,12 @@ from tiny_llava import IMAGE
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (
+    AyaVisionProcessor,
     InternVLProcessor,
     LlavaNextProcessor,
     LlavaOnevisionProcessor,
     LlavaProcessor,
+    MiniCPMV4_6Processor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
 )
@@ -21,9 +23,21 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
 )
+from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import (
+    MiniCPMV4_6ImageProcessorPil,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.video_utils import VideoMetadata
 
+MINICPM = {
+    "image_start_token": (96, "<image>"),
+    "image_end_token": (97, "</image>"),
+    "slice_start_token": (94, "<slice>"),
+    "slice_end_token": (95, "</slice>"),
+    "image_id_start_token": (92, "<image_id>"),
+    "image_id_end_token": (91, "</image_id>"),
+    "newline_token": (93, "\n"),
+}
 CLIP = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
 LLAVA = {
     "patch_size": 14,
@@ -57,6 +71,25 @@ class Frames:
     merge_size = temporal_patch_size = 2
 
 
+class SlicedFrames:
+    """Makes of frames what MiniCPM's video processor does, which needs torchvision."""
+
+    slice_mode, downsample_mode = True, "16x"
+
+    def __init__(self, image_processor):
+        self.image_processor = image_processor
+
+    def __call__(self, videos, do_sample_frames, **kwargs):
+        assert not do_sample_frames
+        made = self.image_processor([x for video in videos for x in video], return_tensors="pt")
+        return {
+            "pixel_values_videos": made["pixel_values"],
+            "target_sizes_videos": made["target_sizes"],
+            "grids_videos": torch.tensor(made["grids"]),
+            "num_frames_per_video": [len(video) for video in videos],
+        }
+
+
 def pairs_of_frames(frames):
     """[N, 96]: patches of Qwen's frames, two and two, from pictures of two equal frames each."""
     patches = frames["pixel_values"].view(len(frames["image_grid_thw"]), -1, 3, 2, 16)[:, :, :, 0]
@@ -74,8 +107,9 @@ def with_any_video_processor(processor):
     return AnyVideoProcessor
 
 
-def tokenizer(image_token):
-    names = SPECIAL | {IMAGE: image_token}
+def tokenizer(image_token, **marks):
+    """marks: words that mean something, each (id, word), by the names that processors have."""
+    names = SPECIAL | {IMAGE: image_token} | dict(marks.values())
     vocabulary = {names.get(i, f"w{i}"): i for i in range(100)}
     words = Tokenizer(WordLevel(vocabulary, unk_token="w3"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -84,13 +118,14 @@ def tokenizer(image_token):
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        additional_special_tokens=["<img>", "</img>", "<video>", image_token],
+        additional_special_tokens=[names[i] for i in names if i > 2],
         extra_special_tokens={
             "image_token": image_token,
             "video_token": "<video>",
             "start_image_token": "<img>",
             "end_image_token": "</img>",
             "context_image_token": image_token,
+            **{name: word for name, (_, word) in marks.items()},
         },
         padding_side="left",
     )
@@ -161,6 +196,27 @@ def qwen2_5_vl():
     )
 
 
+def aya_vision():
+    """TILE_1 and so on, before its tiles, are words that it does not know."""
+    return AyaVisionProcessor(
+        GotOcr2ImageProcessorPil(size={"height": 112, "width": 112}),
+        tokenizer("<|IMG_PATCH|>"),
+        patch_size=28,
+        img_size=112,
+        chat_template=template("<image>"),
+    )
+
+
+def minicpmv4_6():
+    pictures = MiniCPMV4_6ImageProcessorPil(patch_size=4, scale_resolution=64)
+    return with_any_video_processor(MiniCPMV4_6Processor)(
+        pictures,
+        SlicedFrames(pictures),
+        tokenizer("<i>", **MINICPM),
+        chat_template=template("<i>"),
+    )
+
+
 PROCESSORS = {
     "llava": llava,
     "llava_next": llava_next,
@@ -168,3 +224,4 @@ PROCESSORS = {
     "internvl": internvl,
     "qwen2_5_vl": qwen2_5_vl,
 }
+CUT = {"aya_vision": aya_vision, "minicpmv4_6": minicpmv4_6}  # with words between tiles

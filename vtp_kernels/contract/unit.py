@@ -18,7 +18,7 @@ class Unit(NamedTuple):
     columns : int64 [N], on the CPU: the input columns of its visual tokens, those too that show
         nothing, as `image_newline`, which belong to what is before them.
     grid : of a frame, int64 [H, W], on the CPU: the column of the token that shows each of its
-        cells. None of a picture, which may be shown in crops.
+        cells. None of a picture, which may be shown in crops, and of a frame that is.
     """
 
     prompt: int

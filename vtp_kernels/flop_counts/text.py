@@ -238,7 +238,7 @@ TEXT: dict[str, Callable[[Any, int], int]] = {
     "aria_text": _aria,
     "ernie4_5_vl_moe_text": _ernie_text,
     "lfm2": _lfm2,
-    "mixtral": _mixtral,
+    **dict.fromkeys(("gpt_oss", "mixtral"), _mixtral),
     **dict.fromkeys(("qwen3_moe", "qwen3_omni_moe_text", "qwen3_vl_moe_text"), _qwen_experts),
     **dict.fromkeys(("qwen2_moe", "qwen3_5_moe_text", "qwen3_next"), _qwen_shared_expert),
     **dict.fromkeys(("glm4_moe", "glm4v_moe_text"), _glm_experts),

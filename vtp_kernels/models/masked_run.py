@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .attention.policy_attention import PolicyAttention
+from .attention.projections import refuse_sinks
 from .attention.stand_ins import CALL, AttentionShadow
 from .families import ModelParts
 from .modules.shadow import StaysBehind
@@ -30,6 +31,8 @@ def check_masks(parts: ModelParts) -> None:
             "mask can say that a row left; so there is nothing in which a choice among rows could "
             "learn"
         )
+    for layer in parts.layers:
+        refuse_sinks(layer.self_attn, f"model: {parts.family} cannot learn a choice among rows")
 
 
 class MaskedRun(StaysBehind):

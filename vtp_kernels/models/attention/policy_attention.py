@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from .projections import project_all, put_out, rotate
+from .projections import project_all, put_out, refuse_sinks, rotate
 from .stand_ins import StandIn
 
 __all__ = ["PolicyAttention", "policy_attention"]
@@ -160,6 +160,10 @@ class PolicyAttention(StandIn):
     """
 
     OPTIONS = ("policy", "valid", "secant")
+
+    def __init__(self, attention: nn.Module) -> None:
+        refuse_sinks(attention, "a policy on keys")
+        super().__init__(attention)
 
     def attend(
         self,

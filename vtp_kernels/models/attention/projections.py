@@ -13,6 +13,7 @@ from ..modules.placement import out_features
 __all__ = [
     "NORMS",
     "attend",
+    "has_sinks",
     "has_these_steps",
     "is_gated",
     "is_rotated",
@@ -20,6 +21,7 @@ __all__ = [
     "project",
     "project_all",
     "put_out",
+    "refuse_sinks",
     "rotate",
     "takes_positions",
 ]
@@ -38,6 +40,22 @@ def is_gated(attention: nn.Module) -> bool:
     in Qwen3.5: it is twice as wide then."""
     features = out_features(attention.q_proj)
     return features == 2 * attention.config.num_attention_heads * attention.head_dim
+
+
+def has_sinks(attention: nn.Module) -> bool:
+    """Whether each head has a number of its own beside a row's logits in the softmax, as in
+    gpt-oss: what it gets of a row's attention goes to no key."""
+    return getattr(attention, "sinks", None) is not None
+
+
+def refuse_sinks(attention: nn.Module, what: str) -> None:
+    """Raise NotImplementedError for an attention module with sinks. `what` wants its weights."""
+    if has_sinks(attention):
+        raise NotImplementedError(
+            f"{what}: the softmax of layer {attention.layer_idx} has attention sinks, and a row's "
+            "weights there do not add up to 1, which only the model's own attention knows; use a "
+            "method that goes by something else than the attention of layers"
+        )
 
 
 def project(attention: nn.Module, name: str, hidden: Tensor) -> Tensor:
@@ -112,6 +130,8 @@ def attend(
     kind = attention.config._attn_implementation
     implementation = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager)
     scale = attention.scaling
+    if has_sinks(attention):
+        given["s_aux"] = attention.sinks
     output, _ = implementation(attention, query, key, value, mask, scaling=scale, **given)
     return output.flatten(2)
 

@@ -30,7 +30,7 @@ from ..keys.reach import PASSIVE, refuse_window
 from ..modules.shadow import Shadow
 from .observation import Observation
 from .packing import Packing
-from .projections import attend, project_all, put_out, rotate, takes_positions
+from .projections import attend, project_all, put_out, refuse_sinks, rotate, takes_positions
 
 __all__ = [
     "CALL",
@@ -140,6 +140,7 @@ class PassiveVisualAttention(StandIn):
         self, attention: nn.Module, passive: PassiveVisual, backend: str | None = None
     ) -> None:
         refuse_window(attention, PASSIVE)
+        refuse_sinks(attention, "passive visual tokens")
         super().__init__(attention)
         self.passive, self.backend = passive, backend
 
@@ -312,6 +313,7 @@ class ScoringAttention(StandIn):
 
     def __init__(self, attention: nn.Module, backend: str | None = None) -> None:
         refuse_window(attention, "ScoringAttention knows no windows")
+        refuse_sinks(attention, "ScoringAttention")
         super().__init__(attention)
         self.backend = backend
 

@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention.projections import (
     NORMS,
+    has_sinks,
     is_gated,
     out_name,
     project_all,
@@ -218,14 +219,16 @@ class AttentionCheck:
         )
         causal = noted.more.get("is_causal", True), getattr(trial, "is_causal", True)
         demand(self.may_be_acausal or False not in causal, f"the attention of {here} is not causal")
-        told = sorted(name for name, x in noted.more.items() if x is not None)
-        more = [name for name in told if name not in TOLD]
+        sinks = trial.sinks if has_sinks(trial) else None
+        told = {name: x for name, x in noted.more.items() if x is not None}
+        known = TOLD if sinks is None or told.get("s_aux") is not sinks else {*TOLD, "s_aux"}
+        more = sorted(told.keys() - known)
         demand(not more, f"the attention of {here} uses {', '.join(more)}")
         if type(trial) not in self.plain_when_eager:
             query, key, value, mask, scale = noted[:5]
             eager = sys.modules[type(trial).__module__].eager_attention_forward
             output, _ = eager(trial, query, key, value, mask, scaling=scale)
-            difference = _difference(_attended(query, key, value, mask, scale), output)
+            difference = _difference(_attended(query, key, value, mask, scale, sinks), output)
             demand(
                 difference <= TOLERANCE,
                 f"the eager attention of {here} is more than a softmax over its keys: it differs "
@@ -250,13 +253,18 @@ def _besides(attention: nn.Module) -> str:
     return f" (it has {', '.join(more)})" if more else ""
 
 
-def _attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """[1, S, H, D]: attention under a mask by the book."""
+def _attended(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, sinks: Tensor | None
+) -> Tensor:
+    """[1, S, H, D]: attention under a mask by the book, with a sink [H] for each head, if any."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     logits = query @ key.transpose(2, 3) * scale
     closed = ~mask if mask.dtype == torch.bool else mask != 0
-    return (logits.masked_fill(closed, -torch.inf).softmax(-1) @ value).transpose(1, 2)
+    logits = logits.masked_fill(closed, -torch.inf)
+    if sinks is not None:
+        logits = torch.cat((logits, sinks[:, None, None].expand_as(logits[..., :1])), -1)
+    return (logits.softmax(-1)[..., : key.shape[2]] @ value).transpose(1, 2)
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:

@@ -17,6 +17,7 @@ class Aria(Family):
     example = "rhymes-ai/Aria"
     text_models = ("aria_text",)
     towers = (AskingTower,)
+    resampled = True
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import AriaConfig, AriaForConditionalGeneration, AriaTextConfig

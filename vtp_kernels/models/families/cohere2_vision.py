@@ -1,12 +1,15 @@
 """Command-A Vision and Aya Vision: layers with a sliding window and rotary positions, and others
-that see all rows and know no positions."""
+that see all rows and know no positions. Pictures are cut into tiles, with words between them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..towers import AyaTower, CohereTower
 from .family import Family
+from .looks import Given, Looks
+from .squares import folded, tiles_of, tiles_then_whole
 from .tiny import IMAGE, TEXT, VISION, Tiny, square
 
 __all__ = ["AyaVision", "Cohere2Vision"]
@@ -24,6 +27,9 @@ class Cohere2Vision(Family):
     towers = (CohereTower,)
     example = "CohereLabs/command-a-vision-07-2025"
     limits = LIMITS
+
+    def looks(self, given: Given) -> list[Looks]:
+        return _looks(given, _least_enlarged)
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import Cohere2VisionConfig, Cohere2VisionForConditionalGeneration
@@ -49,6 +55,9 @@ class AyaVision(Family):
     example = "CohereLabs/aya-vision-8b"
     limits = LIMITS
 
+    def looks(self, given: Given) -> list[Looks]:
+        return _looks(given, _nearest_shape)
+
     def tiny(self) -> dict[str, Tiny]:
         from transformers import AyaVisionConfig, AyaVisionForConditionalGeneration
 
@@ -63,6 +72,45 @@ class AyaVision(Family):
             )
 
         return {"aya_vision": Tiny(make, square(112))}
+
+
+def _looks(given: Given, grid: Callable[[Any, tuple[int, int]], tuple[int, int]]) -> list[Looks]:
+    order = folded(given)
+    return [
+        tiles_then_whole(order, rows * columns, rows, columns)
+        for rows, columns in tiles_of(given, order.numel(), grid)
+    ]
+
+
+def _nearest_shape(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of tiles in Aya Vision, as in InternVL and GOT."""
+    from transformers.models.got_ocr2 import image_processing_pil_got_ocr2 as module
+
+    edges = processor.size
+    columns, rows = module.get_optimal_tiled_canvas(
+        size, (edges.height, edges.width), processor.min_patches, processor.max_patches
+    )
+    return rows, columns
+
+
+def _least_enlarged(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of tiles in Command-A Vision: of those as large as the picture, or larger,
+    the ones that enlarge it least; where none are, those that make it smaller least. Fewer tiles go
+    before more, and then fewer columns."""
+    edge, most = processor.size.height, processor.max_patches
+    grids = [
+        (rows, columns)
+        for columns in range(1, most + 1)
+        for rows in range(1, most + 1)
+        if rows * columns <= most
+    ]
+    grids.sort(key=lambda grid: grid[0] * grid[1])
+
+    def scale(grid: tuple[int, int]) -> float:
+        return min(edge * count / side for count, side in zip(grid, size, strict=True))
+
+    enlarged = [grid for grid in grids if scale(grid) >= 1]
+    return min(enlarged, key=scale) if enlarged else max(grids, key=scale)
 
 
 def _tower() -> Any:

@@ -102,6 +102,8 @@ class Family:
     """Whether rows may see some that come after them, as `blocks` tells."""
     may_be_acausal: ClassVar[bool] = False
     """Whether its attention need not be causal by itself: masks say what rows see."""
+    resampled: ClassVar[bool] = False
+    """Whether each visual token asks the whole picture for what it holds: it has no place in it."""
     limits: ClassVar[tuple[str, ...]] = ()
     """What does not go, for `supported_models`."""
 
@@ -166,6 +168,11 @@ class Family:
 
     def looks(self, given: Given) -> list[Looks]:
         """What the visual tokens of each picture show, in the order of the pictures."""
+        if self.resampled:
+            raise NotImplementedError(
+                f"each visual token of {self.name} asks the whole picture for what it holds, and "
+                "has no place in it: there are no cells to show"
+            )
         raise NotImplementedError(f"what the visual tokens of {self.name} show is not known")
 
     def frames(self, given: Given) -> list[Looks]:

@@ -40,11 +40,16 @@ class Glm4v(ByGrid):
     example = "zai-org/GLM-4.1V-9B-Thinking"
     text_models = ("glm4v_text",)
     towers = (QwenTower,)
+    limits = (
+        "videos: one answer to a prompt, without beams; transformers loses them where it repeats "
+        "prompts",
+    )
 
     def placeholders(self, base: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor]:
         """Frames of videos have the token of pictures, between tokens that begin and end a video.
         Transformers gives all that have it to what is there, so that only one kind can be."""
         found = super().placeholders(base, arguments)
+        _check_repeated(arguments)
         if "video" in found and arguments.get("input_ids") is not None:
             if "image" in found:
                 raise NotImplementedError(
@@ -65,6 +70,18 @@ class Glm4v(ByGrid):
             )
 
         return {"glm4v": Tiny(make, grid, types=("mm_token_type_ids",), video=WITH_TIMES)}
+
+
+def _check_repeated(arguments: dict[str, Any]) -> None:
+    """Raise NotImplementedError where generate() has lost the videos that it encoded."""
+    encoded = (arguments.get("mm_encoder_outputs") or {}).get("video")
+    features = getattr(encoded, "pooler_output", None)
+    if features is not None and not len(features):
+        raise NotImplementedError(
+            "num_beams, num_return_sequences: transformers loses GLM's videos when it repeats "
+            "prompts, for it looks for a token that their frames do not have; generate one answer "
+            "to a prompt, without beams"
+        )
 
 
 class Glm4vMoe(Glm4v):

@@ -6,11 +6,14 @@ before later ones, up to layer 21 in the released model. Until then it holds les
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 from ..towers import QueriedTower
 from .deepstack import Planes
 from .family import Family
+from .llava_next import crops_together
+from .looks import Given, Looks
 from .tiny import IMAGE, SQUARE, TEXT, VISION, Tiny, anyres
 
 __all__ = ["Granite4Vision"]
@@ -22,6 +25,11 @@ class Granite4Vision(Family):
     since = "5.23"
     text_models = ("granite4_vision_text",)
     towers = (QueriedTower,)
+
+    def looks(self, given: Given) -> list[Looks]:
+        """A token asks a window of patches, by those of its own cell."""
+        fewer = Fraction(given.base.config.downsample_rate)
+        return crops_together(given, side=int(given.side * fewer))
 
     def take_planes(self, arguments: dict[str, Any], first: int) -> Planes | None:
         features = arguments.get("deepstack_features")

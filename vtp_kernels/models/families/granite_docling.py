@@ -8,9 +8,10 @@ import torch
 
 from ..towers import DoclingTower
 from .deepstack import Planes
-from .family import Family
 from .idefics3 import Idefics3, tile
+from .looks import Given, Looks
 from .qwen3_vl import take_deepstack
+from .squares import folded, tiles_of, tiles_then_whole
 from .tiny import IMAGE, SQUARE, TEXT, VISION, Tiny
 
 __all__ = ["GraniteDocling"]
@@ -23,7 +24,14 @@ class GraniteDocling(Idefics3):
     since = "5.23"
     text_models = ("granite_docling_text",)
     towers = (DoclingTower,)
-    looks = Family.looks  # not known
+
+    def looks(self, given: Given) -> list[Looks]:
+        """A tile shows fewer or more patches a token, by which of two ways it takes."""
+        order = folded(given)
+        return [
+            tiles_then_whole(order, rows * columns, rows, columns)
+            for rows, columns in tiles_of(given, order.numel(), _cut)
+        ]
 
     def take_planes(self, arguments: dict[str, Any], first: int) -> Planes | None:
         return take_deepstack(arguments, first)
@@ -47,6 +55,10 @@ class GraniteDocling(Idefics3):
             )
 
         return {"granite_docling": Tiny(make, real_tile)}
+
+
+def _cut(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
+    return processor.get_tile_grid(*size)
 
 
 def real_tile(generator: torch.Generator, index: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import nn
 from ..towers import IdeficsTower, PerceiverTower
 from .family import Family
 from .looks import Given, Looks, cells
-from .squares import tiles_then_whole
+from .squares import tiles_of, tiles_then_whole
 from .tiny import IMAGE, SQUARE, TEXT, VISION, Tiny
 
 __all__ = ["Idefics2", "Idefics3", "SmolVLM", "tile"]
@@ -31,7 +31,7 @@ class Idefics3(Family):
         side = given.side // given.base.config.scale_factor
         return [
             tiles_then_whole(cells(side, side), rows * columns, rows, columns)
-            for rows, columns in _tiles(given, side * side)
+            for rows, columns in tiles_of(given, side * side, _cut)
         ]
 
     def tiny(self) -> dict[str, Tiny]:
@@ -63,7 +63,8 @@ class Idefics2(Idefics3):
     text_models = ("mistral",)
     towers = (PerceiverTower,)
     limits = (f"InflectionPruning by source='attention': {PerceiverTower.unscored}",)
-    looks = Family.looks  # not known
+    resampled = True
+    looks = Family.looks
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (
@@ -113,27 +114,14 @@ class SmolVLM(Idefics3):
         return {"smolvlm": Tiny(make, tile)}
 
 
-def _tiles(given: Given, tokens: int) -> list[tuple[int, int]]:
-    """Rows and columns of tiles of each picture; 0 of one that is not cut. Its processor is asked:
-    the inputs tell how many tiles a prompt has, and not which picture they are of."""
-    shape, features = given.told("image")
-    most = max(count // tokens for count in features) if shape is None else shape[1]
-    if most < 3:  # a picture that is cut has two tiles at least, and comes once more as a whole
-        return [(0, 0)] * (sum(given.runs) // tokens)
-    if given.sizes is None or given.processor is None:
-        raise NotImplementedError(
-            f"images, processor: how {given.base.config.model_type} cuts a picture into tiles "
-            "depends on its shape, which its inputs do not tell; pass the pictures and the "
-            "processor"
-        )
+def _cut(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of tiles: the processor is given a picture of that size."""
     from PIL import Image
 
-    tiles = []
-    for height, width in given.sizes:
-        blank = [[Image.new("RGB", (width, height))]]
-        cut = given.processor(blank, return_row_col_info=True, return_tensors="pt")
-        tiles.append((int(cut["rows"][0][0]), int(cut["cols"][0][0])))
-    return tiles
+    height, width = size
+    blank = [[Image.new("RGB", (width, height))]]
+    cut = processor(blank, return_row_col_info=True, return_tensors="pt")
+    return int(cut["rows"][0][0]), int(cut["cols"][0][0])
 
 
 def tile(generator: torch.Generator, index: int) -> dict[str, Any]:

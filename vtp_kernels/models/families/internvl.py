@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from ..towers import ShuffledTower
 from .family import Family
 from .looks import Given, Looks, one_size
-from .squares import arrangement, tiles_then_whole
+from .squares import arrangement, folded, tiles_then_whole
 from .tiny import EXPERTS, IMAGE, TEXT, VISION, Tiny, square
 
 __all__ = ["InternVL", "QianfanOcr"]
@@ -22,22 +20,20 @@ class InternVL(Family):
     name = "internvl"
     architectures = ("InternVLForConditionalGeneration",)
     example = "OpenGVLab/InternVL3-8B-hf"
-    text_models = ("llama", "qwen2", "qwen3", "qwen3_moe")
+    text_models = ("gpt_oss", "llama", "qwen2", "qwen3", "qwen3_moe")
     towers = (ShuffledTower,)
+    limits = (
+        "around gpt_oss, whose softmax has attention sinks: no method that goes by the attention "
+        "of its layers",
+    )
 
     def looks(self, given: Given) -> list[Looks]:
         """Frames of videos come as pictures of one tile."""
-        patches = given.tower.patches_of_tokens(given.arguments, given.side**2)
-        side = round(len(patches) ** 0.5)
-        # Where a token's patches are, as the model's own shuffling puts them.
-        y, x = (patches // given.side).min(1).values, (patches % given.side).min(1).values
-        step = given.side // side
-        order = torch.empty(side, side, dtype=torch.long)
-        order[y // step, x // step] = torch.arange(len(patches))
+        order = folded(given)
         edge = one_size(given.base.config.vision_config.image_size)
         return [
             tiles_then_whole(order, tiles, *arrangement(given, index, tiles, edge))
-            for index, tiles in enumerate(self._tiles(given, len(patches)))
+            for index, tiles in enumerate(self._tiles(given, order.numel()))
         ]
 
     def lengths(self, given: Given) -> list[int]:
@@ -82,12 +78,12 @@ class InternVL(Family):
         }
 
 
-class QianfanOcr(Family):
+class QianfanOcr(InternVL):
     name = "qianfan_ocr"
     architectures = ("QianfanOCRForConditionalGeneration",)
     example = "baidu/Qianfan-OCR"
     text_models = ("qwen3",)
-    towers = (ShuffledTower,)
+    limits = ()
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import (

@@ -13,6 +13,9 @@ import torch
 
 from ..towers import UnshuffledTower
 from .family import Family
+from .looks import Given, Looks, View, cells, whole
+from .placing import placed
+from .squares import pictures_of, tiled
 from .tiny import IMAGE, TEXT, Tiny
 
 __all__ = ["Lfm2VL"]
@@ -31,6 +34,37 @@ class Lfm2VL(Family):
         "that, so LVPruning has no training here",
         "images that come on top of a cache: one prompt at a time",
     )
+
+    def looks(self, given: Given) -> list[Looks]:
+        """A picture is whole, or comes as square tiles of one size, and then mostly once more as a
+        whole."""
+        side = given.base.config.downsample_factor
+        grids = [(rows // side, columns // side) for rows, columns in given.grid("spatial_shapes")]
+        if not _may_be_cut(given, grids):
+            return [whole(*grid) for grid in grids]
+        tiles = [_tiles(given.processor, size) for size in pictures_of(given)]
+        alone = len(grids) - sum(rows * columns for rows, columns in tiles)
+        cut = sum(rows * columns > 1 for rows, columns in tiles)
+        if alone not in (0, cut):
+            raise ValueError(
+                f"images: the processor makes {len(grids) - alone} tiles of them, and 0 or {cut} "
+                f"pictures besides; inputs have {len(grids)} of both together"
+            )
+        looks, rest = [], iter(grids)
+        for rows, columns in tiles:
+            first, *_ = of_picture = [next(rest) for _ in range(rows * columns)]
+            if rows * columns == 1:
+                looks.append(whole(*first))
+                continue
+            if any(grid != first for grid in of_picture):
+                raise ValueError(f"images: tiles of one picture have {of_picture} tokens")
+            crops = tiled(cells(*first), rows, columns)
+            views, tokens = (View("crops", crops),), crops.numel()
+            if alone:
+                at_once = tokens + cells(*next(rest))
+                views, tokens = (View("whole", at_once), *views), tokens + at_once.numel()
+            looks.append(Looks(tokens, views))
+        return looks
 
     def tiny(self) -> dict[str, Tiny]:
         from transformers import Lfm2Config, Lfm2VlConfig, Lfm2VlForConditionalGeneration
@@ -56,6 +90,27 @@ class Lfm2VL(Family):
             )
 
         return {"lfm2_vl": Tiny(make, patches, linear=True)}
+
+
+def _may_be_cut(given: Given, grids: list[tuple[int, int]]) -> bool:
+    """Whether two squares of one size follow upon each other in a prompt, as tiles do."""
+    prompts: dict[int, int] = {}
+    for place in placed([h * w for h, w in grids], given.placeholders["image"], copied=True):
+        prompts.setdefault(place.index, place.prompt)
+    return any(
+        prompts[i - 1] == prompts[i] and grids[i - 1] == grids[i] and grids[i][0] == grids[i][1]
+        for i in range(1, len(grids))
+    )
+
+
+def _tiles(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of tiles: the processor is given a picture of that size."""
+    from PIL import Image
+
+    height, width = size
+    blank = [[Image.new("RGB", (width, height))]]
+    cut = processor(blank, return_row_col_info=True, return_tensors="pt")
+    return int(cut["image_rows"][0]), int(cut["image_cols"][0])
 
 
 def patches(generator: torch.Generator, index: int) -> dict[str, Any]:

@@ -44,10 +44,13 @@ class LlavaNext(Family):
         return {"llava_next": Tiny(make, anyres)}
 
 
-def crops_together(given: Given, cut: list[bool] | None = None) -> list[Looks]:
+def crops_together(
+    given: Given, cut: list[bool] | None = None, side: int | None = None
+) -> list[Looks]:
     """The whole picture, then its crops put together. With one crop there is the whole picture
-    alone, and one `image_newline`. `cut`: which pictures are cut into crops; None: all."""
-    base, tower, side = given.base, given.tower, given.side
+    alone, and one `image_newline`. `cut`: which pictures are cut into crops; None: all. `side`:
+    tokens in a row of a crop; None: one a patch."""
+    base, tower, side = given.base, given.tower, side or given.side
     model, pinpoints = sys.modules[type(base).__module__], base.config.image_grid_pinpoints
     edge = base.config.vision_config.image_size
     sizes = given.grid("image_sizes")

@@ -41,9 +41,10 @@ Size = tuple[int, int] | None
 class View(NamedTuple):
     """One look at a picture.
 
-    name: "whole" or "crops". tokens: int64 [H, W], which of the picture's visual tokens shows each
-    cell, counted from 0. box: left, top, right and bottom of all cells together, as shares of the
-    picture's width and height: beyond 0 and 1 is padding, within them is what was cut off.
+    name: "whole" or "crops"; "crop 1" and so on where crops have cells of several sizes. tokens:
+    int64 [H, W], which of the picture's visual tokens shows each cell, counted from 0. box: left,
+    top, right and bottom of all cells together, as shares of the picture's width and height: beyond
+    0 and 1 is padding, within them is what was cut off.
     """
 
     name: str
@@ -76,7 +77,8 @@ class Outline(NamedTuple):
         return self.shape[0] if self.features is None else len(self.features)
 
 
-#: The arguments of a call, besides pixels, that tell how its pictures are laid out.
+#: The arguments of a call, besides pixels, that tell how its pictures are laid out. Some families
+#: tell it by words around them.
 LAYOUT = (
     "image_grid_thw",
     "video_grid_thw",
@@ -85,6 +87,12 @@ LAYOUT = (
     "video_compression_mask",
     "image_sizes",
     "batch_num_images",
+    "input_ids",
+    "spatial_shapes",
+    "target_sizes",
+    "target_sizes_videos",
+    "tile_fine_mask",
+    "downsample_mode",
     "vision_feature_layer",
     "vision_feature_select_strategy",
     "vision_aspect_ratio",

@@ -43,12 +43,15 @@ _REASONS = {
         "inkling_mm_model",
     ),
     "sliding-window layers, and other numbers of heads in them": ("step3p7",),
-    "layers that share keys and values, or get an input of their own besides": (
+    "rows go from layer to layer in four versions (AltUp), each layer gets an input of its own for "
+    "every row, and the last ones attend to keys of earlier ones that no cache holds for them": (
         "gemma3n",
-        "gemma4",
-        "gemma4_unified",
     ),
-    "layers of chunked attention, and without rotary positions": ("llama4",),
+    "values are normalised, or are the keys, and heads have two sizes; in the small ones the last "
+    "layers attend to keys of earlier ones that no cache holds for them, and each gets an input of "
+    "its own for every row": ("gemma4", "gemma4_unified"),
+    "rotary positions are complex numbers, with a norm behind them; layers without them scale "
+    "queries by counting the rows they get, and the others attend within chunks": ("llama4",),
     "pictures of a prompt see each other, across the text between them": ("molmo2",),
     "Mamba: a state goes on from row to row, in layers of another kind": ("nemotron_h_omni",),
     "a gate for each head of its attention": ("lfm3_vl",),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .looks import WHOLE, Box, Given, Looks, Size, View, cells, centered, whole
@@ -13,10 +14,14 @@ from .looks import WHOLE, Box, Given, Looks, Size, View, cells, centered, whole
 __all__ = [
     "arrangement",
     "cropped_squares",
+    "folded",
     "padded",
+    "pictures_of",
     "shown_by",
     "side_of",
     "squares",
+    "tiled",
+    "tiles_of",
     "tiles_then_whole",
 ]
 
@@ -75,17 +80,68 @@ def shown_by(processor: Any, size: Size) -> Box:
     return centered(tall / height, wide / width)
 
 
+def folded(given: Given) -> Tensor:
+    """int64 [H, W]: which of a square's tokens shows which of its cells, where a tower lays squares
+    of patches side by side."""
+    patches = given.tower.patches_of_tokens(given.arguments, given.side**2)
+    side = round(len(patches) ** 0.5)
+    # Where a token's patches are, as the model's own shuffling puts them.
+    y, x = (patches // given.side).min(1).values, (patches % given.side).min(1).values
+    step = given.side // side
+    order = torch.empty(side, side, dtype=torch.long)
+    order[y // step, x // step] = torch.arange(len(patches))
+    return order
+
+
 def tiles_then_whole(order: Tensor, tiles: int, rows: int, columns: int) -> Looks:
     """Tiles that fill the picture, then the whole picture; or this alone. order: int64 [H, W],
     which of a tile's tokens shows which of its cells."""
-    per_tile, (high, wide) = order.numel(), order.shape
+    per_tile = order.numel()
     at_once = View("whole", order + tiles * per_tile)
     if not tiles:
         return Looks(per_tile, (at_once,))
-    first = cells(rows, columns) * per_tile
+    return Looks((tiles + 1) * per_tile, (at_once, View("crops", tiled(order, rows, columns))))
+
+
+def tiled(order: Tensor, rows: int, columns: int) -> Tensor:
+    """int64 [rows * H, columns * W]: the tokens of tiles that lie as they follow upon each other,
+    each of them as `order` [H, W]."""
+    high, wide = order.shape
+    first = cells(rows, columns) * order.numel()
     tokens = first[:, None, :, None] + order[None, :, None, :]
-    crops = View("crops", tokens.reshape(rows * high, columns * wide))
-    return Looks((tiles + 1) * per_tile, (at_once, crops))
+    return tokens.reshape(rows * high, columns * wide)
+
+
+def tiles_of(
+    given: Given, tokens: int, grid: Callable[[Any, tuple[int, int]], tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Rows and columns of tiles of each picture; 0 of one that is not cut. For families whose tiles
+    have words between them: how many a prompt has is told, and not which picture they are of.
+
+    tokens: of a tile. grid: asks the processor how it cuts a picture of a height and a width.
+    """
+    tiles = [int(row.sum()) // tokens for row in given.placeholders["image"]]
+    # A picture that is cut has two tiles at least, and comes once more as a whole.
+    if max(tiles) < 3 or (given.sizes is not None and len(given.sizes) == sum(tiles)):
+        return [(0, 0)] * sum(tiles)
+    found = []
+    for size in pictures_of(given):
+        rows, columns = grid(given.processor, size)
+        found.append((rows, columns) if rows * columns > 1 else (0, 0))
+    return found
+
+
+def pictures_of(given: Given) -> list[tuple[int, int]]:
+    """Height and width of each picture, where the processor is known too.
+
+    Raises NotImplementedError where they are not."""
+    if given.sizes is None or given.processor is None:
+        raise NotImplementedError(
+            f"images, processor: how {given.base.config.model_type} cuts a picture into tiles "
+            "depends on its shape, which its inputs do not tell; pass the pictures and the "
+            "processor"
+        )
+    return given.sizes
 
 
 def arrangement(given: Given, index: int, tiles: int, edge: int) -> tuple[int, int]:

@@ -91,7 +91,8 @@ class Tiny:
     """make: the model, 6 decoder layers of 4 query and 2 key heads. types: names of the arguments
     that tell what kind of token each one is, if the model wants to be told: 0 for words. linear:
     whether some layers have linear attention, in which no mask can say of a row that it left.
-    side_by_side: whether pictures lie side by side in one row of pixels."""
+    side_by_side: whether pictures lie side by side in one row of pixels. around: the words that
+    stand around a picture."""
 
     make: Callable[[], Any]
     picture: Picture
@@ -99,6 +100,7 @@ class Tiny:
     type_of_picture: int = 1
     linear: bool = False
     side_by_side: bool = False
+    around: tuple[int, ...] = ()
     video: TinyVideo | None = None
 
 

@@ -13,7 +13,7 @@ from vtp_kernels.contract.checks import check_layers
 from vtp_kernels.contract.method import Method
 from vtp_kernels.ops import _checks
 
-from ..attention.projections import has_these_steps, takes_positions
+from ..attention.projections import has_these_steps, refuse_sinks, takes_positions
 from ..families import ModelParts
 from ..keys.cache import check_cache, is_static
 from ..keys.masks import mask_of, takes_keys_by_mask, tells_by_mask
@@ -47,6 +47,8 @@ def check_method(parts: ModelParts, method: Method, positions: str) -> None:
     _check_attention(parts, method)
     observed, passive = method.observed_layers(depth), method.passive_layers(depth).items()
     _check_sight(parts, method)
+    for layer in sorted({*observed, *method.passive_layers(depth)}):
+        refuse_sinks(parts.layers[layer].self_attn, f"{family} cannot run {method}")
     check_placement(parts, method, observed)
     for layer in sorted({*observed, *(i for i, how in passive if not how.leaves_one)}):
         attention = parts.layers[layer].self_attn

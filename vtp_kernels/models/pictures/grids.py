@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..families import parts_of
 from ..families.looks import Given, Looks, View
+from ..families.placing import placed
 from .encoding import outlines_of
-from .units import placed
 
 __all__ = ["PictureGrid", "View", "picture_grids"]
 

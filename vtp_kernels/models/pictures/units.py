@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,17 +15,10 @@ from vtp_kernels.contract.unit import Unit
 
 from ..families import ModelParts
 from ..families.looks import Given, Looks
+from ..families.placing import placed
 from .encoding import outlines_of
 
-__all__ = ["Placed", "Units", "placed"]
-
-
-class Placed(NamedTuple):
-    """A picture's place: its number, its prompt, and the columns of its tokens."""
-
-    index: int
-    prompt: int
-    columns: Tensor
+__all__ = ["Units"]
 
 
 class Units:
@@ -129,40 +122,7 @@ def _frames(looks: Sequence[Looks], rows: Tensor) -> list[Unit]:
     for index, prompt, columns in placed([x.tokens for x in looks], rows, "frames", copied=True):
         of_prompt = numbers.setdefault(prompt, {})
         number = of_prompt.setdefault(looks[index].video, len(of_prompt))
-        views = looks[index].views  # none where some of its tokens are left out
-        grid = columns[views[0].tokens] if views else None
+        views = looks[index].views  # none where some tokens are left out, several with crops
+        grid = columns[views[0].tokens] if len(views) == 1 else None
         units.append(Unit(prompt, None, number, looks[index].frames, columns, grid))
     return units
-
-
-def placed(
-    lengths: list[int], rows: Tensor, what: str = "pictures", copied: bool = False
-) -> list[Placed]:
-    """Pictures of so many tokens fill the placeholders bool [B, S] of the prompts in turn.
-
-    copied: prompts may be there several times, one copy after the other, as generate() repeats
-    them, and copies show the same.
-    """
-    total, once = int(rows.sum()), sum(lengths)
-    copies = total // once if copied and once and total % once == 0 else 1
-    found, first, last = [], 0, 0
-    for prompt, row in enumerate(rows):
-        columns = row.nonzero()[:, 0]
-        if prompt % max(copies, 1) == 0:
-            first = last
-        index = first
-        while len(columns):
-            if index == len(lengths) or lengths[index] > len(columns):
-                raise ValueError(
-                    f"input_ids: the {int(row.sum())} visual tokens of prompt {prompt} are not "
-                    f"those of whole {what}; the {what} have {lengths} tokens"
-                )
-            found.append(Placed(index, prompt, columns[: lengths[index]]))
-            columns = columns[lengths[index] :]
-            index += 1
-        last = index
-    if last < len(lengths):
-        raise ValueError(
-            f"input_ids: no visual tokens for {len(lengths) - last} of {len(lengths)} {what}"
-        )
-    return found
