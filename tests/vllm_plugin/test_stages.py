@@ -16,7 +16,7 @@ from vtp_kernels.contract.backends import Backends
 from vtp_kernels.models.attention.ranks import AllHeads
 from vtp_kernels.vllm.stages.accounting import Accounts, Prompt
 from vtp_kernels.vllm.stages.choice import Choice, Heads, Rows, Seen
-from vtp_kernels.vllm.stages.settings import SCHEDULER, Settings, check_engine
+from vtp_kernels.vllm.stages.settings import REQUESTS, SCHEDULER, Settings, check_engine
 
 DEPTH, CPU = 8, torch.device("cpu")
 
@@ -31,7 +31,10 @@ def config(vtp=None, **changes):
         additional_config={} if vtp is None else {"vtp": vtp},
         use_v2_model_runner=True,
         model_config=SimpleNamespace(
-            hf_config=hf_config, enable_prompt_embeds=False, runner_type="generate"
+            hf_config=hf_config,
+            enable_prompt_embeds=False,
+            runner_type="generate",
+            logits_processors=["some:Other", REQUESTS],
         ),
         scheduler_config=SimpleNamespace(
             scheduler_cls=SCHEDULER,
@@ -120,6 +123,7 @@ def test_what_cannot_be_had_is_named(given, error, message):
     ("changes", "message"),
     [
         ({"scheduler_config__scheduler_cls": None}, "scheduler_cls: expected 'vtp_kernels"),
+        ({"model_config__logits_processors": None}, "logits_processors: expected 'vtp_kernels"),
         ({"scheduler_config__enable_chunked_prefill": True}, "enable_chunked_prefill: expected"),
         ({"scheduler_config__long_prefill_token_threshold": 9}, "long_prefill_token_threshold"),
         ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache"),

@@ -18,6 +18,8 @@ import tiny_next
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaNextProcessor
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import BeamSearchParams
 from vllm.v1.core.sched.scheduler import Scheduler
 
 import vtp_kernels as vtp
@@ -365,6 +367,7 @@ def test_without_a_method_all_is_as_in_vllm_alone(old_names):
     [
         ("fastv:2:0.5", {"enable_chunked_prefill": True}, "enable_chunked_prefill: expected False"),
         ("fastv:2:0.5", {"scheduler_cls": None}, "scheduler_cls: expected 'vtp_kernels"),
+        ("fastv:2:0.5", {"logits_processors": None}, "logits_processors: expected 'vtp_kernels"),
         ("fastv:9:0.5", {}, "there is no layer 9"),
         ("visipruner:stages=middle,shallow_layers=1", {}, "vLLM cannot have VisiPruner"),
         ("fastvv", {}, "there is no method 'fastvv'"),
@@ -375,18 +378,43 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_loaded(method, s
         staged.llm(method, load_format="dummy", **settings)
 
 
+@pytest.mark.parametrize("named", ["scheduler_cls", "logits_processors"])
+def test_one_option_alone_is_refused_and_not_served_dense(named):
+    """Without the plugin vLLM's own model is loaded, which looks at no method."""
+    settings = staged.method_settings("fastv:2:0.5") | {"load_format": "dummy"}
+    for option in {"scheduler_cls", "logits_processors"} - {named}:
+        del settings[option]
+    run = subprocess.run(
+        [sys.executable, Path(__file__).with_name("refused_v2.py"), json.dumps(settings)],
+        env=os.environ | asking.ENVIRONMENT | {"VLLM_PLUGINS": "none"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode
+    message = {
+        "scheduler_cls": "the model is not one of this plugin's",
+        "logits_processors": "scheduler_cls: expected 'vtp_kernels.vllm.StagedScheduler'",
+    }
+    assert message[named] in run.stderr
+
+
 def test_a_request_that_cannot_be_served_is_an_error_of_its_own(pyramid):
-    cases = asking.cases(6)
+    """vLLM asks for parameters before it reads a prompt; one who hands over what is ready is told
+    by the scheduler."""
     asking.forget(pyramid)
-    expected = asking.ask(pyramid, [asking.request(case) for case in cases])
+    case = asking.request(asking.cases(1)[0])
+    (expected,) = asking.ask(pyramid, [case])
     scoring = SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=1)
-    sampling = SamplingParams(temperature=0, max_tokens=4, logprobs=1)
-    requests = [asking.request(case) for case in cases]
-    asking.forget(pyramid)
-    found = pyramid.generate([requests[0], *requests], [scoring, *[sampling] * 6], use_tqdm=False)
-    assert found[0].outputs[0].finish_reason == "error"
-    assert not found[0].outputs[0].token_ids
-    assert_same(found[1:], expected)
-    (text,) = pyramid.generate([{"prompt": "what color ? "}], scoring, use_tqdm=False)
-    assert len(text.prompt_logprobs) == len(text.prompt_token_ids)
+    with pytest.raises(VLLMValidationError, match="prompt_logprobs: expected None"):
+        pyramid.generate([case], scoring, use_tqdm=False)
+    with pytest.raises(VLLMValidationError, match="use_beam_search: expected False"):
+        pyramid.beam_search([case], BeamSearchParams(beam_width=2, max_tokens=2))
+    engine = pyramid.llm_engine
+    sampling = SamplingParams(temperature=0, max_tokens=4)
+    ready = engine.input_processor.process_inputs("ready", case, sampling, ("generate",))
+    ready.sampling_params.prompt_logprobs = 1
+    engine.add_request("ready", ready, ready.sampling_params)
+    outputs = [output for _ in range(3) for output in engine.step()]
+    assert outputs[0].outputs[0].finish_reason == "error" and len(outputs) == 1
+    assert_same(asking.ask(pyramid, [case]), [expected])
     staged.assert_all_free(pyramid)

@@ -2,7 +2,8 @@
 
     VLLM_PLUGINS=vtp_kernels vllm serve llava-hf/llava-1.5-7b-hf \\
         --additional-config '{"vtp": {"method": "fastv:2:0.5"}}' \\
-        --scheduler-cls vtp_kernels.vllm.StagedScheduler --no-enable-chunked-prefill \\
+        --scheduler-cls vtp_kernels.vllm.StagedScheduler \\
+        --logits-processors vtp_kernels.vllm:StagedRequests --no-enable-chunked-prefill \\
         --compilation-config '{"cudagraph_mode": "FULL_DECODE_ONLY"}'
 
 The layers from a decision on are a stage. A stage has KV cache groups of its own, whose blocks hold
@@ -12,6 +13,7 @@ in, so blocks, slots and lengths are ready before anything runs; which ones is c
 settings      what is asked for, and whether it can be had
 accounting    how many rows each request has in each stage, and what a step does
 cache         blocks for the rows that stay (engine core)
+requests      what a request may not ask for (front end)
 scheduler     tells the cache of them, and reads a prompt with images in one step (engine core)
 attention     lengths and slots of a stage's layers (workers)
 state         tells the attention of the requests in a step (workers)

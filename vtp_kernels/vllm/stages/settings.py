@@ -11,10 +11,11 @@ from vtp_kernels.contract.passive import PassiveVisual
 from vtp_kernels.methods import Method, method_from_spec
 from vtp_kernels.vllm.budget import KEY
 
-__all__ = ["SCHEDULER", "WHERE", "Settings", "check_engine"]
+__all__ = ["REQUESTS", "SCHEDULER", "WHERE", "Settings", "check_engine"]
 
 WHERE = f"additional_config.{KEY}"
 SCHEDULER = "vtp_kernels.vllm.StagedScheduler"
+REQUESTS = "vtp_kernels.vllm:StagedRequests"
 GRAPHS = ("NONE", "FULL_DECODE_ONLY")
 #: How many images a prompt is taken to have where a method is asked whether it can tell its counts.
 SOME = (576, 576)
@@ -141,6 +142,17 @@ def check_engine(config: Any, version: str) -> None:
         )
 
 
+def _name(given: Any) -> Any:
+    """A class that was given itself by the name that it has on a command line."""
+    homes = {
+        "vtp_kernels.vllm.stages.scheduler.StagedScheduler": SCHEDULER,
+        "vtp_kernels.vllm.stages.requests.StagedRequests": REQUESTS,
+    }
+    if isinstance(given, type):
+        given = f"{given.__module__}.{given.__qualname__}"
+    return homes.get(given, given)
+
+
 def _options(config: Any) -> list[tuple[str, Any, Any, str]]:
     """(option, what it is, what it has to be, why)."""
     scheduler, parallel, cache = (
@@ -148,14 +160,18 @@ def _options(config: Any) -> list[tuple[str, Any, Any, str]]:
         config.parallel_config,
         config.cache_config,
     )
-    name = scheduler.scheduler_cls
-    if isinstance(name, type):
-        name = f"{name.__module__}.{name.__qualname__}"
-        name = SCHEDULER if name == "vtp_kernels.vllm.stages.scheduler.StagedScheduler" else name
+    name = _name(scheduler.scheduler_cls)
+    processors = list(map(_name, config.model_config.logits_processors or ()))
     rows = "it counts on all layers having the same rows"
     blocks = "it finds keys by their place in the prompt"
     return [
         ("scheduler_cls", name, SCHEDULER, "it tells the KV cache how many rows stay"),
+        (
+            "logits_processors",
+            REQUESTS if REQUESTS in processors else processors,
+            REQUESTS,
+            "it tells clients what they cannot ask for",
+        ),
         (
             "enable_chunked_prefill",
             scheduler.enable_chunked_prefill,
