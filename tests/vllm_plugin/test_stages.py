@@ -78,7 +78,7 @@ def test_a_method_is_given_as_everywhere(tmp_path):
         assert Settings.of(config(nothing)) is None
     found = settings("pyramiddrop:2=0.5,4=0.25,6=16")
     assert [found.stage_of(layer) for layer in range(DEPTH)] == [None, None, 0, 0, 1, 1, 2, 2]
-    assert found.left([100, 11]) == [56, 28, 16]
+    assert found.most([100, 11]) == [56, 28, 16]
 
 
 @pytest.mark.parametrize(
@@ -102,14 +102,14 @@ def test_a_method_is_given_as_everywhere(tmp_path):
             "InflectionPruning .*vision tower",
         ),
         (
-            {"method": "inflection:source=none,llm_layers=2"},
+            {"method": "visipruner:shallow_layers=2,drop_shallow_kv=true"},
             NotImplementedError,
-            "attention that is not causal",
+            "forgetful_layers",
         ),
         (
-            {"method": "visipruner:stages=middle+deep,shallow_layers=2"},
+            {"method": "chain:fastv:2:0.5 + fastv:4:0.5"},
             NotImplementedError,
-            "does not tell beforehand how many",
+            "does not tell beforehand how many .*visual_most",
         ),
         ({"method": "schedule:"}, ValueError, "LAYER=KEEP"),
     ],
@@ -117,6 +117,19 @@ def test_a_method_is_given_as_everywhere(tmp_path):
 def test_what_cannot_be_had_is_named(given, error, message):
     with pytest.raises(error, match=message):
         Settings.of(config(given))
+
+
+def test_memory_is_for_what_may_stay():
+    live = settings("visipruner:shallow_layers=2")
+    assert not live.counted and live.most([7, 5]) == [12] * 4
+    assert live.changes([1]) and not live.changes([])
+    knee = settings("inflection:source=none,llm_layers=2+4,visual_keep=knee,text_keep=1.0")
+    assert not knee.counted and knee.most([7, 5]) == [12, 12]
+    text = settings("inflection:source=none,llm_layers=2+4")
+    assert not text.counted and text.most([7, 5]) == [6, 3]
+    visual = settings("inflection:source=none,llm_layers=2+4,text_keep=1.0")
+    assert visual.counted and visual.most([7, 6]) == [7, 4]
+    assert settings("fastv:2:0.5").counted
 
 
 @pytest.mark.parametrize(
@@ -346,4 +359,104 @@ def test_a_method_that_breaks_its_promise_is_named(draw):
     step = take(accounts, ["a"], [0], [12])
     there = Rows(draw.normal(12, 6), step.visual, torch.arange(12))
     with pytest.raises(RuntimeError, match=r"Liar\.visual_left promised \[4\] .* left \[5\]"):
+        Choice(accounts.settings, step, Backends(None)).stays(0, there, None)
+
+
+class Positive(vtp.Method):
+    """Rows stay whose first feature is positive, of visual tokens and of text but the ends."""
+
+    def decision_layers(self, depth):
+        return 2, 5
+
+    def visual_most(self, layer, pictures):
+        return sum(pictures)
+
+    def decide(self, layer, rows):
+        ends = rows.text & ((rows.origin == 0) | (rows.origin == rows.origin[:, -1:]))
+        kept = (rows.hidden[..., 0] > 0) | ends
+        return rows.keep_rows(kept & (rows.text | rows.visual))
+
+
+def test_counts_that_only_the_method_can_tell_are_settled(draw):
+    """Of visual tokens and text, beside others, over two stages; and later steps know them. One
+    that was preempted and comes back begins with the bound again."""
+    prompts = {
+        "long": Prompt.of([[(3, 40)], [(44, 70)]], 75),
+        "text": Prompt.of([], 5),
+        "short": Prompt.of([[(1, 9)]], 12),
+        "answered": Prompt.of([[(0, 7)]], 10),
+        "back": Prompt.of([[(0, 30)]], 64),
+    }
+    names, computed, lengths = list(prompts), [0, 0, 0, 12, 0], [75, 5, 12, 1, 66]
+    accounts = Accounts(Settings(Positive(), (2, 5), DEPTH), 16, CPU)
+    for slot, (name, prompt) in enumerate(prompts.items()):
+        accounts.add(name, slot, prompt)
+    assert not accounts.gone.any()
+    answered = np.array([3])
+    accounts.note(answered, 0, np.array([[2], [6]], dtype=np.int32))
+    step = take(accounts, names, computed, lengths)
+    choice = Choice(accounts.settings, step, Backends(None))
+    before = [list(range(n)) for n in lengths]
+    visual = step.visual
+    for stage in range(2):
+        rows = sum(map(len, before))
+        hidden = draw.normal(rows, 6)
+        places = torch.tensor([at for some in before for at in some])
+        stays = choice.stays(stage, Rows(hidden, visual, places), None)
+        expected, after, first = [], [], 0
+        for name, some in zip(names, before, strict=True):
+            length, fresh = prompts[name].length, name in ("long", "short", "back")
+            chosen = [
+                row
+                for row, at in enumerate(some)
+                if not fresh
+                or at >= length - 1
+                or hidden[first + row, 0] > 0
+                or (at == 0 and name != "back")
+            ]
+            expected += [first + row for row in chosen]
+            after.append([some[row] for row in chosen])
+            first += len(some)
+        assert stays.tolist() == expected
+        gone = [0, 0, 0, (2, 6)[stage], 0]
+        gone = [n - len(some) + g for n, some, g in zip(lengths, after, gone, strict=True)]
+        told = step.stages[stage]
+        assert told.gone.tolist() == told.gone_host.tolist() == gone
+        assert told.starts_host.tolist() == [0, *np.cumsum(list(map(len, after)))]
+        assert accounts.gone[1, :5].tolist() >= gone
+        before, visual = after, visual[stays]
+    later = take(accounts, names, [75, 5, 12, 13, 66], [1] * 5)
+    assert not len(later.fresh)
+    assert later.stages[1].gone.tolist() == gone and later.stages[1].starts is None
+    assert accounts.gone[0, 4] > 0
+    take(accounts, ["back"], [0], [70])
+    assert accounts.gone[:, 4].tolist() == accounts.gone_there[:, 4].tolist() == [0, 0]
+
+
+def test_more_than_was_promised_at_most_is_named(draw):
+    class Liar(Positive):
+        def visual_most(self, layer, pictures):
+            return 1
+
+    prompt = Prompt.of([[(1, 10)]], 12)
+    accounts = Accounts(Settings(Liar(), (2, 5), DEPTH), 4, CPU)
+    accounts.add("a", 0, prompt)
+    step = take(accounts, ["a"], [0], [12])
+    there = Rows(torch.ones(12, 6), step.visual, torch.arange(12))
+    with pytest.raises(RuntimeError, match=r"Liar\.visual_most promised \[1\] .* left \[10\]"):
+        Choice(accounts.settings, step, Backends(None)).stays(0, there, None)
+
+
+def test_rows_that_take_in_others_are_refused(draw):
+    class Merging(Positive):
+        def decide(self, layer, rows):
+            kept = super().decide(layer, rows)
+            return rows.with_content(kept, torch.zeros(1, 1).long(), rows.hidden[:, :1])
+
+    prompt = Prompt.of([[(1, 10)]], 12)
+    accounts = Accounts(Settings(Merging(), (2, 5), DEPTH), 4, CPU)
+    accounts.add("a", 0, prompt)
+    step = take(accounts, ["a"], [0], [12])
+    there = Rows(draw.normal(12, 6), step.visual, torch.arange(12))
+    with pytest.raises(NotImplementedError, match=r"Merging\.decide before layer 2 merges"):
         Choice(accounts.settings, step, Backends(None)).stays(0, there, None)

@@ -52,6 +52,13 @@ METHODS = {
         "decision": "fixed",
         "schedule": {"method": "schedule", "keep": {"4": 300}},
     },
+    "visipruner, live": "visipruner:shallow_layers=1,fusion_threshold=0.99",
+    "visipruner, pipelined": "visipruner:stages=middle+deep,shallow_layers=0,min_keep=5,"
+    "decision=pipelined",
+    "inflection": "inflection:source=none,llm_layers=2+4,visual_keep=knee,text_keep=knee",
+    "inflection, padded": "inflection:source=none,llm_layers=2+4,visual_keep=knee,text_keep=0.5,"
+    "max_keep=64,score_without_rope=false",
+    "inflection, counted": "inflection:source=none,llm_layers=2+4,visual_keep=0.1,text_keep=1.0",
 }
 
 
@@ -132,6 +139,20 @@ def test_blocks_are_those_of_the_rows_that_stay():
     staged.assert_all_free(engine)
 
 
+def test_blocks_are_those_of_the_rows_that_may_stay():
+    """Of 256 tokens 51 in layers 2 and 3, and 10 from layer 4 on. Of 6 rows of text 4 and 3, but
+    blocks are for all of it; what the attention is told are exact lengths."""
+    method = "inflection:source=none,llm_layers=2+4,visual_keep=0.2,text_keep=0.5"
+    engine = staged.llm(method, enable_prefix_caching=False)
+    seen = staged.watch(engine)
+    state = engine.llm_engine.model_executor.driver_worker.worker.model_runner.model_state
+    (output,) = asking.ask(engine, [asking.request(asking.cases(1)[0])])
+    assert len(output.prompt_token_ids) == PATCHES + 6
+    assert seen.most == 9 + 2 + 2 * 1
+    assert state.accounts.gone.max(1).tolist() == [PATCHES - 51 + 2, PATCHES - 10 + 3]
+    staged.assert_all_free(engine)
+
+
 @pytest.mark.parametrize("spec", ["fastv:1:0.3", "schedule:1=0.5,2=9:text:picture"])
 def test_llava_next(spec, tmp_path):
     """Images of several sizes in a batch: probabilities of the next token as in transformers."""
@@ -202,19 +223,25 @@ def test_prompts_of_all_kinds_meet_in_one_batch(pyramid):
     assert_same(together, alone(pyramid, requests, lambda *x: long_answers(*x, 8)))
 
 
-def test_requests_that_are_preempted_come_back_as_they_were(pyramid):
+@pytest.mark.parametrize(
+    ("method", "blocks"),
+    [
+        ("pyramiddrop:2=0.5,4=0.25,6=0.125", 118),
+        (METHODS["visipruner, live"], 237),
+        ("inflection:source=none,llm_layers=2+4,visual_keep=0.2,text_keep=knee", 118),
+    ],
+)
+def test_requests_that_are_preempted_come_back_as_they_were(method, blocks):
     """In a cache that cannot hold all of them. The choice follows the prompt, not the answer that
-    was begun."""
-    small = staged.llm(
-        "pyramiddrop:2=0.5,4=0.25,6=0.125", num_gpu_blocks_override=118, max_model_len=900
-    )
+    was begun; where counts depend on it, they are the same again."""
     requests = mixed(12)
+    expected = long_answers(staged.llm(method), requests, 40)
+    small = staged.llm(method, num_gpu_blocks_override=blocks, max_model_len=900)
     seen = staged.watch(small)
     found = long_answers(small, requests, 40)
     assert seen.preempted
     staged.assert_all_free(small)
-    asking.forget(pyramid)
-    assert_same(found, long_answers(pyramid, requests, 40))
+    assert_same(found, expected)
 
 
 def test_images_that_the_encoder_has_no_room_for_wait(pyramid, monkeypatch):
@@ -322,7 +349,7 @@ def test_what_a_decode_graph_keeps_stays_where_it_is(pyramid):
 
 
 def test_two_ranks_choose_as_one(model):
-    for name in ("pyramiddrop", "contribution", "lvpruning"):
+    for name in ("pyramiddrop", "contribution", "lvpruning", "inflection"):
         script = Path(__file__).with_name("ranks_v2.py")
         run = subprocess.run(
             [sys.executable, script, json.dumps(METHODS[name]), "40"],
@@ -369,7 +396,7 @@ def test_without_a_method_all_is_as_in_vllm_alone(old_names):
         ("fastv:2:0.5", {"scheduler_cls": None}, "scheduler_cls: expected 'vtp_kernels"),
         ("fastv:2:0.5", {"logits_processors": None}, "logits_processors: expected 'vtp_kernels"),
         ("fastv:9:0.5", {}, "there is no layer 9"),
-        ("visipruner:stages=middle,shallow_layers=1", {}, "vLLM cannot have VisiPruner"),
+        ("visipruner:drop_shallow_kv=true", {}, "vLLM cannot have VisiPruner"),
         ("fastvv", {}, "there is no method 'fastvv'"),
     ],
 )

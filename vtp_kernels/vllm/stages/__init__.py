@@ -10,6 +10,9 @@ The layers from a decision on are a stage. A stage has KV cache groups of its ow
 only the rows that stayed, one behind the other. How many these are is known when a request comes
 in, so blocks, slots and lengths are ready before anything runs; which ones is chosen on the device.
 
+Where a method's counts depend on the picture, blocks are for as many as may stay, and lengths and
+slots of a stage are made anew in the step that reads the prompt, once the method has decided.
+
 settings      what is asked for, and whether it can be had
 accounting    how many rows each request has in each stage, and what a step does
 cache         blocks for the rows that stay (engine core)

@@ -24,7 +24,25 @@ __all__ = ["Shared", "StageAttention"]
 class Shared:
     """Between what prepares a step and what runs it."""
 
-    step: Step | None = None
+    #: By stage and layers: the builder of their metadata, and what it was given.
+    built: dict[tuple[int, tuple[str, ...]], tuple[Any, tuple[Any, ...]]]
+    step: Step | None
+
+    def __init__(self) -> None:
+        self.begin(None)
+
+    def begin(self, step: Step | None) -> None:
+        self.step, self.built = step, {}
+
+    def again(self, stage: int) -> dict[str, Any]:
+        """Metadata of a stage's layers, by their names, now that its rows have been counted."""
+        return {
+            name: metadata
+            for (at, names), (builder, given) in self.built.items()
+            if at == stage
+            for metadata in [builder.build(*given)]
+            for name in names
+        }
 
 
 class StageAttention(Attention):
@@ -75,6 +93,8 @@ class _Building:
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> Any:
+        given = common_prefix_len, common_attn_metadata, fast_build
+        self.shared.built[self.stage, tuple(self.layer_names)] = self, given
         common = common_attn_metadata
         lengths = self.lengths[: len(common.seq_lens)]
         lengths.copy_(common.seq_lens)

@@ -70,6 +70,7 @@ __all__ = [
     "register_spec",
     "resolve_block_hashes",
     "subclass_attention_backend",
+    "with_metadata",
     "with_rows",
 ]
 
@@ -154,6 +155,11 @@ def with_rows(context: Any, count: int) -> Any:
     as it is given rows, and nothing else here goes by row."""
     slots = {name: places[:count] for name, places in context.slot_mapping.items()}
     return replace(context, slot_mapping=slots, is_padding=None)
+
+
+def with_metadata(context: Any, metadata: dict[str, Any]) -> Any:
+    """A forward context in which some layers' attention goes by other metadata."""
+    return replace(context, attn_metadata=context.attn_metadata | metadata)
 
 
 def check_layers(decoder: nn.Module) -> None:

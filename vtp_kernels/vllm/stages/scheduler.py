@@ -50,12 +50,12 @@ class StagedScheduler(Scheduler):
         prompt = Prompt.of(picture_ranges(request.mm_features), request.num_prompt_tokens)
         if not self.settings.changes(prompt.pictures):
             return
-        gone = [len(prompt.visual) - left for left in self.settings.left(prompt.pictures)]
+        gone = [len(prompt.visual) - most for most in self.settings.most(prompt.pictures)]
+        # Where rows are not counted, text may leave as well, and before the first image.
+        shareable = int(prompt.visual[0]) if self.settings.counted else 0
         self._losing.add(request.request_id)
         for manager in self._stage_managers():
-            manager.expect(
-                request.request_id, gone[manager.kv_cache_spec.stage], int(prompt.visual[0])
-            )
+            manager.expect(request.request_id, gone[manager.kv_cache_spec.stage], shareable)
         # What has been read before would be missing where the method looks at attention.
         request.skip_reading_prefix_cache = True
 

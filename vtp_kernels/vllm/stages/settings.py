@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from vtp_kernels._shown import shown
@@ -54,14 +55,22 @@ class Settings:
         begun = [stage for stage, at in enumerate(self.layers) if at <= layer]
         return begun[-1] if begun else None
 
+    @cached_property
+    def counted(self) -> bool:
+        """Whether it is known beforehand how many rows stay; else only how many at most."""
+        return all(self.method.visual_left(layer, SOME) is not None for layer in self.layers)
+
     def changes(self, pictures: Sequence[int]) -> bool:
         """Whether such a prompt is read in another way than vLLM's own."""
         visual = sum(pictures)
-        return bool(visual and self.passive) or any(left < visual for left in self.left(pictures))
+        if self.passive or not self.counted:
+            return bool(visual)
+        return any(most < visual for most in self.most(pictures))
 
-    def left(self, pictures: Sequence[int]) -> list[int]:
-        """Visual tokens in each stage, of a prompt whose pictures came with so many."""
-        return [self.method.visual_left(layer, pictures) for layer in self.layers]
+    def most(self, pictures: Sequence[int]) -> list[int]:
+        """Visual tokens in each stage, of a prompt whose pictures came with so many; at most, if
+        they are not counted."""
+        return [self.method.visual_most(layer, pictures) for layer in self.layers]
 
 
 def _given(additional_config: Any) -> Any:
@@ -103,11 +112,10 @@ def _check_method(method: Method, depth: int) -> None:
         ),
         (method.forgetful_layers(depth), "it takes keys from the cache (forgetful_layers)"),
         (method.vision_source(), "it asks what the vision tower saw (vision_source)"),
-        (method.acausal_layers(depth), "it asks for attention that is not causal"),
         (
-            any(method.visual_left(layer, SOME) is None for layer in layers),
-            "it does not tell beforehand how many tokens it leaves (visual_left), and vLLM gives a "
-            "prompt its memory before anything runs",
+            any(method.visual_most(layer, SOME) is None for layer in layers),
+            "it does not tell beforehand how many tokens it leaves at most (visual_most), and vLLM "
+            "gives a prompt its memory before anything runs",
         ),
     ):
         if cannot:
