@@ -51,6 +51,7 @@ def config(vtp=None, **changes):
         ),
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False, kv_offloading_size=None),
         compilation_config=SimpleNamespace(cudagraph_mode=SimpleNamespace(name="NONE")),
+        device_config=SimpleNamespace(device_type="cuda"),
         speculative_config=None,
         lora_config=None,
         kv_transfer_config=None,
@@ -87,6 +88,16 @@ def test_a_method_is_given_as_everywhere(tmp_path):
         ("fastv:2:0.5", TypeError, r"additional_config\.vtp: expected .* got 'fastv:2:0.5'"),
         ({}, ValueError, r"vtp\.method: expected a method, got nothing"),
         ({"method": "fastv", "keep": 1}, ValueError, "there is no keep; expected 'method'"),
+        (
+            {"method": "fastv", "packed": 1},
+            TypeError,
+            r"vtp\.packed: expected true or false, got 1",
+        ),
+        (
+            {"method": "fastv:3:0.5", "packed": True},
+            ValueError,
+            r"vtp\.packed: .* twice as many layers .* decides before layers \(3,\) of 8",
+        ),
         ({"method": 3}, TypeError, r"vtp\.method: expected a string .* got 3"),
         ({"method": "fastvv"}, ValueError, r"vtp\.method: there is no method 'fastvv'"),
         ({"method": {"method": "fastv", "ratio": 1}}, ValueError, r"vtp\.method: .*no \['ratio'\]"),
@@ -161,11 +172,21 @@ def test_memory_is_for_what_may_stay():
     ],
 )
 def test_options_that_do_not_go_with_it_are_named(changes, message):
-    check_engine(config(), "0.32.0")
+    check_engine(config(), "0.32.0", None)
     with pytest.raises((ValueError, NotImplementedError), match=message):
-        check_engine(config(**changes), "0.32.0")
+        check_engine(config(**changes), "0.32.0", None)
     with pytest.raises(NotImplementedError, match=r"made for vLLM 0\.32, this is 0\.33\.1"):
-        check_engine(config(), "0.33.1")
+        check_engine(config(), "0.33.1", None)
+
+
+def test_unlike_groups_need_a_layout_for_them():
+    packed = {"method": "fastv:2:0.5", "packed": True}
+    assert Settings.of(config(packed)).times == 3
+    check_engine(config(packed), "0.32.0", "BLNHC")
+    with pytest.raises(ValueError, match=r"VLLM_KV_CACHE_LAYOUT: expected one of .* got 'NHD'"):
+        check_engine(config(packed), "0.32.0", "NHD")
+    with pytest.raises(NotImplementedError, match=r"vtp\.packed: vLLM's attention on a CPU"):
+        check_engine(config(packed, device_config__device_type="cpu"), "0.32.0", "BLNHC")
 
 
 # ---- which rows there are ---------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .ground import (
     subclass_attention_backend,
 )
 
-__all__ = ["Shared", "StageAttention"]
+__all__ = ["ShallowAttention", "Shared", "StageAttention"]
 
 
 class Shared:
@@ -63,6 +64,22 @@ class StageAttention(Attention):
     def get_kv_cache_spec(self, vllm_config: Any) -> StageSpec:
         spec = super().get_kv_cache_spec(vllm_config)
         return StageSpec(**attention_fields(spec), stage=self.stage)
+
+
+class ShallowAttention(Attention):
+    """vLLM's own of layers before the first stage, in blocks `times` as long. Then vLLM puts one of
+    these beside `times` layers of a stage, where blocks are outermost, and each stage is one group;
+    else it cuts all groups to as many layers, which before FastV's layer 2 are two."""
+
+    times: int
+
+    @classmethod
+    def make(cls, attention: Attention, times: int) -> None:
+        attention.__class__, attention.times = cls, times
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+        spec = super().get_kv_cache_spec(vllm_config)
+        return replace(spec, block_size=spec.block_size * self.times)
 
 
 @functools.cache

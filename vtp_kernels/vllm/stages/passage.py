@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vtp_kernels.contract.backends import Backends
 from vtp_kernels.ops import compact_rows
 
-from .attention import Shared, StageAttention
+from .attention import ShallowAttention, Shared, StageAttention
 from .choice import Choice, Heads, Rows, Seen
 from .ground import (
     AllRanks,
@@ -40,6 +40,8 @@ class Passage:
             stage = settings.stage_of(number)
             if stage is not None:
                 StageAttention.make(layer.self_attn.attn, stage, self.shared)
+            elif settings.packed:
+                ShallowAttention.make(layer.self_attn.attn, settings.times)
 
     def is_asked_for(self) -> bool:
         """Whether prompts are read in this forward pass that vLLM would read otherwise. One without

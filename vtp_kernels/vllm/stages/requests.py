@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from vllm import __version__
+from vllm import __version__, envs
 
 from .ground import LogitsProcessor, is_beam
 from .settings import Settings, check_engine
@@ -20,7 +20,7 @@ class StagedRequests(LogitsProcessor):
 
     def __init__(self, vllm_config: Any, req_states: Any) -> None:
         if Settings.of(vllm_config) is not None:
-            check_engine(vllm_config, __version__)
+            check_engine(vllm_config, __version__, envs.VLLM_KV_CACHE_LAYOUT)
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:

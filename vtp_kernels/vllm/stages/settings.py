@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,19 +19,22 @@ WHERE = f"additional_config.{KEY}"
 SCHEDULER = "vtp_kernels.vllm.StagedScheduler"
 REQUESTS = "vtp_kernels.vllm:StagedRequests"
 GRAPHS = ("NONE", "FULL_DECODE_ONLY")
+#: In which a block of one layer may be as long as several of others.
+PACKED = ("BLNHC", "BLHNC")
 #: How many images a prompt is taken to have where a method is asked whether it can tell its counts.
 SOME = (576, 576)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A method, the layers before which it lets rows leave, of how many, and those in which visual
-    tokens are passive."""
+    """A method, the layers before which it lets rows leave, of how many, those in which visual
+    tokens are passive, and whether KV cache groups are to have unlike numbers of layers."""
 
     method: Method
     layers: tuple[int, ...]
     depth: int
     passive: Mapping[int, PassiveVisual] = field(default_factory=dict)
+    packed: bool = False
 
     @classmethod
     def of(cls, vllm_config: Any) -> Settings | None:
@@ -39,7 +43,8 @@ class Settings:
         Raises ValueError or TypeError for settings that are wrong, NotImplementedError for a method
         that vLLM cannot have.
         """
-        method = _method(_given(vllm_config.additional_config))
+        given = _given(vllm_config.additional_config)
+        method = _method(given.get("method"))
         if method is None:
             return None
         text = vllm_config.model_config.hf_config.get_text_config()
@@ -48,7 +53,20 @@ class Settings:
         method.check_config(vllm_config.model_config.hf_config.model_type, text)
         _check_method(method, depth)
         layers = tuple(sorted(set(method.decision_layers(depth))))
-        return cls(method, layers, depth, dict(method.passive_layers(depth)))
+        found = cls(method, layers, depth, dict(method.passive_layers(depth)), given["packed"])
+        if found.packed and found.times < 2:
+            raise ValueError(
+                f"{WHERE}.packed: expected a method with a stage of at least twice as many layers "
+                f"as come before the first; it decides before layers {layers} of {depth}"
+            )
+        return found
+
+    @property
+    def times(self) -> int:
+        """How many layers the widest stage has for one before the first stage."""
+        bounds = [*self.layers, self.depth]
+        widest = max(b - a for a, b in itertools.pairwise(bounds))
+        return widest // self.layers[0] if self.layers[0] else 0
 
     def stage_of(self, layer: int) -> int | None:
         """The last stage that has begun at a layer; None above the first."""
@@ -73,18 +91,22 @@ class Settings:
         return [self.method.visual_most(layer, pictures) for layer in self.layers]
 
 
-def _given(additional_config: Any) -> Any:
-    """The method as it was given, or None."""
+def _given(additional_config: Any) -> dict[str, Any]:
+    """What was given, with `packed` in any case."""
     if not isinstance(additional_config, Mapping) or additional_config.get(KEY) is None:
-        return None
+        return {"packed": False}
     value = additional_config[KEY]
     if not isinstance(value, Mapping):
         raise TypeError(f'{WHERE}: expected {{"method": "fastv:2:0.5"}}, got {shown(value)}')
-    if unknown := sorted(map(str, value.keys() - {"method"})):
-        raise ValueError(f"{WHERE}: there is no {', '.join(unknown)}; expected 'method'")
+    if unknown := sorted(map(str, value.keys() - {"method", "packed"})):
+        raise ValueError(
+            f"{WHERE}: there is no {', '.join(unknown)}; expected 'method' and 'packed'"
+        )
     if "method" not in value:
         raise ValueError(f"{WHERE}.method: expected a method, got nothing")
-    return value["method"]
+    if not isinstance(value.get("packed", False), bool):
+        raise TypeError(f"{WHERE}.packed: expected true or false, got {shown(value['packed'])}")
+    return {"packed": False, **value}
 
 
 def _method(given: Any) -> Method | None:
@@ -125,9 +147,10 @@ def _check_method(method: Method, depth: int) -> None:
             )
 
 
-def check_engine(config: Any, version: str) -> None:
+def check_engine(config: Any, version: str, layout: str | None) -> None:
     """Raise ValueError or NotImplementedError, naming the option, unless vLLM's configuration is
-    one with which rows may leave between layers. `version` is vLLM's."""
+    one with which rows may leave between layers. `version` is vLLM's, and `layout` what
+    VLLM_KV_CACHE_LAYOUT asks for."""
     if not version.startswith("0.32."):
         raise NotImplementedError(
             f"{WHERE}: pruning between layers is made for vLLM 0.32, this is {version}"
@@ -147,6 +170,20 @@ def check_engine(config: Any, version: str) -> None:
         raise ValueError(
             f"compilation_config.cudagraph_mode: expected one of {GRAPHS} with {WHERE}, for a "
             f"graph has as many rows in all layers; got {graphs.name!r}"
+        )
+    if _given(config.additional_config)["packed"]:
+        _check_packed(config, layout)
+
+
+def _check_packed(config: Any, layout: str | None) -> None:
+    if config.device_config.device_type == "cpu":
+        raise NotImplementedError(
+            f"{WHERE}.packed: vLLM's attention on a CPU has no layout with blocks outermost"
+        )
+    if layout not in PACKED:
+        raise ValueError(
+            f"VLLM_KV_CACHE_LAYOUT: expected one of {PACKED} with {WHERE}.packed, for unlike "
+            f"numbers of layers share a block; got {shown(layout)}"
         )
 
 
