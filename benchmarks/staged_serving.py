@@ -15,7 +15,8 @@ A block holds 32 tokens in as many layers as its group has: 8 in vLLM alone, few
 blocks are counted by the layer: one that holds them in 8 layers counts 8.
 """
 
-from benchmarks import vllm_v2  # isort: skip  # noqa: F401
+if __name__ == "__main__":
+    import benchmarks.vllm_v2  # noqa: F401
 
 import argparse
 import os
