@@ -133,8 +133,9 @@ vllm-check: $(BUILT) $(VLLM_READY) ## the vLLM plugin in vLLM's CPU build, offli
 		--ignore=tests/vllm_check/stages $(TEST_ARGS)
 	$(VLLM_BIN)/python -m pytest --confcutdir=tests/vllm_check tests/vllm_check/stages $(TEST_ARGS)
 
-bench-vllm: $(BUILT) $(VLLM_READY) ## the small LLaVA in vLLM, dense and pruned
+bench-vllm: $(BUILT) $(VLLM_READY) ## the small LLaVA in vLLM, dense and pruned in several ways
 	$(VLLM_BIN)/python -m benchmarks.serving --json out/vllm.json
+	$(VLLM_BIN)/python -m benchmarks.staged_serving --json out/vllm_stages.json
 
 clean: ## everything that was built, the virtual environment too
 	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) $(DOCS_VENV) build dist out vtp_kernels/*.so *.egg-info

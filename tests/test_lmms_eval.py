@@ -207,6 +207,7 @@ def test_a_served_model_is_told_what_leaves(stand_ins, monkeypatch):
         "mm_processor_kwargs": before,
         "additional_config": {"more": 1, "vtp": {"method": vtp.FastV(2, 0.5).to_dict()}},
         "scheduler_cls": "vtp_kernels.vllm.StagedScheduler",
+        "logits_processors": ["vtp_kernels.vllm:StagedRequests"],
         "enable_chunked_prefill": False,
         "max_num_seqs": 8,
     }

@@ -16,7 +16,7 @@ from vtp_kernels.contract.backends import Backends
 from vtp_kernels.models.attention.ranks import AllHeads
 from vtp_kernels.vllm.stages.accounting import Accounts, Prompt
 from vtp_kernels.vllm.stages.choice import Choice, Heads, Rows, Seen
-from vtp_kernels.vllm.stages.settings import SCHEDULER, Settings, check_engine
+from vtp_kernels.vllm.stages.settings import REQUESTS, SCHEDULER, Settings, check_engine
 
 DEPTH, CPU = 8, torch.device("cpu")
 
@@ -31,7 +31,10 @@ def config(vtp=None, **changes):
         additional_config={} if vtp is None else {"vtp": vtp},
         use_v2_model_runner=True,
         model_config=SimpleNamespace(
-            hf_config=hf_config, enable_prompt_embeds=False, runner_type="generate"
+            hf_config=hf_config,
+            enable_prompt_embeds=False,
+            runner_type="generate",
+            logits_processors=["some:Other", REQUESTS],
         ),
         scheduler_config=SimpleNamespace(
             scheduler_cls=SCHEDULER,
@@ -48,6 +51,7 @@ def config(vtp=None, **changes):
         ),
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False, kv_offloading_size=None),
         compilation_config=SimpleNamespace(cudagraph_mode=SimpleNamespace(name="NONE")),
+        device_config=SimpleNamespace(device_type="cuda"),
         speculative_config=None,
         lora_config=None,
         kv_transfer_config=None,
@@ -75,7 +79,7 @@ def test_a_method_is_given_as_everywhere(tmp_path):
         assert Settings.of(config(nothing)) is None
     found = settings("pyramiddrop:2=0.5,4=0.25,6=16")
     assert [found.stage_of(layer) for layer in range(DEPTH)] == [None, None, 0, 0, 1, 1, 2, 2]
-    assert found.left([100, 11]) == [56, 28, 16]
+    assert found.most([100, 11]) == [56, 28, 16]
 
 
 @pytest.mark.parametrize(
@@ -84,6 +88,16 @@ def test_a_method_is_given_as_everywhere(tmp_path):
         ("fastv:2:0.5", TypeError, r"additional_config\.vtp: expected .* got 'fastv:2:0.5'"),
         ({}, ValueError, r"vtp\.method: expected a method, got nothing"),
         ({"method": "fastv", "keep": 1}, ValueError, "there is no keep; expected 'method'"),
+        (
+            {"method": "fastv", "packed": 1},
+            TypeError,
+            r"vtp\.packed: expected true or false, got 1",
+        ),
+        (
+            {"method": "fastv:3:0.5", "packed": True},
+            ValueError,
+            r"vtp\.packed: .* twice as many layers .* decides before layers \(3,\) of 8",
+        ),
         ({"method": 3}, TypeError, r"vtp\.method: expected a string .* got 3"),
         ({"method": "fastvv"}, ValueError, r"vtp\.method: there is no method 'fastvv'"),
         ({"method": {"method": "fastv", "ratio": 1}}, ValueError, r"vtp\.method: .*no \['ratio'\]"),
@@ -99,14 +113,14 @@ def test_a_method_is_given_as_everywhere(tmp_path):
             "InflectionPruning .*vision tower",
         ),
         (
-            {"method": "inflection:source=none,llm_layers=2"},
+            {"method": "visipruner:shallow_layers=2,drop_shallow_kv=true"},
             NotImplementedError,
-            "attention that is not causal",
+            "forgetful_layers",
         ),
         (
-            {"method": "visipruner:stages=middle+deep,shallow_layers=2"},
+            {"method": "chain:fastv:2:0.5 + fastv:4:0.5"},
             NotImplementedError,
-            "does not tell beforehand how many",
+            "does not tell beforehand how many .*visual_most",
         ),
         ({"method": "schedule:"}, ValueError, "LAYER=KEEP"),
     ],
@@ -116,10 +130,24 @@ def test_what_cannot_be_had_is_named(given, error, message):
         Settings.of(config(given))
 
 
+def test_memory_is_for_what_may_stay():
+    live = settings("visipruner:shallow_layers=2")
+    assert not live.counted and live.most([7, 5]) == [12] * 4
+    assert live.changes([1]) and not live.changes([])
+    knee = settings("inflection:source=none,llm_layers=2+4,visual_keep=knee,text_keep=1.0")
+    assert not knee.counted and knee.most([7, 5]) == [12, 12]
+    text = settings("inflection:source=none,llm_layers=2+4")
+    assert not text.counted and text.most([7, 5]) == [6, 3]
+    visual = settings("inflection:source=none,llm_layers=2+4,text_keep=1.0")
+    assert visual.counted and visual.most([7, 6]) == [7, 4]
+    assert settings("fastv:2:0.5").counted
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"scheduler_config__scheduler_cls": None}, "scheduler_cls: expected 'vtp_kernels"),
+        ({"model_config__logits_processors": None}, "logits_processors: expected 'vtp_kernels"),
         ({"scheduler_config__enable_chunked_prefill": True}, "enable_chunked_prefill: expected"),
         ({"scheduler_config__long_prefill_token_threshold": 9}, "long_prefill_token_threshold"),
         ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache"),
@@ -144,11 +172,21 @@ def test_what_cannot_be_had_is_named(given, error, message):
     ],
 )
 def test_options_that_do_not_go_with_it_are_named(changes, message):
-    check_engine(config(), "0.32.0")
+    check_engine(config(), "0.32.0", None)
     with pytest.raises((ValueError, NotImplementedError), match=message):
-        check_engine(config(**changes), "0.32.0")
+        check_engine(config(**changes), "0.32.0", None)
     with pytest.raises(NotImplementedError, match=r"made for vLLM 0\.32, this is 0\.33\.1"):
-        check_engine(config(), "0.33.1")
+        check_engine(config(), "0.33.1", None)
+
+
+def test_unlike_groups_need_a_layout_for_them():
+    packed = {"method": "fastv:2:0.5", "packed": True}
+    assert Settings.of(config(packed)).times == 3
+    check_engine(config(packed), "0.32.0", "BLNHC")
+    with pytest.raises(ValueError, match=r"VLLM_KV_CACHE_LAYOUT: expected one of .* got 'NHD'"):
+        check_engine(config(packed), "0.32.0", "NHD")
+    with pytest.raises(NotImplementedError, match=r"vtp\.packed: vLLM's attention on a CPU"):
+        check_engine(config(packed, device_config__device_type="cpu"), "0.32.0", "BLNHC")
 
 
 # ---- which rows there are ---------------------------------------------------------------------
@@ -342,4 +380,104 @@ def test_a_method_that_breaks_its_promise_is_named(draw):
     step = take(accounts, ["a"], [0], [12])
     there = Rows(draw.normal(12, 6), step.visual, torch.arange(12))
     with pytest.raises(RuntimeError, match=r"Liar\.visual_left promised \[4\] .* left \[5\]"):
+        Choice(accounts.settings, step, Backends(None)).stays(0, there, None)
+
+
+class Positive(vtp.Method):
+    """Rows stay whose first feature is positive, of visual tokens and of text but the ends."""
+
+    def decision_layers(self, depth):
+        return 2, 5
+
+    def visual_most(self, layer, pictures):
+        return sum(pictures)
+
+    def decide(self, layer, rows):
+        ends = rows.text & ((rows.origin == 0) | (rows.origin == rows.origin[:, -1:]))
+        kept = (rows.hidden[..., 0] > 0) | ends
+        return rows.keep_rows(kept & (rows.text | rows.visual))
+
+
+def test_counts_that_only_the_method_can_tell_are_settled(draw):
+    """Of visual tokens and text, beside others, over two stages; and later steps know them. One
+    that was preempted and comes back begins with the bound again."""
+    prompts = {
+        "long": Prompt.of([[(3, 40)], [(44, 70)]], 75),
+        "text": Prompt.of([], 5),
+        "short": Prompt.of([[(1, 9)]], 12),
+        "answered": Prompt.of([[(0, 7)]], 10),
+        "back": Prompt.of([[(0, 30)]], 64),
+    }
+    names, computed, lengths = list(prompts), [0, 0, 0, 12, 0], [75, 5, 12, 1, 66]
+    accounts = Accounts(Settings(Positive(), (2, 5), DEPTH), 16, CPU)
+    for slot, (name, prompt) in enumerate(prompts.items()):
+        accounts.add(name, slot, prompt)
+    assert not accounts.gone.any()
+    answered = np.array([3])
+    accounts.note(answered, 0, np.array([[2], [6]], dtype=np.int32))
+    step = take(accounts, names, computed, lengths)
+    choice = Choice(accounts.settings, step, Backends(None))
+    before = [list(range(n)) for n in lengths]
+    visual = step.visual
+    for stage in range(2):
+        rows = sum(map(len, before))
+        hidden = draw.normal(rows, 6)
+        places = torch.tensor([at for some in before for at in some])
+        stays = choice.stays(stage, Rows(hidden, visual, places), None)
+        expected, after, first = [], [], 0
+        for name, some in zip(names, before, strict=True):
+            length, fresh = prompts[name].length, name in ("long", "short", "back")
+            chosen = [
+                row
+                for row, at in enumerate(some)
+                if not fresh
+                or at >= length - 1
+                or hidden[first + row, 0] > 0
+                or (at == 0 and name != "back")
+            ]
+            expected += [first + row for row in chosen]
+            after.append([some[row] for row in chosen])
+            first += len(some)
+        assert stays.tolist() == expected
+        gone = [0, 0, 0, (2, 6)[stage], 0]
+        gone = [n - len(some) + g for n, some, g in zip(lengths, after, gone, strict=True)]
+        told = step.stages[stage]
+        assert told.gone.tolist() == told.gone_host.tolist() == gone
+        assert told.starts_host.tolist() == [0, *np.cumsum(list(map(len, after)))]
+        assert accounts.gone[1, :5].tolist() >= gone
+        before, visual = after, visual[stays]
+    later = take(accounts, names, [75, 5, 12, 13, 66], [1] * 5)
+    assert not len(later.fresh)
+    assert later.stages[1].gone.tolist() == gone and later.stages[1].starts is None
+    assert accounts.gone[0, 4] > 0
+    take(accounts, ["back"], [0], [70])
+    assert accounts.gone[:, 4].tolist() == accounts.gone_there[:, 4].tolist() == [0, 0]
+
+
+def test_more_than_was_promised_at_most_is_named(draw):
+    class Liar(Positive):
+        def visual_most(self, layer, pictures):
+            return 1
+
+    prompt = Prompt.of([[(1, 10)]], 12)
+    accounts = Accounts(Settings(Liar(), (2, 5), DEPTH), 4, CPU)
+    accounts.add("a", 0, prompt)
+    step = take(accounts, ["a"], [0], [12])
+    there = Rows(torch.ones(12, 6), step.visual, torch.arange(12))
+    with pytest.raises(RuntimeError, match=r"Liar\.visual_most promised \[1\] .* left \[10\]"):
+        Choice(accounts.settings, step, Backends(None)).stays(0, there, None)
+
+
+def test_rows_that_take_in_others_are_refused(draw):
+    class Merging(Positive):
+        def decide(self, layer, rows):
+            kept = super().decide(layer, rows)
+            return rows.with_content(kept, torch.zeros(1, 1).long(), rows.hidden[:, :1])
+
+    prompt = Prompt.of([[(1, 10)]], 12)
+    accounts = Accounts(Settings(Merging(), (2, 5), DEPTH), 4, CPU)
+    accounts.add("a", 0, prompt)
+    step = take(accounts, ["a"], [0], [12])
+    there = Rows(draw.normal(12, 6), step.visual, torch.arange(12))
+    with pytest.raises(NotImplementedError, match=r"Merging\.decide before layer 2 merges"):
         Choice(accounts.settings, step, Backends(None)).stays(0, there, None)

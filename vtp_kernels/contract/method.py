@@ -160,8 +160,14 @@ class Method(ABC):
     def visual_left(self, layer: int, pictures: Sequence[int]) -> int | None:
         """How many visual tokens are left from `layer` on, of a prompt whose pictures came with so
         many each, if that follows from these numbers alone; None where only `decide` can tell.
-        What sets memory aside before anything runs (`vtp_kernels.vllm`) asks for it."""
+        What sets memory aside before anything runs (`vtp_kernels.vllm`) asks for it. All text stays
+        then."""
         return None
+
+    def visual_most(self, layer: int, pictures: Sequence[int]) -> int | None:
+        """The same, or where only `decide` can tell, how many these are at most: memory is set
+        aside for so many, and for all text. None: not to be asked of this method."""
+        return self.visual_left(layer, pictures)
 
     def events(self, memory: dict[str, Any]) -> list[dict[str, Any]]:
         """What report() is to tell of a prefill besides the rows that left, given what `decide`

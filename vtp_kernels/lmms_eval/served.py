@@ -15,6 +15,7 @@ __all__ = ["Served"]
 PLUGINS = "VLLM_PLUGINS"
 BETWEEN = {
     "scheduler_cls": "vtp_kernels.vllm.StagedScheduler",
+    "logits_processors": ["vtp_kernels.vllm:StagedRequests"],
     "enable_chunked_prefill": False,
 }
 GRAPHS = {"cudagraph_mode": "FULL_DECODE_ONLY"}

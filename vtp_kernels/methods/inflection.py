@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -155,6 +156,19 @@ class InflectionPruning(Method, key="inflection"):
 
     def vision_source(self) -> str | None:
         return self.source
+
+    def visual_left(self, layer: int, pictures: Sequence[int]) -> int | None:
+        counted = self.text_keep == 1.0 and self.visual_keep != "knee"
+        return self.visual_most(layer, pictures) if counted else None
+
+    def visual_most(self, layer: int, pictures: Sequence[int]) -> int | None:
+        """Of stage 2 alone: stage 1 goes by what the tower saw."""
+        if self.source is not None:
+            return None
+        left = sum(pictures)
+        for _ in [at for at in self.llm_layers if at <= layer]:
+            left = _budget(self.visual_keep, left)
+        return left
 
     def check_model(self, depth: int) -> None:
         for layer in self.llm_layers:

@@ -186,6 +186,9 @@ class VisiPruner(Method, key="visipruner"):
     def visual_left(self, layer: int, pictures: Sequence[int]) -> int | None:
         return None if self.schedule is None else self.schedule.visual_left(layer, pictures)
 
+    def visual_most(self, layer: int, pictures: Sequence[int]) -> int:
+        return sum(pictures) if self.schedule is None else self.visual_left(layer, pictures)
+
     def check_model(self, depth: int) -> None:
         if self.shallow_layers and ("shallow" in self.stages or self.drop_shallow_kv):
             check_depth(self.shallow_layers - 1, depth, "VisiPruner.shallow_layers")

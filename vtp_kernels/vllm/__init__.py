@@ -16,7 +16,7 @@ import os
 
 from .budget import Budget
 
-__all__ = ["Budget", "Encoder", "StagedScheduler", "encode", "register"]
+__all__ = ["Budget", "Encoder", "StagedRequests", "StagedScheduler", "encode", "register"]
 
 PLUGIN = "vtp_kernels"
 MODELS = {
@@ -30,7 +30,12 @@ MODELS = {
 }
 
 #: What is imported when it is asked for.
-HOMES = {"Encoder": "encoder", "encode": "encoder", "StagedScheduler": "stages.scheduler"}
+HOMES = {
+    "Encoder": "encoder",
+    "encode": "encoder",
+    "StagedRequests": "stages.requests",
+    "StagedScheduler": "stages.scheduler",
+}
 
 
 def register() -> None:

@@ -6,6 +6,7 @@ import asking
 
 OPTIONS = {
     "scheduler_cls": "vtp_kernels.vllm.StagedScheduler",
+    "logits_processors": ["vtp_kernels.vllm:StagedRequests"],
     "enable_chunked_prefill": False,
     "max_num_batched_tokens": 2048,
     "max_num_seqs": 16,

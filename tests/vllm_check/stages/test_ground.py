@@ -19,14 +19,18 @@ from vllm.model_executor.models.llava_next import LlavaNextForConditionalGenerat
 from vllm.model_executor.models.qwen2 import Qwen2Attention, Qwen2DecoderLayer
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+from vllm.v1.core.kv_cache_utils import (
+    generate_scheduler_kv_cache_config,
+    get_kv_cache_groups,
+)
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
     SingleTypeKVCacheManager,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
@@ -34,7 +38,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 import vtp_kernels as vtp
 from vtp_kernels.vllm.stages import ground
-from vtp_kernels.vllm.stages.attention import StageAttention, stage_backend
+from vtp_kernels.vllm.stages.attention import ShallowAttention, StageAttention, stage_backend
 from vtp_kernels.vllm.stages.cache import StageManager, StageSpec
 from vtp_kernels.vllm.stages.scheduler import StagedAsyncScheduler, StagedScheduler
 from vtp_kernels.vllm.stages.settings import Settings
@@ -81,6 +85,10 @@ def parameters(function):
             ground.AttentionMetadataBuilder.build,
             "self common_prefix_len common_attn_metadata fast_build",
         ),
+        (ground.LogitsProcessor.__init__, "self vllm_config req_states"),
+        (ground.LogitsProcessor.validate_params, "sampling_params"),
+        (ground.LogitsProcessor.add_request, "self req_idx sampling_params"),
+        (ground.LogitsProcessor.apply, "self logits ctx"),
         (DefaultModelState.__init__, "self vllm_config model encoder_cache device"),
         (DefaultModelState.add_request, "self req_index new_req_data"),
         (DefaultModelState.remove_request, "self req_id"),
@@ -149,6 +157,39 @@ def test_a_stage_has_groups_and_managers_of_its_own():
     find = KVCacheSpecRegistry.get_manager_class
     assert find(groups[1].kv_cache_spec) is StageManager
     assert find(groups[0].kv_cache_spec) is FullAttentionManager  # is still registered
+
+
+def planned(times, layout):
+    """vLLM's groups for FastV at layer 2 of 32, the first blocks `times` as long as the others."""
+    layer = ShallowAttention.__new__(ShallowAttention)
+    layer.__dict__["times"] = times
+    with pytest.MonkeyPatch.context() as patched:
+        spec = FullAttentionSpec(**SIZES | {"block_size": 16})
+        patched.setattr(ground.Attention, "get_kv_cache_spec", lambda self, config: spec)
+        shallow = layer.get_kv_cache_spec(None)
+    specs = {f"{n}": shallow for n in range(2)}
+    specs |= {f"{n}": StageSpec(**SIZES | {"block_size": 16}, stage=0) for n in range(2, 32)}
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+        cache_config=SimpleNamespace(get_resolved_kv_cache_layout=lambda: layout),
+        speculative_config=None,
+        attention_config=SimpleNamespace(hisparse_config=None),
+    )
+    return get_kv_cache_groups(config, specs)
+
+
+def test_a_packed_cache_has_one_group_for_each_stage():
+    packed, unpacked = planned(15, KVCacheLayout.BLNHC), planned(1, KVCacheLayout.LBNHC)
+    assert [len(group.layer_names) for group in packed] == [2, 30]
+    assert [len(group.layer_names) for group in unpacked] == [2] * 16
+    # Blocks of both hold as many bytes.
+    assert len({group.kv_cache_spec.page_size_bytes for group in packed}) == 1
+    config = KVCacheConfig(num_blocks=9, kv_cache_tensors=[], kv_cache_groups=packed)
+    shallow, stage = generate_scheduler_kv_cache_config([config]).kv_cache_groups
+    assert (shallow.kv_cache_spec.block_size, stage.kv_cache_spec.block_size) == (240, 16)
+    find = KVCacheSpecRegistry.get_manager_class
+    assert find(shallow.kv_cache_spec) is FullAttentionManager
+    assert find(stage.kv_cache_spec) is StageManager and stage.kv_cache_spec.stage == 0
 
 
 def test_a_stage_keeps_what_a_layer_says_of_its_keys():

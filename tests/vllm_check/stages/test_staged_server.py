@@ -20,6 +20,7 @@ def client(tmp_path_factory):
     options = [
         *("--additional-config", json.dumps({"vtp": {"method": METHOD}})),
         *("--scheduler-cls", staged.OPTIONS["scheduler_cls"], "--no-enable-chunked-prefill"),
+        *("--logits-processors", *staged.OPTIONS["logits_processors"]),
         *("--max-num-batched-tokens", 2048, "--max-num-seqs", 16),
     ]
     log = tmp_path_factory.mktemp("server") / "log"
@@ -45,9 +46,22 @@ def test_many_at_once_are_answered_as_offline(client):
 
 
 def test_what_cannot_be_served_is_told_and_the_server_goes_on(client):
-    case = asking.cases(1)[0]
+    case, other = asking.cases(66)[64:]
     part = image_part(asking.picture(case))
-    with pytest.raises(openai.APIStatusError):
-        chat(client, case, part, prompt_logprobs=1)
-    assert "prompt_logprobs: rows of its images leave" in client.log.read_text()
+    refused = {
+        "prompt_logprobs: expected None": [
+            {"prompt_logprobs": 1},
+            {"echo": True, "logprobs": True, "top_logprobs": 1},
+        ],
+        "use_beam_search: expected False": [{"use_beam_search": True, "n": 2}],
+    }
+    for message, asked in refused.items():
+        for more in asked:
+            with pytest.raises(openai.BadRequestError, match=message):
+                chat(client, case, part, **more)
+    assert "cannot be served" not in client.log.read_text()  # refused before any work
+    assert chat(client, other, image_part(asking.picture(other))).choices[0].message.content
+    # After any client's error vLLM takes its engine to have the image, and asks for it once more.
+    with pytest.raises(openai.InternalServerError):
+        chat(client, case, part)
     assert chat(client, case, part).choices[0].message.content

@@ -18,6 +18,8 @@ import tiny_next
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaNextProcessor
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import BeamSearchParams
 from vllm.v1.core.sched.scheduler import Scheduler
 
 import vtp_kernels as vtp
@@ -50,6 +52,13 @@ METHODS = {
         "decision": "fixed",
         "schedule": {"method": "schedule", "keep": {"4": 300}},
     },
+    "visipruner, live": "visipruner:shallow_layers=1,fusion_threshold=0.99",
+    "visipruner, pipelined": "visipruner:stages=middle+deep,shallow_layers=0,min_keep=5,"
+    "decision=pipelined",
+    "inflection": "inflection:source=none,llm_layers=2+4,visual_keep=knee,text_keep=knee",
+    "inflection, padded": "inflection:source=none,llm_layers=2+4,visual_keep=knee,text_keep=0.5,"
+    "max_keep=64,score_without_rope=false",
+    "inflection, counted": "inflection:source=none,llm_layers=2+4,visual_keep=0.1,text_keep=1.0",
 }
 
 
@@ -130,6 +139,20 @@ def test_blocks_are_those_of_the_rows_that_stay():
     staged.assert_all_free(engine)
 
 
+def test_blocks_are_those_of_the_rows_that_may_stay():
+    """Of 256 tokens 51 in layers 2 and 3, and 10 from layer 4 on. Of 6 rows of text 4 and 3, but
+    blocks are for all of it; what the attention is told are exact lengths."""
+    method = "inflection:source=none,llm_layers=2+4,visual_keep=0.2,text_keep=0.5"
+    engine = staged.llm(method, enable_prefix_caching=False)
+    seen = staged.watch(engine)
+    state = engine.llm_engine.model_executor.driver_worker.worker.model_runner.model_state
+    (output,) = asking.ask(engine, [asking.request(asking.cases(1)[0])])
+    assert len(output.prompt_token_ids) == PATCHES + 6
+    assert seen.most == 9 + 2 + 2 * 1
+    assert state.accounts.gone.max(1).tolist() == [PATCHES - 51 + 2, PATCHES - 10 + 3]
+    staged.assert_all_free(engine)
+
+
 @pytest.mark.parametrize("spec", ["fastv:1:0.3", "schedule:1=0.5,2=9:text:picture"])
 def test_llava_next(spec, tmp_path):
     """Images of several sizes in a batch: probabilities of the next token as in transformers."""
@@ -200,19 +223,25 @@ def test_prompts_of_all_kinds_meet_in_one_batch(pyramid):
     assert_same(together, alone(pyramid, requests, lambda *x: long_answers(*x, 8)))
 
 
-def test_requests_that_are_preempted_come_back_as_they_were(pyramid):
+@pytest.mark.parametrize(
+    ("method", "blocks"),
+    [
+        ("pyramiddrop:2=0.5,4=0.25,6=0.125", 118),
+        (METHODS["visipruner, live"], 237),
+        ("inflection:source=none,llm_layers=2+4,visual_keep=0.2,text_keep=knee", 118),
+    ],
+)
+def test_requests_that_are_preempted_come_back_as_they_were(method, blocks):
     """In a cache that cannot hold all of them. The choice follows the prompt, not the answer that
-    was begun."""
-    small = staged.llm(
-        "pyramiddrop:2=0.5,4=0.25,6=0.125", num_gpu_blocks_override=118, max_model_len=900
-    )
+    was begun; where counts depend on it, they are the same again."""
     requests = mixed(12)
+    expected = long_answers(staged.llm(method), requests, 40)
+    small = staged.llm(method, num_gpu_blocks_override=blocks, max_model_len=900)
     seen = staged.watch(small)
     found = long_answers(small, requests, 40)
     assert seen.preempted
     staged.assert_all_free(small)
-    asking.forget(pyramid)
-    assert_same(found, long_answers(pyramid, requests, 40))
+    assert_same(found, expected)
 
 
 def test_images_that_the_encoder_has_no_room_for_wait(pyramid, monkeypatch):
@@ -320,7 +349,7 @@ def test_what_a_decode_graph_keeps_stays_where_it_is(pyramid):
 
 
 def test_two_ranks_choose_as_one(model):
-    for name in ("pyramiddrop", "contribution", "lvpruning"):
+    for name in ("pyramiddrop", "contribution", "lvpruning", "inflection"):
         script = Path(__file__).with_name("ranks_v2.py")
         run = subprocess.run(
             [sys.executable, script, json.dumps(METHODS[name]), "40"],
@@ -365,8 +394,9 @@ def test_without_a_method_all_is_as_in_vllm_alone(old_names):
     [
         ("fastv:2:0.5", {"enable_chunked_prefill": True}, "enable_chunked_prefill: expected False"),
         ("fastv:2:0.5", {"scheduler_cls": None}, "scheduler_cls: expected 'vtp_kernels"),
+        ("fastv:2:0.5", {"logits_processors": None}, "logits_processors: expected 'vtp_kernels"),
         ("fastv:9:0.5", {}, "there is no layer 9"),
-        ("visipruner:stages=middle,shallow_layers=1", {}, "vLLM cannot have VisiPruner"),
+        ("visipruner:drop_shallow_kv=true", {}, "vLLM cannot have VisiPruner"),
         ("fastvv", {}, "there is no method 'fastvv'"),
     ],
 )
@@ -375,18 +405,43 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_loaded(method, s
         staged.llm(method, load_format="dummy", **settings)
 
 
+@pytest.mark.parametrize("named", ["scheduler_cls", "logits_processors"])
+def test_one_option_alone_is_refused_and_not_served_dense(named):
+    """Without the plugin vLLM's own model is loaded, which looks at no method."""
+    settings = staged.method_settings("fastv:2:0.5") | {"load_format": "dummy"}
+    for option in {"scheduler_cls", "logits_processors"} - {named}:
+        del settings[option]
+    run = subprocess.run(
+        [sys.executable, Path(__file__).with_name("refused_v2.py"), json.dumps(settings)],
+        env=os.environ | asking.ENVIRONMENT | {"VLLM_PLUGINS": "none"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode
+    message = {
+        "scheduler_cls": "the model is not one of this plugin's",
+        "logits_processors": "scheduler_cls: expected 'vtp_kernels.vllm.StagedScheduler'",
+    }
+    assert message[named] in run.stderr
+
+
 def test_a_request_that_cannot_be_served_is_an_error_of_its_own(pyramid):
-    cases = asking.cases(6)
+    """vLLM asks for parameters before it reads a prompt; one who hands over what is ready is told
+    by the scheduler."""
     asking.forget(pyramid)
-    expected = asking.ask(pyramid, [asking.request(case) for case in cases])
+    case = asking.request(asking.cases(1)[0])
+    (expected,) = asking.ask(pyramid, [case])
     scoring = SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=1)
-    sampling = SamplingParams(temperature=0, max_tokens=4, logprobs=1)
-    requests = [asking.request(case) for case in cases]
-    asking.forget(pyramid)
-    found = pyramid.generate([requests[0], *requests], [scoring, *[sampling] * 6], use_tqdm=False)
-    assert found[0].outputs[0].finish_reason == "error"
-    assert not found[0].outputs[0].token_ids
-    assert_same(found[1:], expected)
-    (text,) = pyramid.generate([{"prompt": "what color ? "}], scoring, use_tqdm=False)
-    assert len(text.prompt_logprobs) == len(text.prompt_token_ids)
+    with pytest.raises(VLLMValidationError, match="prompt_logprobs: expected None"):
+        pyramid.generate([case], scoring, use_tqdm=False)
+    with pytest.raises(VLLMValidationError, match="use_beam_search: expected False"):
+        pyramid.beam_search([case], BeamSearchParams(beam_width=2, max_tokens=2))
+    engine = pyramid.llm_engine
+    sampling = SamplingParams(temperature=0, max_tokens=4)
+    ready = engine.input_processor.process_inputs("ready", case, sampling, ("generate",))
+    ready.sampling_params.prompt_logprobs = 1
+    engine.add_request("ready", ready, ready.sampling_params)
+    outputs = [output for _ in range(3) for output in engine.step()]
+    assert outputs[0].outputs[0].finish_reason == "error" and len(outputs) == 1
+    assert_same(asking.ask(pyramid, [case]), [expected])
     staged.assert_all_free(pyramid)

@@ -1,19 +1,8 @@
-"""vLLM's model runner V2 on a CPU: to be imported before vLLM is.
+"""vLLM's model runner V2, as the benchmarks run it: to be imported before vLLM is."""
 
-It is what GPUs run. Its Triton kernels are interpreted here; vLLM looks whether Triton has a
-backend for this machine, and uses nothing of it. torch.compile would, and is switched off.
-"""
+import sys
+from pathlib import Path
 
-import os
-import types
+sys.path.append(str(Path(__file__).parents[3]))
 
-os.environ |= {
-    "TRITON_INTERPRET": "1",
-    "VLLM_USE_V2_MODEL_RUNNER": "1",
-    "TORCHDYNAMO_DISABLE": "1",
-}
-
-from triton.backends import backends
-
-driver = types.SimpleNamespace(is_active=lambda: True)
-backends.setdefault("cpu", types.SimpleNamespace(driver=driver, compiler=None))
+import benchmarks.vllm_v2  # noqa: F401

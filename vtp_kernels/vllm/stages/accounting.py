@@ -1,5 +1,7 @@
 """How many rows each request has in each stage, and what a step does to them. All on the host, but
-for what the attention reads."""
+for what the attention reads.
+
+Where a method's counts depend on the picture, they are upper bounds until it has decided."""
 
 from __future__ import annotations
 
@@ -56,12 +58,20 @@ class Accounts:
         self.prompts: dict[str, tuple[int, Prompt]] = {}
 
     def add(self, name: str, slot: int, prompt: Prompt) -> None:
-        left = np.array(self.settings.left(prompt.pictures), dtype=np.int32)
-        gone = len(prompt.visual) - left
-        self.gone[:, slot] = gone
-        self.gone_there[:, slot].copy_(moved(torch.from_numpy(gone), self.device))
+        self._expect(slot, prompt)
         self.unread[slot] = prompt.length if self.settings.changes(prompt.pictures) else 0
         self.prompts[name] = slot, prompt
+
+    def _expect(self, slot: int, prompt: Prompt) -> None:
+        """What will be gone of a prompt that is not read yet; at least, if that is not counted."""
+        most = np.array(self.settings.most(prompt.pictures), dtype=np.int32)
+        self.note(np.array([slot]), 0, (len(prompt.visual) - most)[:, None])
+
+    def note(self, slots: np.ndarray, first: int, gone: np.ndarray) -> None:
+        """`gone` int32 [stages, R] rows of some requests, from stage `first` on."""
+        self.gone[first:, slots] = gone
+        there, slots = (moved(torch.from_numpy(x), self.device) for x in (gone, slots))
+        self.gone_there[first:, slots.long()] = there
 
     def remove(self, name: str) -> None:
         self.prompts.pop(name, None)
@@ -79,16 +89,15 @@ class Accounts:
         if not self.prompts.keys() >= set(names):
             return None
         fresh = np.flatnonzero(computed < self.unread[slots])
-        gone = self.gone[:, slots]
         prompts = [self.prompts[names[at]][1] for at in fresh]
-        step = Step(lengths.astype(np.int64), fresh, prompts, gone, self.device)
+        if (
+            not self.settings.counted
+        ):  # what is known of one that was preempted is of its first time
+            for at, prompt in zip(fresh, prompts, strict=True):
+                self._expect(slots[at], prompt)
+        step = Step(self, slots, slots_there, lengths.astype(np.int64), fresh, prompts)
         if (computed[fresh] > 0).any() or (lengths[fresh] < step.heads).any():
             raise RuntimeError("a prompt with images was cut up, and no choice would see all of it")
-        there = self.gone_there[:, slots_there]
-        step.stages = [
-            Stage(there[at], torch.from_numpy(gone[at]), *step.starts(at))
-            for at in range(len(gone))
-        ]
         return step
 
 
@@ -126,23 +135,38 @@ class Step:
     lengths : int64 [R], rows of each request as it begins
     fresh : int64 [F], the requests whose prompts are read in it, and read our way
     prompts : of these
-    stages : what the attention is told
+    stages : what the attention is told, of each stage
     """
-
-    stages: list[Stage]
 
     def __init__(
         self,
+        accounts: Accounts,
+        slots: np.ndarray,
+        slots_there: Tensor,
         lengths: np.ndarray,
         fresh: np.ndarray,
         prompts: list[Prompt],
-        gone: np.ndarray,
-        device: torch.device,
     ) -> None:
-        self.lengths, self.fresh, self.prompts, self.device = lengths, fresh, prompts, device
+        self.accounts, self.slots, self.slots_there = accounts, slots, slots_there
+        self.lengths, self.fresh, self.prompts = lengths, fresh, prompts
+        self.device = accounts.device
         self.heads = np.array([prompt.length for prompt in prompts], dtype=np.int64)
+        gone = accounts.gone[:, slots]
         self._gone = np.zeros_like(gone)  # in this step, by stage and request
         self._gone[:, fresh] = gone[:, fresh]
+        self.stages = [self._stage(at) for at in range(len(gone))]
+
+    def _stage(self, stage: int) -> Stage:
+        gone = torch.from_numpy(self.accounts.gone[stage, self.slots])
+        return Stage(self.accounts.gone_there[stage, self.slots_there], gone, *self.starts(stage))
+
+    def settle(self, stage: int, requests: np.ndarray, gone: np.ndarray) -> None:
+        """A method has decided that `gone` int64 [R] rows of some fresh requests are not in a
+        stage; later ones have no more."""
+        known = np.maximum(self._gone[stage:, requests], gone).astype(np.int32)
+        self._gone[stage:, requests] = known
+        self.accounts.note(self.slots[requests], stage, known)
+        self.stages[stage] = self._stage(stage)
 
     @property
     def rows(self) -> int:

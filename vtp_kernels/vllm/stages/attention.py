@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,13 +19,31 @@ from .ground import (
     subclass_attention_backend,
 )
 
-__all__ = ["Shared", "StageAttention"]
+__all__ = ["ShallowAttention", "Shared", "StageAttention"]
 
 
 class Shared:
     """Between what prepares a step and what runs it."""
 
-    step: Step | None = None
+    #: By stage and layers: the builder of their metadata, and what it was given.
+    built: dict[tuple[int, tuple[str, ...]], tuple[Any, tuple[Any, ...]]]
+    step: Step | None
+
+    def __init__(self) -> None:
+        self.begin(None)
+
+    def begin(self, step: Step | None) -> None:
+        self.step, self.built = step, {}
+
+    def again(self, stage: int) -> dict[str, Any]:
+        """Metadata of a stage's layers, by their names, now that its rows have been counted."""
+        return {
+            name: metadata
+            for (at, names), (builder, given) in self.built.items()
+            if at == stage
+            for metadata in [builder.build(*given)]
+            for name in names
+        }
 
 
 class StageAttention(Attention):
@@ -45,6 +64,22 @@ class StageAttention(Attention):
     def get_kv_cache_spec(self, vllm_config: Any) -> StageSpec:
         spec = super().get_kv_cache_spec(vllm_config)
         return StageSpec(**attention_fields(spec), stage=self.stage)
+
+
+class ShallowAttention(Attention):
+    """vLLM's own of layers before the first stage, in blocks `times` as long. Then vLLM puts one of
+    these beside `times` layers of a stage, where blocks are outermost, and each stage is one group;
+    else it cuts all groups to as many layers, which before FastV's layer 2 are two."""
+
+    times: int
+
+    @classmethod
+    def make(cls, attention: Attention, times: int) -> None:
+        attention.__class__, attention.times = cls, times
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+        spec = super().get_kv_cache_spec(vllm_config)
+        return replace(spec, block_size=spec.block_size * self.times)
 
 
 @functools.cache
@@ -75,6 +110,8 @@ class _Building:
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> Any:
+        given = common_prefix_len, common_attn_metadata, fast_build
+        self.shared.built[self.stage, tuple(self.layer_names)] = self, given
         common = common_attn_metadata
         lengths = self.lengths[: len(common.seq_lens)]
         lengths.copy_(common.seq_lens)

@@ -44,12 +44,14 @@ class Heads(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a layer's attention was called with: [rows, heads * size] each, in positions."""
+    """What a layer's attention was called with: [rows, heads * size] each, in positions; and its
+    queries and keys before these were turned into them."""
 
     heads: Heads
     query: Tensor
     key: Tensor
     value: Tensor
+    unrotated: tuple[Tensor, Tensor] | None = None
 
 
 class Rows(NamedTuple):
@@ -72,19 +74,20 @@ class Choice:
         self.settings, self.step = settings, step
         self.batches = [_Batch(step, some, settings.depth, backends) for some in _alike(step.heads)]
 
-    def stays(self, stage: int, there: Rows, seen: Seen | None) -> Tensor:
+    def stays(self, stage: int, there: Rows, seen: Seen | None) -> Tensor | None:
         """int64 [rows that stay], ascending within each request: which of the rows before a stage
-        go on. Nothing waits for the device, for their numbers are known. `seen`: of the layer
-        before, if the method asks for it."""
+        go on; None: all. Nothing waits for the device but a method whose counts depend on what it
+        sees. `seen`: of the layer before, if the method asks for it."""
         before, device = stage - 1 if stage else None, there.hidden.device
+        found = [batch.decided(self.settings, stage, there, seen) for batch in self.batches]
+        if not self.step.loses_at(stage):
+            return None
         new = self.step.begins(stage)
         stays = torch.zeros(int(new[-1]) + 1, dtype=torch.int64, device=device)  # and a place for
         sources, places = map(torch.from_numpy, self.step.staying(before, stage))  # what leaves
         stays[moved(places, device)] = moved(sources, device)
-        for batch in self.batches:
-            rows, index = batch.rows(before, there, seen)
-            kept = decision(self.settings.method, self.settings.layers[stage], rows)
-            counts = self._check(stage, batch, rows, kept)
+        for batch, (index, kept) in zip(self.batches, found, strict=True):
+            counts = batch.text_now + batch.visual_now
             if kept is None:
                 chosen = torch.arange(index.shape[1], device=device).expand(len(index), -1)
                 shift = index.shape[1] - counts
@@ -114,20 +117,6 @@ class Choice:
             found[to] = attended.transpose(1, 2).flatten(2)
         return found[:-1]
 
-    def _check(self, stage: int, batch: _Batch, rows: PromptRows, kept: Kept | None) -> np.ndarray:
-        """int64 [B]: rows that each prompt keeps. What the blocks were made for is what stays."""
-        method, layer = self.settings.method, self.settings.layers[stage]
-        text, visual = rows.text_now, rows.visual_now
-        if kept is not None:
-            text, visual = on_host(kept.text), on_host(kept.visual)
-        promised = [self.settings.left(prompt.pictures)[stage] for prompt in batch.prompts]
-        if list(visual) != promised or list(text) != list(rows.text_now):
-            raise RuntimeError(
-                f"{type(method).__name__}.visual_left promised {promised} visual tokens and "
-                f"{rows.text_now} others before layer {layer}, and decide left {visual} and {text}"
-            )
-        return np.array(text) + np.array(visual)
-
 
 def _alike(lengths: np.ndarray) -> list[np.ndarray]:
     """The numbers of prompts in batches, in which none is twice as long as another."""
@@ -150,6 +139,8 @@ class _Batch:
             row[prompt.visual] = True
         self.visual = moved(torch.from_numpy(visual), step.device)
         self.visual_at_start = visual.sum(1)
+        self.visual_now = self.visual_at_start
+        self.text_now = self.lengths - self.visual_at_start
         self.units = _Pictures(self.prompts, self.columns)
         #: Layers with passive visual tokens ask again and again.
         self._index: dict[int | None, tuple[Tensor, Tensor | None]] = {}
@@ -172,23 +163,68 @@ class _Batch:
             return index, None
         return index, moved(torch.from_numpy(place >= 0), self.step.device)
 
-    def rows(self, before: int | None, there: Rows, seen: Seen | None) -> tuple[PromptRows, Tensor]:
-        """The prompts' rows before a stage, as a method sees them; and which rows of the step these
-        are, int64 [B, S]."""
-        index, valid = self.index(before)
+    def decided(
+        self, settings: Settings, stage: int, there: Rows, seen: Seen | None
+    ) -> tuple[Tensor, Kept | None]:
+        """What the method decides before a stage, and which rows of the step, int64 [B, S], it
+        decides it of."""
+        index, valid = self.index(stage - 1 if stage else None)
+        rows = self._rows(index, valid, there, seen)
+        kept = decision(settings.method, settings.layers[stage], rows)
+        if kept is not None:
+            text, visual = np.array(on_host(kept.text)), np.array(on_host(kept.visual))
+            self._check(settings, stage, text, visual, kept)
+            self.text_now, self.visual_now = text, visual
+        else:
+            self._check(settings, stage, self.text_now, self.visual_now, None)
+        if not settings.counted:
+            gone = self.lengths - self.text_now - self.visual_now
+            self.step.settle(stage, self.requests, gone)
+        return index, kept
+
+    def _check(
+        self,
+        settings: Settings,
+        stage: int,
+        text: np.ndarray,
+        visual: np.ndarray,
+        kept: Kept | None,
+    ) -> None:
+        """What the blocks were made for is what stays, or no less than that."""
+        name, layer = type(settings.method).__name__, settings.layers[stage]
+        if kept is not None and kept.hidden is not None:
+            raise NotImplementedError(
+                f"{name}.decide before layer {layer} merges rows (with_content), which vLLM's "
+                "stages do not carry out"
+            )
+        promised = np.array([settings.most(prompt.pictures)[stage] for prompt in self.prompts])
+        if settings.counted:
+            broken = (visual != promised).any() or (text != self.text_now).any()
+        else:
+            broken = (visual > promised).any()
+        if broken:
+            raise RuntimeError(
+                f"{name}.{'visual_left' if settings.counted else 'visual_most'} promised "
+                f"{promised.tolist()} visual tokens and {self.text_now.tolist()} others before "
+                f"layer {layer}, and decide left {visual.tolist()} and {text.tolist()}"
+            )
+
+    def _rows(
+        self, index: Tensor, valid: Tensor | None, there: Rows, seen: Seen | None
+    ) -> PromptRows:
+        """The prompts' rows, as a method sees them."""
         visual, origin = there.visual[index], there.places[index]
         if valid is not None:
             visual, origin = visual & valid, origin.masked_fill(~valid, 0)
-        gone = self.step.gone_by(before)[self.requests]
-        rows = PromptRows(
+        return PromptRows(
             hidden=there.hidden[index],
             visual=visual,
             valid=valid,
             origin=origin,
             prompt_visual=self.visual,
             visual_at_start=self.visual_at_start.tolist(),
-            visual_now=(self.visual_at_start - gone).tolist(),
-            text_now=(self.lengths - self.visual_at_start).tolist(),
+            visual_now=self.visual_now.tolist(),
+            text_now=self.text_now.tolist(),
             text_before=[int(prompt.visual[0]) for prompt in self.prompts],
             drafts=0,
             columns=self.columns,
@@ -202,7 +238,6 @@ class _Batch:
             units=self.units,
             backends=self.backends,
         )
-        return rows, index
 
 
 class _Observed:
@@ -217,9 +252,8 @@ class _Observed:
 
     def queries(self, rows: slice, rotary: bool = True) -> Tensor:
         """[B, Hq, M, D]"""
-        if not rotary:
-            self.unrotated_keys()
-        return self._of(self.seen.query, self.seen.heads.queries, self.index[:, rows])
+        query = self.seen.query if rotary else self.seen.unrotated[0]
+        return self._of(query, self.seen.heads.queries, self.index[:, rows])
 
     def keys(self, past: int) -> Tensor:
         """[B, Hkv, S, D]"""
@@ -230,9 +264,8 @@ class _Observed:
         return self._of(self.seen.value, self.seen.heads.keys, self.index)
 
     def unrotated_keys(self) -> Tensor:
-        raise NotImplementedError(
-            "rotary=False: in vLLM queries and keys are seen in their positions only"
-        )
+        """[B, Hkv, S, D]"""
+        return self._of(self.seen.unrotated[1], self.seen.heads.keys, self.index)
 
     def _of(self, states: Tensor, heads: int, index: Tensor) -> Tensor:
         states = states.view(len(states), heads, self.seen.heads.size)

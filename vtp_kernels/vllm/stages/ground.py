@@ -39,6 +39,7 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
 from .settings import WHERE
 
@@ -51,6 +52,7 @@ __all__ = [
     "AttentionSpec",
     "CommonAttentionMetadata",
     "DefaultModelState",
+    "LogitsProcessor",
     "Scheduler",
     "SingleTypeKVCacheManager",
     "attention_fields",
@@ -60,6 +62,7 @@ __all__ = [
     "common_for",
     "get_forward_context",
     "init_logger",
+    "is_beam",
     "managers_of",
     "override_forward_context",
     "picture_ranges",
@@ -67,8 +70,19 @@ __all__ = [
     "register_spec",
     "resolve_block_hashes",
     "subclass_attention_backend",
+    "with_metadata",
     "with_rows",
 ]
+
+# ---- requests ------------------------------------------------------------------------------------
+
+
+def is_beam(sampling: Any) -> bool:
+    """Whether a request is a step of a beam search: vLLM does not say so, but asks for one token,
+    not as text, by its candidates, and without a watermark."""
+    one = sampling.max_tokens == 1 and not sampling.detokenize
+    return one and bool(sampling.logprobs) and sampling.watermarking is False
+
 
 # ---- engine core --------------------------------------------------------------------------------
 
@@ -141,6 +155,11 @@ def with_rows(context: Any, count: int) -> Any:
     as it is given rows, and nothing else here goes by row."""
     slots = {name: places[:count] for name, places in context.slot_mapping.items()}
     return replace(context, slot_mapping=slots, is_padding=None)
+
+
+def with_metadata(context: Any, metadata: dict[str, Any]) -> Any:
+    """A forward context in which some layers' attention goes by other metadata."""
+    return replace(context, attn_metadata=context.attn_metadata | metadata)
 
 
 def check_layers(decoder: nn.Module) -> None:

@@ -24,9 +24,9 @@ class Staged:
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         settings = Settings.of(vllm_config)
         if settings is not None:
-            from vllm import __version__
+            from vllm import __version__, envs
 
-            check_engine(vllm_config, __version__)
+            check_engine(vllm_config, __version__, envs.VLLM_KV_CACHE_LAYOUT)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         if settings is not None:
             from .passage import Passage

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from vtp_kernels.contract.backends import Backends
 from vtp_kernels.ops import compact_rows
 
-from .attention import Shared, StageAttention
+from .attention import ShallowAttention, Shared, StageAttention
 from .choice import Choice, Heads, Rows, Seen
 from .ground import (
     AllRanks,
     check_layers,
     get_forward_context,
     override_forward_context,
+    with_metadata,
     with_rows,
 )
 from .settings import Settings
@@ -39,6 +40,8 @@ class Passage:
             stage = settings.stage_of(number)
             if stage is not None:
                 StageAttention.make(layer.self_attn.attn, stage, self.shared)
+            elif settings.packed:
+                ShallowAttention.make(layer.self_attn.attn, settings.times)
 
     def is_asked_for(self) -> bool:
         """Whether prompts are read in this forward pass that vLLM would read otherwise. One without
@@ -55,12 +58,15 @@ class Passage:
         left = torch.arange(step.rows, device=device)  # which rows these are
         visual, seen = step.visual, None
         for first, last, stage in self._stretches():
-            if stage is not None and step.loses_at(stage):
+            if stage is not None and self._decides(stage):
                 read = hidden if residual is None else hidden + residual
                 stays = choice.stays(stage, Rows(read, visual, places), seen)
-                hidden, residual, places, visual, left = _compacted(
-                    stays, hidden, residual, places, visual, left
-                )
+                if stays is not None:
+                    hidden, residual, places, visual, left = _compacted(
+                        stays, hidden, residual, places, visual, left
+                    )
+                if not self.settings.counted:
+                    context = with_metadata(context, self.shared.again(stage))
             with override_forward_context(with_rows(context, len(hidden))):
                 for number in range(first, last):
                     layer = self.decoder.layers[number]
@@ -73,6 +79,10 @@ class Passage:
         hidden, _ = self.decoder.norm(hidden, residual)
         return hidden.new_zeros(len(positions), hidden.shape[1]).index_copy_(0, left, hidden)
 
+    def _decides(self, stage: int) -> bool:
+        """Whether the method is to be asked: where rows are not counted, whatever it leaves."""
+        return not self.settings.counted or self.shared.step.loses_at(stage)
+
     @contextmanager
     def _passive(self, number: int, choice: Choice, stage: int | None, visual: Tensor) -> Any:
         """In a layer where visual tokens are passive its attention runs as ever, which fills the
@@ -83,7 +93,7 @@ class Passage:
             return
         hook = attention.attn.register_forward_hook(
             lambda module, args, output: choice.passive(
-                stage, how, visual, _seen(attention, [args]), output
+                stage, how, visual, _seen(attention, {"attended": args[:3]}), output
             )
         )
         try:
@@ -107,22 +117,32 @@ def _compacted(stays: Tensor, *rows: Tensor | None) -> list[Tensor | None]:
 
 @contextmanager
 def _watching(attention: nn.Module, watched: bool) -> Any:
-    """What a layer's attention is called with, if it is watched."""
-    calls: list[Any] = []
+    """What a layer's rotary embedding and attention are called with, if it is watched."""
+    calls: dict[str, Any] = {}
     if not watched:
         yield calls
         return
-    hook = attention.attn.register_forward_pre_hook(lambda module, args: calls.append(args))
+
+    def unrotated(module: nn.Module, args: Any) -> None:
+        calls["unrotated"] = tuple(x.clone() for x in args[1:])  # they are turned in place
+
+    def attended(module: nn.Module, args: Any) -> None:
+        calls["attended"] = args[:3]
+
+    hooks = [
+        attention.rotary_emb.register_forward_pre_hook(unrotated),
+        attention.attn.register_forward_pre_hook(attended),
+    ]
     try:
         yield calls
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
-def _seen(attention: nn.Module, calls: list[Any]) -> Seen | None:
+def _seen(attention: nn.Module, calls: dict[str, Any]) -> Seen | None:
     if not calls:
         return None
-    (query, key, value, *_), *_ = calls
     heads = Heads(
         attention.num_heads,
         attention.num_kv_heads,
@@ -130,4 +150,4 @@ def _seen(attention: nn.Module, calls: list[Any]) -> Seen | None:
         attention.scaling,
         AllRanks(attention.total_num_heads),
     )
-    return Seen(heads, query, key, value)
+    return Seen(heads, *calls["attended"], calls.get("unrotated"))

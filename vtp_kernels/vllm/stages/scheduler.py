@@ -14,6 +14,7 @@ from .ground import (
     picture_ranges,
     refuse,
 )
+from .requests import why_not
 from .settings import WHERE, Settings
 
 __all__ = ["StagedScheduler"]
@@ -49,12 +50,12 @@ class StagedScheduler(Scheduler):
         prompt = Prompt.of(picture_ranges(request.mm_features), request.num_prompt_tokens)
         if not self.settings.changes(prompt.pictures):
             return
-        gone = [len(prompt.visual) - left for left in self.settings.left(prompt.pictures)]
+        gone = [len(prompt.visual) - most for most in self.settings.most(prompt.pictures)]
+        # Where rows are not counted, text may leave as well, and before the first image.
+        shareable = int(prompt.visual[0]) if self.settings.counted else 0
         self._losing.add(request.request_id)
         for manager in self._stage_managers():
-            manager.expect(
-                request.request_id, gone[manager.kv_cache_spec.stage], int(prompt.visual[0])
-            )
+            manager.expect(request.request_id, gone[manager.kv_cache_spec.stage], shareable)
         # What has been read before would be missing where the method looks at attention.
         request.skip_reading_prefix_cache = True
 
@@ -70,7 +71,7 @@ class StagedScheduler(Scheduler):
         to lose rows waits for the next step instead."""
         nothing = [], 0, encoder_compute_budget, [], []
         loses = request.request_id in self._losing
-        if loses and (reason := why_not(request)):
+        if loses and (reason := _why_not(request)):
             logger.error("request %s cannot be served: %s", request.request_id, reason)
             refuse(self, request)
             return nothing
@@ -97,11 +98,9 @@ class StagedAsyncScheduler(StagedScheduler, AsyncScheduler):
     """The same, one step ahead of the workers."""
 
 
-def why_not(request: Any) -> str | None:
-    """Why a request that loses rows cannot be served; None if it can."""
-    sampling = request.sampling_params
-    if sampling is not None and sampling.prompt_logprobs is not None:
-        return "prompt_logprobs: rows of its images leave between the layers and have no logits"
+def _why_not(request: Any) -> str | None:
+    """Why a request that loses rows cannot be served; None if it can. Parameters were looked at
+    before, but for those of a client that hands over requests that are ready."""
     if request.resumable:
         return "resumable: a prompt with images that lose rows cannot go on later"
-    return None
+    return None if request.sampling_params is None else why_not(request.sampling_params)

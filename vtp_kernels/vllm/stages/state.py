@@ -31,5 +31,5 @@ class StagedModelState(DefaultModelState):
         self.accounts.remove(req_id)
 
     def prepare_attn(self, input_batch: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        self.passage.shared.step = self.accounts.step(*batch_of(input_batch))
+        self.passage.shared.begin(self.accounts.step(*batch_of(input_batch)))
         return super().prepare_attn(input_batch, *args, **kwargs)
