@@ -13,6 +13,7 @@ machine that does nothing else.
 import argparse
 import functools
 import itertools
+import json
 import statistics
 import sys
 import time
@@ -271,10 +272,14 @@ def main() -> None:
     inputs = chat_inputs(processor, [Image.fromarray(case.scene.image)], [case.question.text])
 
     @functools.cache
-    def left(method: Method) -> float:
+    def left_of(told: str) -> float:
+        method = Method.from_dict(json.loads(told))
         with torch.no_grad(), pruned(model, method) as run:
             model(**inputs, logits_to_keep=1)
         return statistics.fmean(n for (n,) in run.report().visual_tokens_per_layer) / TOKENS
+
+    def left(method: Method) -> float:
+        return left_of(json.dumps(method.to_dict()))  # some methods hold what has no hash
 
     board = list(answers(entries, ask, left))
     for row in board if args.turns else ():
