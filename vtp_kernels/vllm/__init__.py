@@ -25,6 +25,10 @@ MODELS = {
     "LlavaOnevisionForConditionalGeneration": (
         "vtp_kernels.vllm.llava_onevision:PrunedLlavaOnevision"
     ),
+    "Qwen2VLForConditionalGeneration": "vtp_kernels.vllm.qwen2_vl:PrunedQwen2VL",
+    "Qwen2_5_VLForConditionalGeneration": "vtp_kernels.vllm.qwen2_5_vl:PrunedQwen2_5_VL",
+    "Qwen3VLForConditionalGeneration": "vtp_kernels.vllm.qwen3_vl:PrunedQwen3VL",
+    "Qwen3VLMoeForConditionalGeneration": "vtp_kernels.vllm.qwen3_vl:PrunedQwen3VLMoe",
     "InternVLForConditionalGeneration": "vtp_kernels.vllm.internvl:PrunedInternVL",
     "InternVLChatModel": "vtp_kernels.vllm.internvl:PrunedInternVLChat",
 }

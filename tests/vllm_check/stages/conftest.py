@@ -1,5 +1,5 @@
-"""Pruning between the layers needs model runner V2, which is chosen before vLLM is imported: these
-tests run in a process of their own."""
+"""Pruning between the layers, and families with M-RoPE, need model runner V2, which is chosen
+before vLLM is imported: these tests run in a process of their own."""
 
 import importlib.util
 
