@@ -1,7 +1,8 @@
-"""A small model without a budget: `python plain_grids.py FOLDER` prints what vLLM makes of some
-prompts, as JSON; with the plugin or without, as the environment says."""
+"""A small model whose images lie in grids: `python plain_grids.py FOLDER SETTINGS` prints what vLLM
+makes of some prompts, as JSON; with the plugin or without, as the environment says."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ SETTINGS = {
     "max_model_len": 1024,
     "max_num_batched_tokens": 24,  # images are cut up
     "max_num_seqs": 4,
-    "limit_mm_per_prompt": {"image": 3, "video": 0},
+    "limit_mm_per_prompt": {"image": 3, "video": 1},
     "enable_mm_embeds": False,
 }
 
@@ -32,13 +33,14 @@ def request(images, text="7 8 9", **more):
     return {"prompt": prompt, **({"multi_modal_data": {"image": images}} if images else {}), **more}
 
 
-def answers(engine):
+def answers(engine, **more):
     some = [pictures(0), pictures(1, 2), [], pictures(3), pictures(4)]
     return [
         [list(output.prompt_token_ids), asking.tokens(output), asking.logprobs(output)]
-        for output in asking.ask(engine, [request(images) for images in some])
+        for output in asking.ask(engine, [request(images, **more) for images in some])
     ]
 
 
 if __name__ == "__main__":
-    print(json.dumps(answers(asking.llm(sys.argv[1], **SETTINGS))))
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # ranks of one memory node
+    print(json.dumps(answers(asking.llm(sys.argv[1], **SETTINGS | json.loads(sys.argv[2])))))

@@ -102,6 +102,8 @@ def new_processor(family):
     return getattr(transformers, f"{name}Processor")(
         image_processor=Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=168 * 168),
         tokenizer=tokenizer,
-        video_processor=(Qwen3VLVideoProcessor if third else Qwen2VLVideoProcessor)(),
+        video_processor=(Qwen3VLVideoProcessor if third else Qwen2VLVideoProcessor)(
+            size={"shortest_edge": 56 * 56, "longest_edge": 8 * 56 * 56}
+        ),
         chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}",
     )
