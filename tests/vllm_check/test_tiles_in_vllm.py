@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("vllm", reason="needs vLLM: run by `make vllm-check`")
 
 import asking
+import numpy as np
 import plain_tiles
 import torch
 from tiny_next import drawing
@@ -203,6 +204,30 @@ def test_budgets_meet_in_one_batch_and_share_no_cache_entry(served):
         for output, expected in zip(together, alone, strict=True):
             assert_same(output, (asking.tokens(expected), asking.logprobs(expected)))
     assert len({tuple(asking.logprobs(output)) for output in alone}) == len(budgets)
+
+
+@pytest.mark.parametrize("served", ["tiny_internvl", "tiny_onevision"], indirect=True)
+def test_videos_keep_all_their_tokens(served):
+    """Alone, and beside an image that does not."""
+    frames = np.stack([np.asarray(drawing((112, 112), seed)) for seed in range(3)])
+    alone = {"prompt": "5 <video> 7 8", "multi_modal_data": {"video": [frames]}}
+    (picture,) = served.pictures(0, 1)
+    beside = {
+        "prompt": f"5 <video> 6 {served.tiny.PLACEHOLDER} 7 8",
+        "multi_modal_data": {"video": [frames], "image": [picture]},
+    }
+    found = []
+    for budget in ({}, asking.budget(12), asking.budget(1.0)):
+        asking.forget(served.engine)
+        found.append(asking.ask(served.engine, [alone | budget, beside | budget]))
+    (video, dense), (same, pruned), (also, everything) = found
+    for ours, theirs in ((same, video), (also, video), (everything, dense)):
+        assert ours.prompt_token_ids == theirs.prompt_token_ids
+        assert_same(ours, (asking.tokens(theirs), asking.logprobs(theirs)))
+    image = served.model.config.image_token_id
+    shown = [x for x in pruned.prompt_token_ids if x != image]
+    assert shown == [x for x in dense.prompt_token_ids if x != image]
+    assert pruned.prompt_token_ids.count(image) == 12 < dense.prompt_token_ids.count(image)
 
 
 def test_pruning_between_layers_is_refused(served):

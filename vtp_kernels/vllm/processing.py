@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,10 +43,15 @@ class BudgetInfo:
             # vLLM takes a ValueError here for a model that reads no images, and goes on without.
             raise RuntimeError(f"mm_processor_kwargs: {error}") from error
 
+    @cached_property
+    def most(self) -> int:
+        """Rows that an image takes at most, unpruned."""
+        return self.get_max_image_tokens()
+
     def _check(self, budget: Budget | None) -> None:
         if budget is not None:
             self.check_budget(budget)
-            budget.check_most(self.get_max_image_tokens())
+            budget.check_most(self.most)
 
     def check_budget(self, budget: Budget) -> None:
         """Raise NotImplementedError or ValueError for what this model cannot be pruned by."""
@@ -59,12 +65,12 @@ class BudgetInfo:
             return budget
         self._check(budget)
         if self.budget is not None:
-            most = self.get_max_image_tokens()
-            limit, asked = self.budget.rows(most), budget.rows(most) if budget else most
+            limit, asked = (x.rows(self.most) if x else self.most for x in (self.budget, budget))
             if asked > limit:
                 raise ValueError(
                     f"{KEY}.keep: a request may not ask for more than the engine's {limit} of the "
-                    f"{most} tokens of the largest image, got {asked if budget else 'all tokens'}"
+                    f"{self.most} tokens of the largest image, got "
+                    f"{asked if budget else 'all tokens'}"
                 )
         return budget
 
