@@ -16,6 +16,7 @@ from benchmarks.end_to_end import Row as EndToEndRow
 from benchmarks.end_to_end import table as end_to_end_table
 from benchmarks.harness import Timing, summary
 from benchmarks.pocket_llava.evaluate import table as accuracy_table
+from benchmarks.pocket_llava.leaderboard import table as leaderboard_table
 from benchmarks.serving import Row as ServingRow
 from benchmarks.serving import table as serving_table
 from vtp_kernels.catalogue import catalogue
@@ -30,6 +31,7 @@ FILES = {
     "demo.json": "intel-xeon-2-cores",
     "end_to_end.json": "amd-epyc-2-cores",
     "inflection.json": "amd-epyc-2-cores",
+    "leaderboard.json": "amd-epyc-2-cores",
     "lvpruning.json": "intel-xeon-2-cores",
     "visipruner.json": "intel-xeon-2-cores",
     "vllm.json": "intel-xeon-2-cores",
@@ -80,7 +82,7 @@ def by_method() -> dict[str, dict]:
     return right
 
 
-def leaderboard() -> dict[str, dict]:
+def compared() -> dict[str, dict]:
     """The three methods at the demo's settings, and the yardsticks of accuracy.json."""
     ours = {"Inflection": "InflectionPruning", "VisiPruner": "VisiPruner", "LVPruning": "LVPruning"}
     measured = by_method()
@@ -121,6 +123,10 @@ def accuracy() -> str:
     if len({row["questions"] for row in rows}) != 1:
         raise ValueError(f"{[(row['method'], row['questions']) for row in rows]}: expected one set")
     return accuracy_table(rows)
+
+
+def leaderboard() -> str:
+    return leaderboard_table(_read("leaderboard.json")["board"])
 
 
 def visipruner() -> str:
@@ -196,6 +202,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "ops": ops,
         "visipruner": visipruner,
     },
+    "docs/choosing_a_method.md": {"leaderboard": leaderboard},
     "docs/families.md": {"families": families},
     "docs/vllm.md": {"vllm": vllm},
 }

@@ -70,7 +70,7 @@ def _figure(
     figure = new_figure(WIDTH, height)
     axes = new_axes(figure, 56, 44, 90, 24)
     lowest = min(share for line in lines.values() for _, share in line)
-    axes.set_xlim(-3, 100)
+    axes.set_xlim(_from(100 * min(share for line in lines.values() for share, _ in line)), 100)
     axes.set_ylim(*_range(100 * lowest))
     axes.grid(color=FAINT, linewidth=0.6)
     axes.set_xlabel(f"{saved}, %", fontsize=9)
@@ -85,6 +85,11 @@ def _figure(
         others += zip(x[:-1], y[:-1], strict=True)
         named.append((name, x[-1], y[-1], color))
     return None if beside_points(axes, named, others) is None else figure
+
+
+def _from(least: float) -> float:
+    """Just below 0, or a round number below the least where all save much."""
+    return -3 if least < 50 else 10 * math.floor(least / 10) - 1
 
 
 def _range(lowest: float) -> tuple[float, float]:
