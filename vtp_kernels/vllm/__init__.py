@@ -1,5 +1,5 @@
-"""Pruned LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision and InternVL in vLLM, as a plugin: vLLM itself
-stays as it is.
+"""Pruned LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, InternVL, Qwen-VL and GLM-V in vLLM, as a plugin:
+vLLM itself stays as it is.
 
     VLLM_PLUGINS=vtp_kernels vllm serve llava-hf/llava-1.5-7b-hf \\
         --mm-processor-kwargs '{"images_kwargs": {"vtp": {"keep": 144, "score": "attention"}}}'
@@ -26,9 +26,11 @@ MODELS = {
         "vtp_kernels.vllm.llava_onevision:PrunedLlavaOnevision"
     ),
     "Qwen2VLForConditionalGeneration": "vtp_kernels.vllm.qwen2_vl:PrunedQwen2VL",
-    "Qwen2_5_VLForConditionalGeneration": "vtp_kernels.vllm.qwen2_5_vl:PrunedQwen2_5_VL",
+    "Qwen2_5_VLForConditionalGeneration": "vtp_kernels.vllm.qwen2_5_vl:PrunedQwen25VL",
     "Qwen3VLForConditionalGeneration": "vtp_kernels.vllm.qwen3_vl:PrunedQwen3VL",
     "Qwen3VLMoeForConditionalGeneration": "vtp_kernels.vllm.qwen3_vl:PrunedQwen3VLMoe",
+    "Glm4vForConditionalGeneration": "vtp_kernels.vllm.glm4v:PrunedGlm4v",
+    "Glm4vMoeForConditionalGeneration": "vtp_kernels.vllm.glm4v:PrunedGlm4vMoe",
     "InternVLForConditionalGeneration": "vtp_kernels.vllm.internvl:PrunedInternVL",
     "InternVLChatModel": "vtp_kernels.vllm.internvl:PrunedInternVLChat",
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 from .budget import KEY, Budget
 
-__all__ = ["check_clip", "check_intern", "check_siglip"]
+__all__ = ["check_clip", "check_grids", "check_grids_engine", "check_intern", "check_siglip"]
 
 
 def check_clip(budget: Budget, config: Any) -> None:
@@ -70,6 +70,63 @@ def check_intern(budget: Budget, config: Any) -> None:
     if strategy != "default":
         raise NotImplementedError(
             f"{KEY}: expected vision_feature_select_strategy 'default', got {strategy!r}"
+        )
+
+
+def check_grids(budget: Budget, config: Any, mm_config: Any) -> None:
+    """Whether a Qwen-VL or one like it can be pruned so, with vLLM's settings for its images and
+    videos.
+
+    Raises
+    ------
+    NotImplementedError
+        If vLLM prunes videos: its function gives what follows a video, and images beside it, other
+        positions than whole prompts have. If the attention to score by is a window's, or is that of
+        a tower which no rank sees as a whole.
+    """
+    if mm_config.video_pruning_rate:
+        raise NotImplementedError(
+            f"{KEY}: images keep no exact positions beside vLLM's pruning of videos; expected no "
+            f"video_pruning_rate, got {mm_config.video_pruning_rate}"
+        )
+    if budget.score != "attention":
+        return
+    if mm_config.mm_encoder_tp_mode == "data":
+        raise NotImplementedError(
+            f"{KEY}.score: with mm_encoder_tp_mode='data' no rank sees all images; expected "
+            "'similarity' or 'divprune', got 'attention'"
+        )
+    vision = config.vision_config
+    full = getattr(vision, "fullatt_block_indexes", None)
+    if full is not None and vision.depth - 1 not in full:
+        raise NotImplementedError(
+            f"{KEY}.score: the last block of the tower attends in windows; expected "
+            "'similarity' or 'divprune', got 'attention'"
+        )
+
+
+def check_grids_engine(config: Any) -> None:
+    """Whether vLLM with this configuration (VllmConfig) gives a Qwen-VL, or one like it, what
+    budgets need, be there one from the start or in requests.
+
+    Raises
+    ------
+    NotImplementedError
+        If it is another model runner, a part of a pipeline, or its tower is compiled.
+    """
+    if not config.use_v2_model_runner:
+        raise NotImplementedError(
+            f"{KEY}: positions of images with a budget need vLLM's model runner V2; set "
+            "VLLM_USE_V2_MODEL_RUNNER=1"
+        )
+    if config.parallel_config.pipeline_parallel_size > 1:
+        raise NotImplementedError(
+            "pipeline_parallel_size: expected 1 with the plugin, for only the first part of a "
+            "model sees which rows of an image stay, and all of them need the positions"
+        )
+    if config.compilation_config.compile_mm_encoder:
+        raise NotImplementedError(
+            "compile_mm_encoder: expected False with the plugin, which looks into the tower"
         )
 
 

@@ -1,43 +1,42 @@
-"""Qwen2.5-VL in vLLM, of whose image tokens the best stay."""
+"""Qwen2.5-VL in vLLM, of whose image tokens the best stay. Its videos take vLLM's own course."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from vllm.model_executor.models.qwen2_5_vl import (
-    Qwen2_5_VLDummyInputsBuilder,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLMultiModalProcessor,
     Qwen2_5_VLProcessingInfo,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from .budget import KEY, Budget
-from .grids import Grid, GridInfo, GridProcessor, PrunedGrids
+from vtp_kernels.contract.counts import moved
 
-__all__ = ["PrunedQwen2_5_VL"]
+from .grids import GridsBudgetInfo, GridsBudgetProcessor, PrunedGrids
 
-
-class Qwen2_5_VLBudgetInfo(GridInfo, Qwen2_5_VLProcessingInfo):
-    def check_budget(self, budget: Budget) -> None:
-        super().check_budget(budget)
-        vision = self.get_hf_config().vision_config
-        if budget.score == "attention" and vision.depth - 1 not in vision.fullatt_block_indexes:
-            raise NotImplementedError(
-                f"{KEY}.score: the last layer of this vision tower looks at windows, and not at "
-                "images; use 'similarity' or 'divprune'"
-            )
+__all__ = ["PrunedQwen25VL"]
 
 
-class Qwen2_5_VLBudgetProcessor(GridProcessor, Qwen2_5_VLMultiModalProcessor):
+class Qwen25VLBudgetInfo(GridsBudgetInfo, Qwen2_5_VLProcessingInfo):
+    pass
+
+
+class Qwen25VLBudgetProcessor(GridsBudgetProcessor, Qwen2_5_VLMultiModalProcessor):
     pass
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    Qwen2_5_VLBudgetProcessor,
-    info=Qwen2_5_VLBudgetInfo,
-    dummy_inputs=Qwen2_5_VLDummyInputsBuilder,
+    Qwen25VLBudgetProcessor,
+    info=Qwen25VLBudgetInfo,
+    dummy_inputs=Qwen2_5_VLForConditionalGeneration._processor_factory.dummy_inputs,
 )
-class PrunedQwen2_5_VL(PrunedGrids, Qwen2_5_VLForConditionalGeneration):
-    def _in_order(self, scores: Tensor, grids: list[Grid]) -> Tensor:
-        made = self.visual.prepare_encoder_metadata([list(grid) for grid in grids])
-        return scores[made["reverse_indices"].to(scores.device)]
+class PrunedQwen25VL(PrunedGrids, Qwen2_5_VLForConditionalGeneration):
+    def _in_order(self, scores: Tensor, grids: list[list[int]]) -> Tensor:
+        """The tower sorts squares by windows."""
+        order, done = [], 0
+        for grid in grids:
+            index, _ = self.visual.get_window_index_thw(*grid)
+            order.append(done + index)
+            done += len(index)
+        return scores[moved(torch.cat(order).argsort(), scores.device)]

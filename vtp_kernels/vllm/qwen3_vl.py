@@ -1,11 +1,10 @@
 """Qwen3-VL in vLLM, with experts and without, of whose image tokens the best stay. What the tower
-adds in later layers (deepstack) stands beside a token's row, and leaves with it."""
+adds after the first layers lies beside a row, and leaves with it. Videos take vLLM's own course."""
 
 from __future__ import annotations
 
 from torch import Tensor
 from vllm.model_executor.models.qwen3_vl import (
-    Qwen3VLDummyInputsBuilder,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMultiModalProcessor,
     Qwen3VLProcessingInfo,
@@ -16,37 +15,40 @@ from vllm.model_executor.models.qwen3_vl_moe import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from .grids import GridInfo, GridProcessor, PrunedGrids
+from .grids import GridsBudgetInfo, GridsBudgetProcessor, PrunedGrids
 
 __all__ = ["PrunedQwen3VL", "PrunedQwen3VLMoe"]
 
 
-class Qwen3VLBudgetInfo(GridInfo, Qwen3VLProcessingInfo):
+_dummy_inputs = Qwen3VLForConditionalGeneration._processor_factory.dummy_inputs
+
+
+class Qwen3VLBudgetInfo(GridsBudgetInfo, Qwen3VLProcessingInfo):
     pass
 
 
-class Qwen3VLMoeBudgetInfo(GridInfo, Qwen3VLMoeProcessingInfo):
+class Qwen3VLMoeBudgetInfo(GridsBudgetInfo, Qwen3VLMoeProcessingInfo):
     pass
 
 
-class Qwen3VLBudgetProcessor(GridProcessor, Qwen3VLMultiModalProcessor):
+class Qwen3VLBudgetProcessor(GridsBudgetProcessor, Qwen3VLMultiModalProcessor):
     pass
 
 
-class DeepstackGrids(PrunedGrids):
-    def _features(self, rows: Tensor) -> Tensor:
+class PrunedDeepstack(PrunedGrids):
+    def _shown(self, rows: Tensor) -> Tensor:
         return rows[:, : self.visual_dim]
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    Qwen3VLBudgetProcessor, info=Qwen3VLBudgetInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
+    Qwen3VLBudgetProcessor, info=Qwen3VLBudgetInfo, dummy_inputs=_dummy_inputs
 )
-class PrunedQwen3VL(DeepstackGrids, Qwen3VLForConditionalGeneration):
+class PrunedQwen3VL(PrunedDeepstack, Qwen3VLForConditionalGeneration):
     pass
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    Qwen3VLBudgetProcessor, info=Qwen3VLMoeBudgetInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
+    Qwen3VLBudgetProcessor, info=Qwen3VLMoeBudgetInfo, dummy_inputs=_dummy_inputs
 )
-class PrunedQwen3VLMoe(DeepstackGrids, Qwen3VLMoeForConditionalGeneration):
+class PrunedQwen3VLMoe(PrunedDeepstack, Qwen3VLMoeForConditionalGeneration):
     pass

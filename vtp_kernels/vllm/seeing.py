@@ -15,7 +15,7 @@ from .choice import attention_received, best_rows, similarity_to_whole, unlike_r
 from .stages.model import Staged
 from .stages.settings import WHERE, Settings
 
-__all__ = ["PrunedImages", "Sight", "see_with_cls", "stays", "watching", "which_stay"]
+__all__ = ["PrunedImages", "Sight", "see_with_cls", "stays", "watching"]
 
 _TOWER_PARTS = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
 
@@ -127,13 +127,7 @@ def see_with_cls(tower: Any, pixels: Tensor, score: str) -> tuple[Tensor, Tensor
     return sight.hidden, sight.scores(score, cls=True)
 
 
-def which_stay(rows: Tensor, scores: Tensor | None, budget: Budget) -> Tensor:
-    """int64: of an image's rows [R, C] those that stay, by their scores float32 [R], or by
-    themselves."""
-    keep = budget.rows(len(rows))
-    return unlike_rows(rows, keep) if scores is None else best_rows(scores, keep)
-
-
 def stays(rows: Tensor, scores: Tensor | None, budget: Budget) -> Tensor:
-    """The rows [R, C] that stay, as `which_stay` chooses them."""
-    return rows[which_stay(rows, scores, budget)]
+    """Of an image's rows [R, C] those that stay, by their scores float32 [R], or by themselves."""
+    keep = budget.rows(len(rows))
+    return rows[unlike_rows(rows, keep) if scores is None else best_rows(scores, keep)]

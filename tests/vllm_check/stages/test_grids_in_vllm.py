@@ -1,9 +1,11 @@
-"""Small models with M-RoPE in vLLM: the tokens of their images that stay, and where these stand."""
+"""Small models with M-RoPE in vLLM (model runner V2): as they are, and with images that keep some
+of their tokens, against transformers with the same rows gone."""
 
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,40 +14,46 @@ pytest.importorskip("vllm", reason="needs vLLM: run by `make vllm-check`")
 
 import asking
 import plain_grids
+import plain_tiles
+import ranks_grids
+import tiny_grids
 import torch
-from plain_grids import pictures, request
 from safetensors.torch import load_file, save_file
-from tiny_grids import NAMES, PICTURE, new_model, new_processor
-from tiny_next import IMAGE
+from tiny_next import IMAGE, drawing
 from transformers import AutoProcessor
 
 import vtp_kernels as vtp
+from vtp_kernels.vllm.budget import Budget
 
 METHODS = {
     "attention": lambda keep: vtp.VisPruner(keep, important=1.0, per="picture"),
     "divprune": lambda keep: vtp.DivPrune(keep, per="picture"),
-    "similarity": lambda keep: vtp.InflectionPruning(
-        "similarity", llm_layers=(), min_keep=keep, max_keep=keep
-    ),
 }
 
 
 class Served:
     """The same weights in vLLM and in transformers."""
 
-    def __init__(self, family, folder):
-        self.family, self.folder = family, folder
-        self.model = new_model(family)
+    def __init__(self, name, folder):
+        self.name, self.tiny, self.folder = name, tiny_grids.FAMILIES[name], folder
+        self.model = self.tiny.new_model()
         self.model.save_pretrained(folder)
-        as_released(folder / "model.safetensors")
-        new_processor(family).save_pretrained(folder)
+        if name == "qwen3_vl_moe":
+            turn_experts(folder / "model.safetensors")
+        self.tiny.new_processor().save_pretrained(folder)
         self.processor = AutoProcessor.from_pretrained(folder)
-        self.engine = asking.llm(folder, **plain_grids.SETTINGS)
+        self.engine = asking.llm(folder, **plain_tiles.SETTINGS)
 
-    def in_transformers(self, images, method, text="7 8 9"):
+    def pictures(self, first=0, last=None):
+        return [drawing(size, seed) for seed, size in enumerate(self.tiny.SIZES)][first:last]
+
+    def request(self, pictures, text="7 8", **more):
+        return plain_tiles.request(self.tiny, pictures, text) | more
+
+    def in_transformers(self, pictures, method, text="7 8"):
         """Tokens, and the logarithms of their probabilities."""
-        prompt = request(images, text)["prompt"]
-        inputs = self.processor(text=[prompt], images=images, return_tensors="pt")
+        prompt = self.request(pictures, text)["prompt"]
+        inputs = self.processor(text=[prompt], images=pictures, return_tensors="pt")
         return self.answer(inputs, method)
 
     def answer(self, inputs, method):
@@ -62,17 +70,16 @@ class Served:
         return new, [x.log_softmax(-1)[0, token].item() for token, x in steps]
 
 
-def as_released(path):
-    """Released checkpoints, and vLLM, have the weights of experts the other way round."""
-    weights = load_file(path)
-    turned = {
+def turn_experts(path):
+    """As released, and as vLLM reads them; transformers 5 has them the other way round."""
+    weights = {
         name: x.transpose(1, 2).contiguous() if ".experts." in name else x
-        for name, x in weights.items()
+        for name, x in load_file(path).items()
     }
-    save_file(turned, path, metadata={"format": "pt"})
+    save_file(weights, path, metadata={"format": "pt"})
 
 
-@pytest.fixture(scope="module", params=list(NAMES))
+@pytest.fixture(scope="module", params=list(tiny_grids.FAMILIES))
 def served(request, tmp_path_factory):
     return Served(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -84,57 +91,54 @@ def assert_same(output, expected):
     assert difference.abs().max() < 1e-4
 
 
-def in_another_process(served, settings, **variables):
-    command = [sys.executable, plain_grids.__file__, served.folder, json.dumps(settings)]
-    run = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 def test_without_a_budget_answers_are_those_of_vllm_alone(served):
-    plain = in_another_process(served, {}, VLLM_PLUGINS="none")
+    command = [sys.executable, Path(plain_grids.__file__), served.name, served.folder]
+    environment = os.environ | {"VLLM_PLUGINS": "none"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    plain = json.loads(run.stdout.splitlines()[-1])
+    assert plain["module"].startswith("vllm.model_executor.models.")
     asking.forget(served.engine)
-    assert plain_grids.answers(served.engine) == plain
-
-
-@pytest.mark.parametrize("served", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
-def test_two_ranks_say_the_same(served):
-    budget = asking.budget(0.4)
-    found = in_another_process(served, {"tensor_parallel_size": 2} | budget)
-    asking.forget(served.engine)
-    expected = plain_grids.answers(served.engine, **budget)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours[:2] == theirs[:2]
-        assert ours[2] == pytest.approx(theirs[2], abs=1e-3)
+    assert plain_tiles.answers(served.engine, served.tiny) == plain["outputs"]
 
 
 @pytest.mark.parametrize(
-    ("keep", "score"), [(5, "attention"), (0.4, "attention"), (0.4, "divprune"), (6, "similarity")]
+    ("keep", "more", "score"),
+    [
+        (12, {}, "attention"),
+        (0.3, {}, "attention"),
+        (0.9, {"at_most": 6}, "attention"),
+        (0.3, {}, "divprune"),
+    ],
 )
-def test_answers_are_those_of_transformers(served, keep, score):
-    """Images of all shapes, several in a prompt, prompts read in pieces, and a second turn."""
-    budget, method = asking.budget(keep, score), METHODS[score](keep)
-    some = [pictures(n) for n in range(5)] + [pictures(0, 1, 2)]
-    if score == "similarity":
-        some = some[:5]  # it chooses in a prompt, not in a picture
+def test_answers_are_those_of_transformers(served, keep, more, score):
+    """Wide and tall, one picture or two, prompts read in pieces of 48, and a second turn."""
+    budget = asking.budget(keep, score, **more)
+    method = METHODS[score](more.get("at_most", keep))
+    some = [served.pictures(n, n + 1) for n in range(4)] + [served.pictures(0, 2)]
     asking.forget(served.engine)
-    outputs = asking.ask(served.engine, [request(x, **budget) for x in some])
-    answers = [served.in_transformers(x, method) for x in some]
+    outputs = asking.ask(served.engine, [served.request(x, **budget) for x in some])
+    answers = [served.in_transformers(pictures, method) for pictures in some]
     for output, answer in zip(outputs, answers, strict=True):
         assert_same(output, answer)
-    assert any(output.prompt_token_ids.count(IMAGE) == 5 for output in outputs) or keep != 5
-    text = " ".join(["7 8 9", *map(str, answers[-1][0]), "9 10"])
-    (again,) = asking.ask(served.engine, [request(some[-1], text, **budget)])
+    rows = [Budget(keep, score, **more).rows(squares(served, picture)) for picture in some[-1]]
+    assert outputs[-1].prompt_token_ids.count(IMAGE) == sum(rows)
+    text = " ".join(["7 8", *map(str, answers[-1][0]), "9 10"])
+    (again,) = asking.ask(served.engine, [served.request(some[-1], text, **budget)])
     assert_same(again, served.in_transformers(some[-1], method, text))
 
 
+def squares(served, picture):
+    return int(served.processor.image_processor([picture])["image_grid_thw"][0].prod()) // 4
+
+
 def test_budgets_meet_in_one_batch_and_share_no_cache_entry(served):
-    budgets = [{}, asking.budget(5), asking.budget(5, "divprune"), asking.budget(0.9)]
-    requests = [request(pictures(0, 1), **budget) for budget in budgets]
+    budgets = [{}, asking.budget(12), asking.budget(12, "similarity"), asking.budget(0.3)]
+    requests = [served.request(served.pictures(0, 2), **budget) for budget in budgets]
     alone = []
-    for one in requests:
+    for request in requests:
         asking.forget(served.engine)
-        alone += asking.ask(served.engine, [one])
+        alone += asking.ask(served.engine, [request])
     asking.forget(served.engine)
     for _ in range(2):  # together, then from what is cached
         together = asking.ask(served.engine, requests)
@@ -147,11 +151,12 @@ def test_budgets_meet_in_one_batch_and_share_no_cache_entry(served):
 def test_a_video_beside_pruned_images_is_as_it_was(served):
     """It has fewer tokens than the budget leaves, and so keeps them all in transformers."""
     film = np.random.default_rng(0).integers(0, 256, (4, 56, 56, 3), dtype=np.uint8)
-    images = pictures(0, 1)
-    prompt = f"5 {PICTURE} 4 <start> <video> <end> 7 {PICTURE} 8 9"
-    inputs = served.processor(text=[prompt], images=images, videos=[film], return_tensors="pt")
+    pictures, place = served.pictures(0, 2), served.tiny.PLACEHOLDER
+    video = place.replace("<image>", tiny_grids.SPELLED["video"])
+    prompt = f"5 {place} 4 {video} 7 {place} 8 9"
+    inputs = served.processor(text=[prompt], images=pictures, videos=[film], return_tensors="pt")
     assert int(inputs["video_grid_thw"].prod()) // 4 <= 8
-    given = {"image": images, "video": [film]}
+    given = {"image": pictures, "video": [film]}
     asked = {"prompt": prompt, "multi_modal_data": given} | asking.budget(8)
     asking.forget(served.engine)
     (output,) = asking.ask(served.engine, [asked])
@@ -159,10 +164,28 @@ def test_a_video_beside_pruned_images_is_as_it_was(served):
 
 
 @pytest.mark.parametrize("served", ["qwen2_5_vl"], indirect=True)
-def test_what_cannot_be_together_is_refused(served):
-    for settings, name in (
-        ({"video_pruning_rate": 0.5}, "video_pruning_rate"),
-        ({"mm_encoder_tp_mode": "data"}, "mm_encoder_tp_mode"),
-    ):
-        with pytest.raises(Exception, match=f"{name}: not together with a budget"):
-            asking.llm(served.folder, load_format="dummy", **asking.budget(5), **settings)
+def test_two_ranks_answer_as_one(served):
+    """Each has half of the tower's heads; both must keep the same rows."""
+    keep = 0.3
+    run = subprocess.run(
+        [sys.executable, ranks_grids.__file__, served.name, served.folder, str(keep)],
+        env=os.environ | asking.ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    expected = ranks_grids.answers(served.engine, served.tiny, keep)
+    assert json.loads(run.stdout.splitlines()[-1]) == expected
+
+
+@pytest.mark.parametrize("served", ["qwen2_5_vl"], indirect=True)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"video_pruning_rate": 0.5}, "expected no video_pruning_rate"),
+        ({"mm_encoder_tp_mode": "data"}, "no rank sees all images"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_at_start(served, settings, message):
+    with pytest.raises(NotImplementedError, match=message):
+        asking.llm(served.folder, load_format="dummy", **asking.budget(0.3), **settings)
