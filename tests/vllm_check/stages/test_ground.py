@@ -286,7 +286,7 @@ def test_a_backend_is_subclassed_by_its_builder():
 @pytest.mark.parametrize("attention", [LlamaAttention, Qwen2Attention])
 def test_attention_is_called_with_queries_keys_and_values_in_positions(attention):
     source = inspect.getsource(attention.forward)
-    assert source.index("self.rotary_emb(") < source.index("self.attn(q, k, v)")
+    assert source.index("self.rotary_emb(positions, q, k)") < source.index("self.attn(q, k, v)")
     source = inspect.getsource(attention.__init__)
     for name in ("num_heads", "num_kv_heads", "head_dim", "scaling", "total_num_heads"):
         assert f"self.{name} =" in source

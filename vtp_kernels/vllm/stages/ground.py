@@ -164,8 +164,9 @@ def with_metadata(context: Any, metadata: dict[str, Any]) -> Any:
 
 def check_layers(decoder: nn.Module) -> None:
     """Raise NotImplementedError unless these are layers as those of Llama: called with positions,
-    hidden states and residual, whose `self_attn.attn` is called with queries, keys and values in
-    positions, and sees all keys before a row."""
+    hidden states and residual, whose `self_attn.rotary_emb` is called with positions, queries and
+    keys, and `self_attn.attn` with queries, keys and values in positions, and sees all keys before
+    a row."""
     if not isinstance(decoder, LlamaModel | Qwen2Model):
         raise NotImplementedError(
             f"{WHERE}: pruning between layers is for language models of Llama's and Qwen2's kind, "
