@@ -97,27 +97,33 @@ VTP_INLINE int32_t sum_of(CoarseVector v) {
   return sum;
 }
 
+template <bool InOne>
 VTP_INLINE CoarseNorm coarse_norm(const int8_t* row, int64_t stride) {
   CoarseVector sum = {}, product = {};
   for (int64_t c = 0; c < stride; c += sizeof(CoarseVector)) {
     const CoarseVector x = coarse_load(row + c);
-    add_bytes<false>(sum, biased(CoarseVector{}), x);
-    add_bytes<false>(product, biased(x), x);
+    add_bytes<InOne>(sum, biased(CoarseVector{}), x);
+    add_bytes<InOne>(product, biased(x), x);
   }
   const int32_t bias = sum_of(sum), square = sum_of(product) - bias;
   return {bias, square > 0 ? 1 / std::sqrt(static_cast<float>(square)) : 0.0f};
 }
 
-// products[4 * j + i] = <x[i], y[j]>, of four rows each, those of x biased.
+VTP_INLINE CoarseNorm coarse_norm(const int8_t* row, int64_t stride) {
+  return has_byte_products() ? coarse_norm<true>(row, stride) : coarse_norm<false>(row, stride);
+}
+
+// products[4 * j + i] = <x[i], y[j]>, of four rows each, those of x biased and `stride` apart.
 template <bool InOne>
-VTP_INLINE void coarse_tile(const int8_t* x, const int8_t* y, int64_t stride, int32_t* products) {
+VTP_INLINE void coarse_tile(const int8_t* x, const int8_t* const* y, int64_t stride,
+                            int32_t* products) {
   for (int first = 0; first < 4; first += kCoarseRows) {
     CoarseVector sum[kCoarseRows][4] = {};
     for (int64_t c = 0; c < stride; c += sizeof(CoarseVector)) {
       CoarseVector lanes[4];
       for (int i = 0; i < 4; ++i) lanes[i] = coarse_load(x + i * stride + c);
       for (int j = 0; j < kCoarseRows; ++j) {
-        const CoarseVector row = coarse_load(y + (first + j) * stride + c);
+        const CoarseVector row = coarse_load(y[first + j] + c);
         for (int i = 0; i < 4; ++i) add_bytes<InOne>(sum[j][i], lanes[i], row);
       }
     }
@@ -134,17 +140,19 @@ VTP_INLINE void coarse_tile(const int8_t* x, const int8_t* y, int64_t stride, in
 // cosines[y][x] of rows [x, x + count) and [y, y + count), x <= y, and the other way round; `count` is
 // a multiple of 4, rows of cosines are `width` apart.
 template <bool InOne>
-void coarse_cosines(const int8_t* rows, const CoarseNorm* norms, int64_t stride, int64_t x, int64_t y,
+void coarse_cosines(const int8_t* const* rows, const CoarseNorm* norms, int64_t stride, int64_t x, int64_t y,
                     int64_t count, float* cosines, int64_t width) {
   const Scratch<int8_t> four(4 * stride);
   for (int64_t i = x; i < x + count; i += 4) {
-    for (int64_t c = 0; c < 4 * stride; c += sizeof(CoarseVector)) {
-      const CoarseVector of_x = biased(coarse_load(rows + i * stride + c));
-      std::memcpy(four + c, &of_x, sizeof of_x);
+    for (int64_t row = 0; row < 4; ++row) {
+      for (int64_t c = 0; c < stride; c += sizeof(CoarseVector)) {
+        const CoarseVector of_x = biased(coarse_load(rows[i + row] + c));
+        std::memcpy(four + row * stride + c, &of_x, sizeof of_x);
+      }
     }
     for (int64_t j = x == y ? i : y; j < y + count; j += 4) {
       int32_t products[16];
-      coarse_tile<InOne>(four, rows + j * stride, stride, products);
+      coarse_tile<InOne>(four, rows + j, stride, products);
       for (int64_t at = 0; at < 16; ++at) {
         const CoarseNorm &of_x = norms[i + at % 4], &of_y = norms[j + at / 4];
         const float product = static_cast<float>(products[at] - of_y.bias);
@@ -156,8 +164,8 @@ void coarse_cosines(const int8_t* rows, const CoarseNorm* norms, int64_t stride,
   }
 }
 
-VTP_INLINE void coarse_cosines(const int8_t* rows, const CoarseNorm* norms, int64_t stride, int64_t x,
-                               int64_t y, int64_t count, float* cosines, int64_t width) {
+VTP_INLINE void coarse_cosines(const int8_t* const* rows, const CoarseNorm* norms, int64_t stride,
+                               int64_t x, int64_t y, int64_t count, float* cosines, int64_t width) {
   if (has_byte_products()) {
     coarse_cosines<true>(rows, norms, stride, x, y, count, cosines, width);
   } else {
@@ -166,8 +174,8 @@ VTP_INLINE void coarse_cosines(const int8_t* rows, const CoarseNorm* norms, int6
 }
 #else
 VTP_INLINE CoarseNorm coarse_norm(const int8_t*, int64_t) { return {}; }
-VTP_INLINE void coarse_cosines(const int8_t*, const CoarseNorm*, int64_t, int64_t, int64_t, int64_t,
-                               float*, int64_t) {}
+VTP_INLINE void coarse_cosines(const int8_t* const*, const CoarseNorm*, int64_t, int64_t, int64_t,
+                               int64_t, float*, int64_t) {}
 #endif
 
 }  // namespace

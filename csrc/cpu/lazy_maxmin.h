@@ -7,8 +7,8 @@
 // grows, and beyond a limit all pairs are multiplied instead. Tiles sum a product in another order: of
 // rows that tie but for rounding another may be chosen then, as it may with a larger k.
 //
-// Measured on an EPYC 9004 with signs as rows, N = 576, k = 64, C = 4096: of 6.5 ms 0.3 go to scales,
-// 0.8 to rounding, 3.8 to coarse cosines, near the peak of its byte products, and 1.6 to 4,000 float
+// Measured on an EPYC 9004 with signs as rows, N = 576, k = 64, C = 4096: of 6.5 ms 1.0 go to scales
+// and rounding, 3.7 to coarse cosines, near the peak of its byte products, and 1.7 to 4,000 float
 // ones, which wait for memory.
 #pragma once
 

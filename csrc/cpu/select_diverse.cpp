@@ -66,12 +66,16 @@ class SelectGroup {
         length_(features_.size[1]),
         channels_(features_.size[2]),
         width_((length_ + kPanel - 1) / kPanel * kPanel),
+        stride_(may_be_lazy() ? coarse_stride(channels_) : 0),
         plans_(size),
         states_(size * length_),
         scales_(size * length_),
         positions_(size * width_),
         open_(size * width_),
-        squares_(size * width_) {}
+        squares_(size * width_),
+        rounded_(size * length_ * stride_),
+        norms_(stride_ > 0 ? size * length_ : 0),
+        lengths_(stride_ > 0 ? size * length_ : 0) {}
 
   void run() const {
     measure();
@@ -129,7 +133,7 @@ class SelectGroup {
     return a_.relevance ? std::fabs(*view_as<const A>(a_.relevance).at(begin_ + g, i)) : A{1};
   }
 
-  // Scales of all rows that compete or are kept.
+  // Scales of all rows that compete or are kept, and these rounded while they are near the core.
   void measure() const {
     constexpr int64_t kUnit = 16;
     const int64_t units = (length_ + kUnit - 1) / kUnit;
@@ -137,7 +141,9 @@ class SelectGroup {
       const int64_t g = unit / units, begin = unit % units * kUnit;
       for (int64_t i = begin; i < std::min(begin + kUnit, length_); ++i) {
         if (!competes(g, i) && !is_kept(g, i)) continue;
-        scales_[g * length_ + i] = scale_of<T>(features_.at(begin_ + g, i), channels_);
+        const int64_t at = g * length_ + i;
+        scales_[at] = scale_of<T>(features_.at(begin_ + g, i), channels_);
+        if (stride_ > 0 && scales_[at] != 0) round(at, features_.at(begin_ + g, i));
       }
     });
   }
@@ -176,15 +182,29 @@ class SelectGroup {
     const int64_t few = plan.active / rows_per_step(plan.active * channels_ * kBytes);
     plan.keeps_cosines = width_ * width_ * kBytes <= kMostBytes &&
                          (plan.of_all_pairs || plan.anchors + plan.steps >= few);
-    plan.is_lazy = kHasCoarse && is_maxmin && plan.keeps_cosines && may_be_lazy(g, plan);
+    plan.is_lazy = is_maxmin && plan.keeps_cosines && may_be_lazy(g, plan);
     return plan;
   }
 
+  int64_t fewest() const {
+    int64_t k = a_.k_per_row ? length_ : a_.k;
+    for (int64_t g = 0; a_.k_per_row && g < size_; ++g) k = std::min(k, a_.k_per_row.at(begin_ + g));
+    return k;
+  }
+
+  // Whether some row of the batch may be, before a look at any.
+  bool may_be_lazy() const {
+    constexpr int64_t kBytes = sizeof(A);
+    const bool begins = a_.first < 0 && !a_.keep;
+    return kHasCoarse && kBytes == sizeof(float) && a_.rule == Diversity::maxmin &&
+           channels_ % kLanes<A> == 0 && channels_ >= kLazyChannels &&
+           channels_ <= kMostLazyChannels && width_ * width_ * kBytes <= kMostBytes &&
+           fewest() * kLazyShare <= length_ &&
+           (begins || fewest() >= length_ / rows_per_step(length_ * channels_ * kBytes));
+  }
+
   bool may_be_lazy(int64_t g, const Plan& plan) const {
-    if (channels_ % kLanes<A> != 0 || channels_ < kLazyChannels || channels_ > kMostLazyChannels ||
-        (plan.anchors + plan.steps) * kLazyShare > plan.active) {
-      return false;
-    }
+    if (stride_ == 0 || (plan.anchors + plan.steps) * kLazyShare > plan.active) return false;
     for (int64_t j = 0; j < plan.active; ++j) {
       const A scale = scales_[g * length_ + positions_[g * width_ + j]];
       if (scale < 1 / kPlainScale || scale > kPlainScale) return false;
@@ -192,18 +212,36 @@ class SelectGroup {
     return true;
   }
 
+  void round(int64_t at, const T* row) const {
+    if constexpr (kHasCoarse && sizeof(A) == sizeof(float)) {
+      int8_t* out = rounded_ + at * stride_;
+      std::memset(out + channels_, 0, stride_ - channels_);
+      lengths_[at] = round_row(row, channels_, kMostCoarse * scales_[at], out);
+      norms_[at] = coarse_norm(out, stride_);
+    }
+  }
+
   // Leaves nothing to be done where it succeeds.
   void choose_lazily() const {
-    int64_t lazy = 0;
-    for (int64_t g = 0; g < size_; ++g) lazy += plans_[g].is_lazy;
-    if (lazy == 0) return;
-    const int64_t stride = coarse_stride(channels_);
+    if (stride_ == 0) return;
     const Scratch<const T*> rows(size_ * width_);
-    const Scratch<int8_t> rounded(size_ * width_ * stride);
+    const Scratch<const int8_t*> rounded(size_ * width_);
     const Scratch<CoarseNorm> norms(size_ * width_);
     const Scratch<float> coarse(size_ * width_ * width_);
-    round_rows(rows, rounded, norms, stride);
-    compare_coarsely(rounded, norms, stride, coarse);
+    const Scratch<int8_t> nothing(stride_);
+    std::memset(nothing, 0, stride_);
+    for (int64_t g = 0; g < size_; ++g) {
+      const Plan& plan = plans_[g];
+      for (int64_t j = 0; plan.is_lazy && j < plan.panels() * kPanel; ++j) {
+        const int64_t at = g * width_ + j, i = j < plan.active ? positions_[at] : -1;
+        rounded[at] = i < 0 ? nothing : rounded_ + (g * length_ + i) * stride_;
+        norms[at] = i < 0 ? CoarseNorm{} : norms_[g * length_ + i];
+        if (i < 0) continue;
+        rows[at] = features_.at(begin_ + g, i);
+        squares_[at] = lengths_[g * length_ + i];
+      }
+    }
+    compare_coarsely(rounded, norms, coarse);
     parallel(size_, length_ * channels_, [&](int64_t g) {
       Plan& plan = plans_[g];
       if (!plan.is_lazy) return;
@@ -217,37 +255,19 @@ class SelectGroup {
     });
   }
 
-  void round_rows(const T** rows, int8_t* rounded, CoarseNorm* norms, int64_t stride) const {
-    parallel(size_ * width_, channels_ / 4, [&](int64_t at) {
-      const int64_t g = at / width_, j = at % width_;
-      const Plan& plan = plans_[g];
-      if (!plan.is_lazy || j >= plan.panels() * kPanel) return;
-      int8_t* out = rounded + at * stride;
-      const int64_t filled = j < plan.active ? channels_ : 0;
-      std::memset(out + filled, 0, stride - filled);
-      if (j < plan.active) {
-        const int64_t i = positions_[at];
-        rows[at] = features_.at(begin_ + g, i);
-        const float factor = kMostCoarse * static_cast<float>(scales_[g * length_ + i]);
-        squares_[at] = round_row(rows[at], channels_, factor, out);
-      }
-      norms[at] = coarse_norm(out, stride);
-    });
-  }
-
   // Coarse cosines of all pairs, -inf of a row and itself and of what is no row.
-  void compare_coarsely(const int8_t* rounded, const CoarseNorm* norms, int64_t stride,
+  void compare_coarsely(const int8_t* const* rounded, const CoarseNorm* norms,
                         float* coarse) const {
     const int64_t panels = width_ / kPanel, pairs = panels * (panels + 1) / 2;
-    parallel(size_ * pairs, kPanel * kPanel * stride / 128, [&](int64_t tile) {
+    parallel(size_ * pairs, kPanel * kPanel * stride_ / 128, [&](int64_t tile) {
       const int64_t g = tile / pairs;
       int64_t x = tile % pairs, y = 0;
       for (; x > y; ++y) x -= y + 1;
       const Plan& plan = plans_[g];
       if (!plan.is_lazy || y >= plan.panels()) return;
       float* cosines = coarse + g * width_ * width_;
-      coarse_cosines(rounded + g * width_ * stride, norms + g * width_, stride, x * kPanel,
-                     y * kPanel, kPanel, cosines, width_);
+      coarse_cosines(rounded + g * width_, norms + g * width_, stride_, x * kPanel, y * kPanel, kPanel,
+                     cosines, width_);
       for (int64_t i = x * kPanel; i < (x + 1) * kPanel; ++i) {
         if (x == y) cosines[i * width_ + i] = kLowest;
         for (int64_t j = plan.active; j < (y + 1) * kPanel; ++j) cosines[i * width_ + j] = kLowest;
@@ -484,13 +504,17 @@ class SelectGroup {
   const SelectDiverse& a_;
   const View<const T, 3> features_;
   const int64_t begin_, size_, length_, channels_;
-  const int64_t width_;  // rows in whole panels
+  const int64_t width_;   // rows in whole panels
+  const int64_t stride_;  // of rounded rows; 0 where none is lazy
   const Scratch<Plan> plans_;
   const Scratch<uint8_t> states_;
   const Scratch<A> scales_;           // by row of features
   const Scratch<int32_t> positions_;  // of active rows, ascending
   const Scratch<uint8_t> open_;       // by active row
   const Scratch<A> squares_;
+  const Scratch<int8_t> rounded_;     // by row of features, as the next two
+  const Scratch<CoarseNorm> norms_;
+  const Scratch<float> lengths_;      // <row, row> of floats
 };
 
 }  // namespace
