@@ -90,15 +90,19 @@ template <class T>
 VTP_INLINE Wide<T> scale_of(const T* row, int64_t channels) {
   using A = Wide<T>;
   constexpr int kMost = sizeof(A) == 4 ? 126 : 1022;  // 2^-kMost is not subnormal
-  Vec<A> tops = {}, zeros = {};
+  constexpr int kChains = 2;  // neither waits for the other
+  Vec<A> tops[kChains] = {}, zeros[kChains] = {};
   int64_t c = 0;
-  for (; c + kLanes<A> <= channels; c += kLanes<A>) {
-    const Vec<A> x = load(row + c);
-    tops = larger<A>(tops, x < 0 ? -x : x);
-    zeros = zeros + x * 0;  // NaN once an entry is not finite
+  for (; c + kChains * kLanes<A> <= channels; c += kChains * kLanes<A>) {
+    for (int chain = 0; chain < kChains; ++chain) {
+      const Vec<A> x = load(row + c + chain * kLanes<A>);
+      tops[chain] = larger<A>(tops[chain], x < 0 ? -x : x);
+      zeros[chain] = zeros[chain] + x * 0;  // NaN once an entry is not finite
+    }
   }
-  A top = 0, zero = sum_lanes(zeros);
-  for (int lane = 0; lane < kLanes<A>; ++lane) top = std::max<A>(top, tops[lane]);
+  const Vec<A> most = larger<A>(tops[0], tops[1]);
+  A top = 0, zero = sum_lanes(zeros[0] + zeros[1]);
+  for (int lane = 0; lane < kLanes<A>; ++lane) top = std::max<A>(top, most[lane]);
   for (; c < channels; ++c) {
     const A x = widen(row[c]);
     top = std::max(top, std::fabs(x));

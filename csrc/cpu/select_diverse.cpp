@@ -1,9 +1,13 @@
 // Rows that differ: the cosines of all pairs first, each pair once, then a step for each that is
 // chosen: one pass over its cosines, which also finds the next.
+// Few of many rows are chosen by max-min distance from coarse cosines and some float ones.
 #include <algorithm>
 #include <limits>
 
+#include "best.h"
+#include "coarse.h"
 #include "gram.h"
+#include "lazy_maxmin.h"
 #include "parallel.h"
 
 namespace vtp::cpu {
@@ -19,57 +23,15 @@ constexpr int64_t kMostBytes = int64_t{1} << 30;
 VTP_INLINE int64_t rows_per_step(int64_t bytes) {
   return bytes <= int64_t{4} << 20 ? 4 : bytes <= int64_t{16} << 20 ? 10 : 32;
 }
+// Max-min looks at few cosines where no more than a share of the rows is kept or chosen, and channels
+// are so many that products are what takes time.
+constexpr int64_t kLazyShare = 4, kLazyChannels = 256, kMostLazyChannels = int64_t{1} << 17;
+// And where the largest entries are so near to 1 that the rows need no scale: no square of theirs, and
+// no product of two squares, overflows or vanishes.
+constexpr double kPlainScale = 0x1p16;
 // As many rows of the batch as fit into this are worked on together: more would leave the caches, and
 // make the allocator ask for new pages.
 constexpr int64_t kGroupBytes = int64_t{1} << 25;
-
-// The largest value, and where it came first.
-template <class A>
-class Best {
- public:
-  VTP_INLINE explicit Best(A lowest) {
-    for (int lane = 0; lane < kLanes<A>; ++lane) lane_[lane] = lane;
-    for (int chain = 0; chain < kChains; ++chain) {
-      value_[chain] = splat(lowest);
-      at_[chain] = Ints<A>{} - 1;
-    }
-  }
-
-  // value(i) is the vector of values at i, for i in [begin, begin + kPanel).
-  template <class F>
-  VTP_INLINE void add_panel(int64_t begin, const F& value) {
-    for (int64_t i = begin; i < begin + kPanel; i += kChains * kLanes<A>) {
-      for (int chain = 0; chain < kChains; ++chain) {  // none waits for another
-        const int64_t at = i + chain * kLanes<A>;
-        const Vec<A> x = value(at);
-        const Ints<A> above = x > value_[chain];
-        value_[chain] = above ? x : value_[chain];
-        at_[chain] = above ? lane_ + static_cast<Lane>(at) : at_[chain];
-      }
-    }
-  }
-
-  // -1 where none was above the lowest.
-  VTP_INLINE int64_t index() const {
-    int64_t found = -1;
-    A top = 0;
-    for (int chain = 0; chain < kChains; ++chain) {
-      for (int lane = 0; lane < kLanes<A>; ++lane) {
-        const A x = value_[chain][lane];
-        const int64_t at = at_[chain][lane];
-        if (at < 0 || (found >= 0 && (x < top || (x == top && at > found)))) continue;
-        top = x, found = at;
-      }
-    }
-    return found;
-  }
-
- private:
-  static constexpr int kChains = 3;
-  using Lane = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
-  Vec<A> value_[kChains];
-  Ints<A> lane_, at_[kChains];
-};
 
 // What there is to do for one row of the batch. A row of features is open where it is finite and
 // competes, an anchor where it is finite and kept, and active if it is either.
@@ -80,6 +42,7 @@ struct Plan {
   int64_t first = -1;         // the active row that maxmin begins with
   bool of_all_pairs = false;  // maxmin begins with the farthest
   bool keeps_cosines = false;
+  bool is_lazy = false;
 
   VTP_INLINE int64_t panels() const { return (active + kPanel - 1) / kPanel; }
   VTP_INLINE int64_t tiles() const {
@@ -103,18 +66,24 @@ class SelectGroup {
         length_(features_.size[1]),
         channels_(features_.size[2]),
         width_((length_ + kPanel - 1) / kPanel * kPanel),
+        stride_(may_be_lazy() ? coarse_stride(channels_) : 0),
         plans_(size),
         states_(size * length_),
         scales_(size * length_),
         positions_(size * width_),
         open_(size * width_),
-        squares_(size * width_) {}
+        squares_(size * width_),
+        rounded_(size * length_ * stride_),
+        norms_(stride_ > 0 ? size * length_ : 0),
+        lengths_(stride_ > 0 ? size * length_ : 0) {}
 
   void run() const {
     measure();
+    for (int64_t g = 0; g < size_; ++g) plans_[g] = planned(g);
+    if constexpr (kHasCoarse && sizeof(A) == sizeof(float)) choose_lazily();
     bool steps = false, pairs = false, kept = false;
     for (int64_t g = 0; g < size_; ++g) {
-      const Plan& plan = plans_[g] = planned(g);
+      const Plan& plan = plans_[g];
       steps |= plan.steps > 0, pairs |= plan.of_all_pairs, kept |= plan.keeps_cosines;
     }
     const Scratch<A> packed(steps ? size_ * width_ * channels_ : 0);
@@ -164,7 +133,7 @@ class SelectGroup {
     return a_.relevance ? std::fabs(*view_as<const A>(a_.relevance).at(begin_ + g, i)) : A{1};
   }
 
-  // Scales of all rows that compete or are kept.
+  // Scales of all rows that compete or are kept, and these rounded while they are near the core.
   void measure() const {
     constexpr int64_t kUnit = 16;
     const int64_t units = (length_ + kUnit - 1) / kUnit;
@@ -172,7 +141,9 @@ class SelectGroup {
       const int64_t g = unit / units, begin = unit % units * kUnit;
       for (int64_t i = begin; i < std::min(begin + kUnit, length_); ++i) {
         if (!competes(g, i) && !is_kept(g, i)) continue;
-        scales_[g * length_ + i] = scale_of<T>(features_.at(begin_ + g, i), channels_);
+        const int64_t at = g * length_ + i;
+        scales_[at] = scale_of<T>(features_.at(begin_ + g, i), channels_);
+        if (stride_ > 0 && scales_[at] != 0) round(at, features_.at(begin_ + g, i));
       }
     });
   }
@@ -211,7 +182,97 @@ class SelectGroup {
     const int64_t few = plan.active / rows_per_step(plan.active * channels_ * kBytes);
     plan.keeps_cosines = width_ * width_ * kBytes <= kMostBytes &&
                          (plan.of_all_pairs || plan.anchors + plan.steps >= few);
+    plan.is_lazy = is_maxmin && plan.keeps_cosines && may_be_lazy(g, plan);
     return plan;
+  }
+
+  int64_t fewest() const {
+    int64_t k = a_.k_per_row ? length_ : a_.k;
+    for (int64_t g = 0; a_.k_per_row && g < size_; ++g) k = std::min(k, a_.k_per_row.at(begin_ + g));
+    return k;
+  }
+
+  // Whether some row of the batch may be, before a look at any.
+  bool may_be_lazy() const {
+    constexpr int64_t kBytes = sizeof(A);
+    const bool begins = a_.first < 0 && !a_.keep;
+    return kHasCoarse && kBytes == sizeof(float) && a_.rule == Diversity::maxmin &&
+           channels_ % kLanes<A> == 0 && channels_ >= kLazyChannels &&
+           channels_ <= kMostLazyChannels && width_ * width_ * kBytes <= kMostBytes &&
+           fewest() * kLazyShare <= length_ &&
+           (begins || fewest() >= length_ / rows_per_step(length_ * channels_ * kBytes));
+  }
+
+  bool may_be_lazy(int64_t g, const Plan& plan) const {
+    if (stride_ == 0 || (plan.anchors + plan.steps) * kLazyShare > plan.active) return false;
+    for (int64_t j = 0; j < plan.active; ++j) {
+      const A scale = scales_[g * length_ + positions_[g * width_ + j]];
+      if (scale < 1 / kPlainScale || scale > kPlainScale) return false;
+    }
+    return true;
+  }
+
+  void round(int64_t at, const T* row) const {
+    if constexpr (kHasCoarse && sizeof(A) == sizeof(float)) {
+      int8_t* out = rounded_ + at * stride_;
+      std::memset(out + channels_, 0, stride_ - channels_);
+      lengths_[at] = round_row(row, channels_, kMostCoarse * scales_[at], out);
+      norms_[at] = coarse_norm(out, stride_);
+    }
+  }
+
+  // Leaves nothing to be done where it succeeds.
+  void choose_lazily() const {
+    if (stride_ == 0) return;
+    const Scratch<const T*> rows(size_ * width_);
+    const Scratch<const int8_t*> rounded(size_ * width_);
+    const Scratch<CoarseNorm> norms(size_ * width_);
+    const Scratch<float> coarse(size_ * width_ * width_);
+    const Scratch<int8_t> nothing(stride_);
+    std::memset(nothing, 0, stride_);
+    for (int64_t g = 0; g < size_; ++g) {
+      const Plan& plan = plans_[g];
+      for (int64_t j = 0; plan.is_lazy && j < plan.panels() * kPanel; ++j) {
+        const int64_t at = g * width_ + j, i = j < plan.active ? positions_[at] : -1;
+        rounded[at] = i < 0 ? nothing : rounded_ + (g * length_ + i) * stride_;
+        norms[at] = i < 0 ? CoarseNorm{} : norms_[g * length_ + i];
+        if (i < 0) continue;
+        rows[at] = features_.at(begin_ + g, i);
+        squares_[at] = lengths_[g * length_ + i];
+      }
+    }
+    compare_coarsely(rounded, norms, coarse);
+    parallel(size_, length_ * channels_, [&](int64_t g) {
+      Plan& plan = plans_[g];
+      if (!plan.is_lazy) return;
+      const int64_t at = g * width_;
+      LazyMaxmin<T> choice({rows + at, open_ + at, squares_ + at, coarse + at * width_, plan.active,
+                            plan.panels() * kPanel, width_, channels_},
+                           plan.anchors + plan.steps);
+      if (!choice.run(plan.first, plan.anchors, plan.steps)) return;
+      for (int64_t n = 0; n < plan.steps; ++n) take(g, choice.chosen()[plan.anchors + n]);
+      plan.steps = 0, plan.of_all_pairs = plan.keeps_cosines = false;
+    });
+  }
+
+  // Coarse cosines of all pairs, -inf of a row and itself and of what is no row.
+  void compare_coarsely(const int8_t* const* rounded, const CoarseNorm* norms,
+                        float* coarse) const {
+    const int64_t panels = width_ / kPanel, pairs = panels * (panels + 1) / 2;
+    parallel(size_ * pairs, kPanel * kPanel * stride_ / 128, [&](int64_t tile) {
+      const int64_t g = tile / pairs;
+      int64_t x = tile % pairs, y = 0;
+      for (; x > y; ++y) x -= y + 1;
+      const Plan& plan = plans_[g];
+      if (!plan.is_lazy || y >= plan.panels()) return;
+      float* cosines = coarse + g * width_ * width_;
+      coarse_cosines(rounded + g * width_, norms + g * width_, stride_, x * kPanel, y * kPanel, kPanel,
+                     cosines, width_);
+      for (int64_t i = x * kPanel; i < (x + 1) * kPanel; ++i) {
+        if (x == y) cosines[i * width_ + i] = kLowest;
+        for (int64_t j = plan.active; j < (y + 1) * kPanel; ++j) cosines[i * width_ + j] = kLowest;
+      }
+    });
   }
 
   void pack(A* packed) const {
@@ -443,13 +504,17 @@ class SelectGroup {
   const SelectDiverse& a_;
   const View<const T, 3> features_;
   const int64_t begin_, size_, length_, channels_;
-  const int64_t width_;  // rows in whole panels
+  const int64_t width_;   // rows in whole panels
+  const int64_t stride_;  // of rounded rows; 0 where none is lazy
   const Scratch<Plan> plans_;
   const Scratch<uint8_t> states_;
   const Scratch<A> scales_;           // by row of features
   const Scratch<int32_t> positions_;  // of active rows, ascending
   const Scratch<uint8_t> open_;       // by active row
   const Scratch<A> squares_;
+  const Scratch<int8_t> rounded_;     // by row of features, as the next two
+  const Scratch<CoarseNorm> norms_;
+  const Scratch<float> lengths_;      // <row, row> of floats
 };
 
 }  // namespace

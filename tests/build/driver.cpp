@@ -215,9 +215,11 @@ void run_select_topk() {
 void run_select_diverse() {
   const int64_t batch = integer(0, 4), length = any_length();
   SelectDiverse a;
-  a.features = floats(any_dtype(), {batch, length, coin() ? integer(1, 5) : integer(1, 300)});
+  const bool lazy = coin();  // few of many rows, with as many channels as that asks for
+  const int64_t channels = coin() ? integer(1, 5) : integer(1, 300);
+  a.features = floats(any_dtype(), {batch, length, lazy ? 16 * integer(16, 20) : channels});
   auto* k = allocate<int64_t>(batch);
-  std::generate_n(k, batch, [&] { return integer(-2, length + 3); });
+  std::generate_n(k, batch, [&] { return integer(-2, lazy ? length / 5 : length + 3); });
   a.k_per_row = {k, true, {1}};
   a.rule = coin() ? Diversity::maxmin : Diversity::dpp;
   const DType wide = a.features.dtype == DType::f64 ? DType::f64 : DType::f32;

@@ -108,6 +108,19 @@ def test_no_scale_changes_what_is_nearest(draw, backend):
     assert torch.equal(vtp.assign_rows(scaled, targets, backend=backend), want)
 
 
+@pytest.mark.parametrize("of_rows, of_targets", [(-130, 50), (-100, 20), (40, -40), (0, -50)])
+def test_no_row_is_too_short_for_its_products(draw, backend, of_rows, of_targets):
+    """Subnormal rows and squares too small for fast products, beside rows of zeros and of NaN."""
+    keys = exact(draw, 2, 90, 20)
+    keys[0, ::9], keys[0, 5] = 0.0, math.nan
+    targets = some_targets(draw, 2, 90, 12)
+    exponents = torch.full((2, 90, 1), of_rows, device=draw.device)
+    exponents[0, 60:] = 0
+    named = targets[..., None].masked_fill(targets[..., None] < 0, 0)
+    exponents.scatter_(1, named, of_targets)
+    check(torch.ldexp(keys, exponents).bfloat16(), targets, backend)
+
+
 def test_what_is_not_finite_is_nobodys(draw, backend):
     keys = exact(draw, 2, 80, 16)
     keys[0, 3::7] = math.nan

@@ -396,6 +396,66 @@ def test_more_rows_than_pairs_are_kept_for():
     assert selection.indices.tolist() == [[0, 16999, -1, -1, -1]]
 
 
+# --- native code that looks at few cosines ------------------------------------------------------
+#
+# So it does for "maxmin" of 256 channels and more, where no more than a quarter of the rows are
+# chosen or kept: with 70 rows the later of 20 steps are done from all pairs.
+
+
+def one_channel_for_all(draw, batch, length, channels):
+    """Rows that differ in the smallest of entries alone: rounded to 7 bits all are one."""
+    features = 2.0**-10 * signs(draw, batch, length, channels)
+    return features.index_fill(2, torch.tensor([3]), 64.0)
+
+
+def nearly_one_row(draw, batch, length, channels):
+    return draw.normal(batch, 1, channels) + 1e-7 * draw.normal(batch, length, channels)
+
+
+def in_clusters(draw, batch, length, channels):
+    cluster = draw.integers(0, 5, batch, length, 1).expand(-1, -1, channels)
+    centres = 8.0 * draw.normal(batch, 5, channels)
+    return centres.gather(1, cluster) + draw.normal(batch, length, channels)
+
+
+@pytest.mark.skipif(_native.missing is not None, reason=str(_native.missing))
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("channels", (256, 272))
+def test_few_cosines_tell_the_first_of_the_farthest(draw, dtype, channels):
+    for features in (
+        signs(draw, 2, 70, channels),
+        with_odd_rows(draw, signs(draw, 2, 70, channels)),
+        torch.ones(2, 70, channels),
+        torch.zeros(2, 70, channels),
+    ):
+        features = features.to(dtype)
+        check(features, 20, "native", slack=0)
+        check(features, 20, "native", slack=0, **masks(draw, 2, 70))
+    check(features, 8, "native", slack=0, first=33)
+
+
+@pytest.mark.skipif(_native.missing is not None, reason=str(_native.missing))
+@pytest.mark.parametrize("rows", (one_channel_for_all, nearly_one_row, in_clusters))
+def test_few_cosines_tell_where_coarse_ones_do_not(draw, rows):
+    """Every row that is chosen is one of the farthest in its turn, but for rounding."""
+    features = rows(draw, 1, 70, 256)
+    keep = draw.bools(1, 70, p=0.05)
+    for k, scale in ((2, 1.0), (9, 1.0), (14, 1.0), (20, 1.0), (4, 2.0**20)):  # not scaled, scaled
+        for kept in (torch.zeros_like(keep), keep):
+            selection = vtp.select_diverse(scale * features, k, keep=kept, backend="native")
+            left = set(selection.indices[0, : selection.counts[0]].tolist())
+            chosen = kept[0].nonzero()[:, 0].tolist()
+            left -= set(chosen)
+            assert len(left) == k
+            while left:
+                others = [i for i in range(70) if i not in chosen]
+                scores = divprune_scores(cosines(features[0]), chosen, others)
+                pick = max(left, key=scores.get)
+                assert scores[pick] >= max(scores.values()) - 2e-6
+                chosen.append(pick)
+                left.remove(pick)
+
+
 # --- bad input ----------------------------------------------------------------------------------
 
 FEATURES, MASK, ONES = torch.ones(2, 9, 4), torch.ones(2, 9, dtype=torch.bool), torch.ones(2, 9)

@@ -5,16 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from vtp_kernels._shown import shown
-from vtp_kernels.contract.method import parse_settings, read_value
 from vtp_kernels.flop_counts.text import head_dim
 
-from .budget import SHARES, as_tuple, visual_budget
-from .merging import Merging, merged_events
+from .merging import merged_events
 from .raters import raters
-from .stages import BudgetedMethod, Budgets, Stage
+from .recycling import recycled, recycling_macs
+from .stages import LayeredMethod
 
 if TYPE_CHECKING:
     from vtp_kernels.contract.rows import Kept, PromptRows
@@ -22,11 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["SparseVLM"]
 
 RATERS = "raters"  # in a call's memory
-RECYCLED, CLUSTERED = 0.3, 0.1
 
 
 @dataclass(frozen=True)
-class SparseVLM(BudgetedMethod, key="sparsevlm"):
+class SparseVLM(LayeredMethod, key="sparsevlm"):
     """At each of `layers`, keep the visual tokens that raters attend to most, and recycle some of
     the others (sections 3.2 to 3.4).
 
@@ -63,13 +59,6 @@ class SparseVLM(BudgetedMethod, key="sparsevlm"):
     per: str = "prompt"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", as_tuple(self.layers, "SparseVLM.layers"))
-        object.__setattr__(self, "keep", as_tuple(self.keep, "SparseVLM.keep", SHARES))
-        if len(self.layers) != len(self.keep):
-            raise ValueError(
-                f"SparseVLM: {len(self.layers)} layers {shown(self.layers)} but {len(self.keep)} "
-                f"values of keep {shown(self.keep)}"
-            )
         if not isinstance(self.recycle, bool):
             raise TypeError(f"SparseVLM.recycle: expected a bool, got {shown(self.recycle)}")
         super().__post_init__()
@@ -78,14 +67,6 @@ class SparseVLM(BudgetedMethod, key="sparsevlm"):
                 "SparseVLM.layers: tokens are ranked by the attention of the layer before, and 0 "
                 "has none"
             )
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        pairs = zip(self.layers, self.keep, strict=True)
-        return tuple(
-            Stage(*pair, f"SparseVLM.layers[{i}]", f"SparseVLM.keep[{i}]")
-            for i, pair in enumerate(pairs)
-        )
 
     def decision_layers(self, depth: int) -> tuple[int, ...]:
         return (0, *self.layers) if self.layers else ()
@@ -107,30 +88,11 @@ class SparseVLM(BudgetedMethod, key="sparsevlm"):
         end = rows.prompt_end + 1
         scores = rows.attention_scores(slice(0, end), paying[:, :end])
         if self.recycle:
-            return self._recycle(layer, rows, budgets, scores)
+            return recycled(layer, rows, budgets, scores)
         return rows.keep_of_each(*budgets, scores)
-
-    def _recycle(self, layer: int, rows: PromptRows, budgets: Budgets, scores: Tensor) -> Kept:
-        groups = rows.grouped(budgets.group, budgets.there)
-        counts = budgets.of_groups
-        pools = [visual_budget(RECYCLED, n - k) for n, k in zip(groups.sizes, counts, strict=True)]
-        centres = [min(_centres(n), k) for n, k in zip(pools, counts, strict=True)]
-        rows.note_scores(scores, rows.visual)
-        scores = groups.of(scores)
-        stay = groups.best(scores, [k - few for k, few in zip(counts, centres, strict=True)])
-        pool = groups.best(scores, pools, groups.here & ~stay)
-        targets = groups.evenly(pool, centres)
-        kept = rows.keep_groups(groups, stay | groups.where(targets), budgets.counts)
-        hidden = groups.of(rows.hidden).detach()
-        return Merging(groups, targets, pool, hidden, "mean").into(kept, layer, rows)
 
     def events(self, memory: dict[str, Any]) -> list[dict[str, Any]]:
         return merged_events(memory)
-
-    @classmethod
-    def from_spec(cls, arguments: str) -> SparseVLM:
-        """`FIELD=VALUE,...`, as in `sparsevlm:layers=2+6,keep=0.5+0.25`"""
-        return cls(**parse_settings(arguments, _FIELDS))
 
     def decision_flops(self, layer: int, config: Any, text: int, visual: int, kept: int) -> int:
         """The attention of all text, at most of which are raters: queries and logits; the cosines
@@ -141,22 +103,7 @@ class SparseVLM(BudgetedMethod, key="sparsevlm"):
         width, rows = config.hidden_size, text + visual
         macs = text * config.num_attention_heads * head_dim(config) * (width + rows)
         if self.recycle:
-            pool = visual_budget(RECYCLED, visual - kept)
-            macs += pool * _centres(pool) * width
+            macs += recycling_macs(visual - kept, width)
         if layer == self.layers[0]:
             macs += text * visual * width
         return 2 * macs
-
-
-def _centres(pool: int) -> int:
-    """One at least, where there is anything to be merged into it."""
-    return max(visual_budget(CLUSTERED, pool), int(pool > 1))
-
-
-def _numbers(text: str) -> tuple[Any, ...]:
-    """2+6+15"""
-    return tuple(read_value(number) for number in text.split("+") if number)
-
-
-# How a setting is written on the command line.
-_FIELDS = {"layers": _numbers, "keep": _numbers, "recycle": read_value, "per": str}

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from vtp_kernels._shown import shown
 from vtp_kernels.contract.checks import check_depth
-from vtp_kernels.contract.method import Method
+from vtp_kernels.contract.method import Method, parse_settings, read_value
 
-from .budget import check_keep, check_layer, visual_budget
+from .budget import SHARES, as_tuple, check_keep, check_layer, visual_budget
 from .per import groups, left_of, read_per
 
 if TYPE_CHECKING:
     from vtp_kernels.contract.rows import PromptRows
 
-__all__ = ["BudgetedMethod", "Budgets", "Stage"]
+__all__ = ["BudgetedMethod", "Budgets", "LayeredMethod", "Stage"]
 
 
 class Stage(NamedTuple):
@@ -115,6 +117,43 @@ class BudgetedMethod(Method):
         keep, there = self.keep_from(layer), rows.visual_now
         pairs = zip(rows.visual_at_start, there, strict=True)
         return there, [min(visual_budget(keep, at_start), now) for at_start, now in pairs]
+
+
+class LayeredMethod(BudgetedMethod):
+    """One whose settings are `layers` and how many visual tokens to `keep` at each of them."""
+
+    layers: tuple[int, ...]
+    keep: tuple[int | float, ...]
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        object.__setattr__(self, "layers", as_tuple(self.layers, f"{owner}.layers"))
+        object.__setattr__(self, "keep", as_tuple(self.keep, f"{owner}.keep", SHARES))
+        if len(self.layers) != len(self.keep):
+            raise ValueError(
+                f"{owner}: {len(self.layers)} layers {shown(self.layers)} but {len(self.keep)} "
+                f"values of keep {shown(self.keep)}"
+            )
+        super().__post_init__()
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        owner, pairs = type(self).__name__, zip(self.layers, self.keep, strict=True)
+        return tuple(
+            Stage(*pair, f"{owner}.layers[{i}]", f"{owner}.keep[{i}]")
+            for i, pair in enumerate(pairs)
+        )
+
+    @classmethod
+    def from_spec(cls, arguments: str) -> LayeredMethod:
+        """`FIELD=VALUE,...`, as in `layers=2+6,keep=0.5+0.25`"""
+        readers = dict.fromkeys((field.name for field in fields(cls) if field.init), read_value)
+        return cls(**parse_settings(arguments, readers | {"layers": _several, "keep": _several}))
+
+
+def _several(text: str) -> tuple[Any, ...]:
+    """2+6+15"""
+    return tuple(read_value(number) for number in text.split("+") if number)
 
 
 def _check_order(before: Stage, stage: Stage) -> None:
