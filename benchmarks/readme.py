@@ -171,17 +171,21 @@ def machines() -> str:
 
 
 def families() -> str:
-    """What is taken, by the pages of vtp_kernels.models.families."""
+    """What is taken, by the pages of vtp_kernels.models.families; and below, by number, what does
+    not go: families share these sentences, for which a column has no room."""
     head = "family", "such as", "tested around", "positions", "tower scores", "vLLM", "transformers"
     head = (*head, "but")
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    limits: dict[str, int] = {}
     for name, family in catalogue().families.items():
         lists = (family[key] for key in ("text_models", "positions", "tower_scores", "vllm"))
         texts, positions, scores, vllm = (", ".join(words) for words in lists)
+        but = sorted(limits.setdefault(limit, len(limits) + 1) for limit in family["limits"])
         lines.append(
             f"| `{name}` | {family['example']} | {texts} | {positions} | {scores or 'none'} "
-            f"| {vllm} | {family['transformers']} | {'; '.join(family['limits'])} |"
+            f"| {vllm} | {family['transformers']} | {', '.join(map(str, but))} |"
         )
+    lines += ["", "But:", "", *(f"{number}. {limit}" for limit, number in limits.items())]
     return "\n".join(lines)
 
 

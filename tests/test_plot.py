@@ -472,6 +472,14 @@ def test_methods_in_words():
         "DivPrune, 10 %",
         "VidCom2, 64 tokens",
     ]
+    before = ["visionzip:keep=64", "vispruner:keep=0.25", "hiprune:keep=64", "dart:layer=2,keep=9"]
+    assert plot.readable([*before, "sparsevlm:layers=2+6,keep=0.5+0.2"]) == [
+        "VisionZip, 64 tokens",
+        "VisPruner, 25 %",
+        "HiPrune, 64 tokens",
+        "DART, 9 tokens from layer 2",
+        "SparseVLM, 50, 20 % from layers 2, 6",
+    ]
     assert names.kind_of(plot.readable([chain])[0]) == "DivPrune + FastV"
     for nothing in ("chain", "chain:fastv", "chain:fastv + os:system", "chain:random + it.json"):
         assert plot.readable([nothing]) == [nothing]  # and nothing is imported, or read
