@@ -1,5 +1,5 @@
-"""Fills the measured blocks of README.md and docs/ from the result files, and the list of families
-from their pages: `python -m benchmarks.readme`.
+"""Fills the measured blocks of README.md and docs/ from the result files, and the lists of families
+and of methods' short forms from the code: `python -m benchmarks.readme`.
 
 A block stands between `<!-- name -->` and `<!-- /name -->`. `--check` only tells whether the pages
 hold what the files say; a test runs it.
@@ -19,6 +19,7 @@ from benchmarks.pocket_llava.evaluate import table as accuracy_table
 from benchmarks.serving import Row as ServingRow
 from benchmarks.serving import table as serving_table
 from vtp_kernels.catalogue import catalogue
+from vtp_kernels.contract.spec import FORMS
 from vtp_kernels.demo import Comparison, Row, pocket_methods
 from vtp_kernels.methods import Method, method_from_spec
 
@@ -189,6 +190,11 @@ def families() -> str:
     return "\n".join(lines)
 
 
+def forms() -> str:
+    """What the command line takes for a method."""
+    return f"```\n{FORMS}\n```"
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"summary": summary_of_methods, "demo": demo},
     "docs/results.md": {
@@ -201,6 +207,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "visipruner": visipruner,
     },
     "docs/families.md": {"families": families},
+    "docs/getting_started.md": {"forms": forms},
     "docs/vllm.md": {"vllm": vllm},
 }
 
