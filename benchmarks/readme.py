@@ -1,5 +1,5 @@
-"""Fills the measured blocks of README.md and docs/ from the result files, and the list of families
-from their pages: `python -m benchmarks.readme`.
+"""Fills the measured blocks of README.md and docs/ from the result files, and the lists of families
+and of methods' short forms from the code: `python -m benchmarks.readme`.
 
 A block stands between `<!-- name -->` and `<!-- /name -->`. `--check` only tells whether the pages
 hold what the files say; a test runs it.
@@ -20,6 +20,7 @@ from benchmarks.pocket_llava.leaderboard import table as leaderboard_table
 from benchmarks.serving import Row as ServingRow
 from benchmarks.serving import table as serving_table
 from vtp_kernels.catalogue import catalogue
+from vtp_kernels.contract.spec import FORMS
 from vtp_kernels.demo import Comparison, Row, pocket_methods
 from vtp_kernels.methods import Method, method_from_spec
 
@@ -177,18 +178,27 @@ def machines() -> str:
 
 
 def families() -> str:
-    """What is taken, by the pages of vtp_kernels.models.families."""
+    """What is taken, by the pages of vtp_kernels.models.families; and below, by number, what does
+    not go: families share these sentences, for which a column has no room."""
     head = "family", "such as", "tested around", "positions", "tower scores", "vLLM", "transformers"
     head = (*head, "but")
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    limits: dict[str, int] = {}
     for name, family in catalogue().families.items():
         lists = (family[key] for key in ("text_models", "positions", "tower_scores", "vllm"))
         texts, positions, scores, vllm = (", ".join(words) for words in lists)
+        but = sorted(limits.setdefault(limit, len(limits) + 1) for limit in family["limits"])
         lines.append(
             f"| `{name}` | {family['example']} | {texts} | {positions} | {scores or 'none'} "
-            f"| {vllm} | {family['transformers']} | {'; '.join(family['limits'])} |"
+            f"| {vllm} | {family['transformers']} | {', '.join(map(str, but))} |"
         )
+    lines += ["", "But:", "", *(f"{number}. {limit}" for limit, number in limits.items())]
     return "\n".join(lines)
+
+
+def forms() -> str:
+    """What the command line takes for a method."""
+    return f"```\n{FORMS}\n```"
 
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
@@ -204,6 +214,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/choosing_a_method.md": {"leaderboard": leaderboard},
     "docs/families.md": {"families": families},
+    "docs/getting_started.md": {"forms": forms},
     "docs/vllm.md": {"vllm": vllm},
 }
 

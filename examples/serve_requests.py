@@ -16,24 +16,31 @@ processor = AutoProcessor.from_pretrained(TRAINED)
 
 def serve(requests):
     """Answers in turn. A request may say which method it wants; None is the model as it is."""
-    handle, at_work = None, None
-    for picture, question, method in requests:
-        if method != at_work:
-            if handle is not None:
-                handle.remove()  # the model is bit for bit the one it was
-            handle = vtp.apply(model, method) if method else None
-            at_work = method
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
-            add_generation_prompt=True,
-        )
-        inputs = processor(images=[picture], text=[text], return_tensors="pt")
-        generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-        new = generated[0, inputs["input_ids"].shape[1] :]
-        saved = handle.report().flops_reduction if handle else 0.0
-        yield processor.decode(new, skip_special_tokens=True).strip(), saved
-    if handle is not None:
-        handle.remove()
+    at_work = None
+    try:
+        for picture, question, method in requests:
+            if method != at_work:
+                vtp.remove(model)  # the model is bit for bit the one it was
+                if method is not None:
+                    vtp.apply(model, method)
+                at_work = method
+            yield ask(picture, question)
+    finally:  # also where a request fails, or nobody asks for the rest
+        vtp.remove(model)
+
+
+def ask(picture, question):
+    """The answer, and which share of the prefill's FLOPs was saved."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    inputs = processor(images=[picture], text=[text], return_tensors="pt")
+    generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    new = generated[0, inputs["input_ids"].shape[1] :]
+    handle = vtp.handle(model)  # None for the model as it is
+    saved = handle.report().flops_reduction if handle else 0.0
+    return processor.decode(new, skip_special_tokens=True).strip(), saved
 
 
 cases = [scenes.case("test", index) for index in range(4)]

@@ -1,5 +1,6 @@
 """The documentation: links lead somewhere, pages are found, and the worked example runs."""
 
+import importlib
 import re
 import sys
 import textwrap
@@ -59,6 +60,26 @@ def test_links_to_nothing_are_noticed():
 def test_every_page_is_in_the_navigation():
     named = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(named) == sorted(str(page.relative_to(DOCS)) for page in DOCS.glob("**/*.md"))
+
+
+DOCUMENTED = re.compile(r"^::: ([\w.]+)\n((?: +\S.*\n)*)", re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "page", [x for x in PAGES if DOCUMENTED.search(x.read_text())], ids=lambda page: page.name
+)
+def test_docstrings_are_read_in_the_style_they_are_written_in(page):
+    """In the other one their arguments would be shown as plain words."""
+    wrong = []
+    for path, options in DOCUMENTED.findall(page.read_text()):
+        module, _, name = path.rpartition(".")
+        words = getattr(importlib.import_module(module), name).__doc__
+        google = re.search(r"^ *(Args|Attributes|Returns|Raises):$", words, re.MULTILINE)
+        if google and "docstring_style: google" not in options:
+            wrong.append(path)
+        if re.search(r"^ *-{4,}$", words, re.MULTILINE) and "docstring_style: google" in options:
+            wrong.append(path)
+    assert wrong == []
 
 
 def test_the_readme_is_short():

@@ -325,6 +325,40 @@ def test_words_end_where_the_next_picture_begins(white):
     assert figure.box_of(long)[2] <= 120 and figure.box_of(long)[2] > 100
 
 
+def test_a_sheet_ends_where_a_file_of_it_would_be_too_high(white, tmp_path):
+    """The rows that have no room are counted, and it can be written in every usual format."""
+    stays = torch.ones(1, 80 * 4, dtype=torch.bool)
+    all_fit = plot.tokens([white] * 66, {1: stays[:, : 66 * 4]})
+    assert all_fit.height == 66 * (PANEL + CAPTION + GAP)
+    drawn = plot.tokens([white] * 80, {1: stays}, tmp_path / "kept.webp")
+    assert drawn.height == 65 * (PANEL + CAPTION + GAP) + CAPTION <= sheet.HIGHEST
+    assert np.asarray(drawn)[-CAPTION:].min() < 128  # the line that says so
+    assert Image.open(tmp_path / "kept.webp").size == drawn.size
+    row = [sheet.Cell("", white)]
+    blocks = [sheet.Block([row] * 400, 64, ["a"]), sheet.Block([row], 64)]
+    (shown,), left_out = sheet._that_fit(blocks)
+    assert len(shown.rows) + left_out == 401 and left_out > 1
+    assert sheet.HIGHEST - CAPTION - 82 < shown.height <= sheet.HIGHEST - CAPTION
+
+
+@pytest.mark.parametrize(
+    "name, error", (("kept.docx", ValueError), ("kept", ValueError), ("no/kept.png", OSError))
+)
+def test_a_path_that_cannot_be_written_is_named(white, tmp_path, name, error):
+    with pytest.raises(error, match=f"^path: .*{name}'"):
+        plot.tokens(white, {}, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_is_named_where_writing_fails(white, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("encoder error -2 when writing image file")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match=r"^path: cannot write '.*kept\.jpg': encoder error -2"):
+        plot.tokens(white, {}, tmp_path / "kept.jpg")
+
+
 @pytest.fixture(scope="module")
 def report():
     model = tiny_llava()
@@ -437,6 +471,14 @@ def test_methods_in_words():
         "DivPrune, 192 tokens + FastV, 25 % from layer 2",
         "DivPrune, 10 %",
         "VidCom2, 64 tokens",
+    ]
+    before = ["visionzip:keep=64", "vispruner:keep=0.25", "hiprune:keep=64", "dart:layer=2,keep=9"]
+    assert plot.readable([*before, "sparsevlm:layers=2+6,keep=0.5+0.2"]) == [
+        "VisionZip, 64 tokens",
+        "VisPruner, 25 %",
+        "HiPrune, 64 tokens",
+        "DART, 9 tokens from layer 2",
+        "SparseVLM, 50, 20 % from layers 2, 6",
     ]
     assert names.kind_of(plot.readable([chain])[0]) == "DivPrune + FastV"
     for nothing in ("chain", "chain:fastv", "chain:fastv + os:system", "chain:random + it.json"):

@@ -62,6 +62,9 @@ class PromptRows:
 
     B prompts of S rows each, padding included. Rows that have left are not among them.
 
+    Whoever asks for `units`, `unit` or `unit_counts` says so by `needs_units`; else the first to
+    ask waits for the GPU. They raise NotImplementedError where a family's inputs do not tell.
+
     Attributes
     ----------
     hidden : float [B, S, C]
@@ -98,13 +101,9 @@ class PromptRows:
         For visual rows: which of these they are of; -1 for all others.
     unit_counts : list of lists of int
         Visual rows of each when the prompt came in.
-
     between_frames : bool [B, columns], on the CPU, or None
         Input columns between the frames of videos that show none, such as timestamps; None where
         there are no videos.
-
-    Whoever asks for the three before says so by `needs_units`; else the first to ask waits for the
-    GPU. They raise NotImplementedError where a family's inputs do not tell.
     """
 
     def __init__(

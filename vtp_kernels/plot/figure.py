@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from vtp_kernels.pictures import check_writable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -83,10 +85,20 @@ def box_of(text: Text) -> tuple[float, float, float, float]:
 
 
 def finished(figure: Figure, path: str | os.PathLike | None) -> Image.Image:
-    """The figure as a picture, written to `path` unless that is None."""
+    """The figure as a picture, written to `path` unless that is None.
+
+    Raises:
+        ValueError: PIL writes no pictures with the suffix of `path`.
+        OSError: no file can be written there.
+    """
+    if path is not None:
+        check_writable(path, "path")
     figure.canvas.draw()
     size = figure.canvas.get_width_height()
     drawn = Image.frombytes("RGBA", size, bytes(figure.canvas.buffer_rgba())).convert("RGB")
     if path is not None:
-        drawn.save(Path(path))
+        try:
+            drawn.save(Path(path))
+        except OSError as error:
+            raise OSError(f"path: cannot write {str(Path(path))!r}: {error}") from error
     return drawn

@@ -106,8 +106,8 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
-def _fastv(method: Any, others: Sequence[Method]) -> str:
-    return f"FastV, {_amount([method.keep])} from layer {method.layer}"
+def _from_layer(method: Any, others: Sequence[Method]) -> str:
+    return f"{type(method).__name__}, {_amount([method.keep])} from layer {method.layer}"
 
 
 def _random(method: Any, others: Sequence[Method]) -> str:
@@ -115,8 +115,8 @@ def _random(method: Any, others: Sequence[Method]) -> str:
     return f"{_amount([method.keep])} by chance{where}"
 
 
-def _pyramiddrop(method: Any, others: Sequence[Method]) -> str:
-    return f"PyramidDrop, {_amount(method.keep)} from {_layers(method.layers)}"
+def _in_steps(method: Any, others: Sequence[Method]) -> str:
+    return f"{type(method).__name__}, {_amount(method.keep)} from {_layers(method.layers)}"
 
 
 def _schedule(method: Any, others: Sequence[Method]) -> str:
@@ -154,15 +154,20 @@ def _inflection(method: Any, others: Sequence[Method]) -> str:
 _WORDS: dict[str, Callable[[Any, Sequence[Method]], str]] = {
     "CDPruner": _keeping,
     "Chain": _chain,
+    "DART": _from_layer,
     "DivPrune": _keeping,
-    "FastV": _fastv,
+    "FastV": _from_layer,
     "FrameDifference": _keeping,
+    "HiPrune": _keeping,
     "InflectionPruning": _inflection,
     "LVPruning": _lvpruning,
-    "PyramidDrop": _pyramiddrop,
+    "PyramidDrop": _in_steps,
     "RandomPruning": _random,
     "Schedule": _schedule,
+    "SparseVLM": _in_steps,
     "VidCom2": _keeping,
+    "VisPruner": _keeping,
+    "VisionZip": _keeping,
 }
 
 

@@ -6,6 +6,7 @@ import os
 import textwrap
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ CAPTION = 18  # pixels over each picture
 GAP = 6
 _TEXT = 11.5  # pixels, so that a caption has room in CAPTION
 _BOLD = 8  # pixels that a bold letter takes, about
+HIGHEST = 16_383  # pixels that WebP can hold, which is the least of the usual formats
 _DPI = 72  # at which a point is a pixel
 
 
@@ -63,14 +65,37 @@ def row_height(row: Sequence[Cell | None]) -> int:
 
 
 def draw(blocks: Sequence[Block], path: str | os.PathLike | None = None) -> Image.Image:
-    """The blocks under each other, left-aligned on white."""
-    width = max(block.width for block in blocks)
-    figure = new_figure(width, sum(block.height for block in blocks), _DPI)
+    """The blocks under each other, left-aligned on white.
+
+    Rows that would make it higher than `HIGHEST` are left out, and a last line says how many.
+    """
+    shown, left_out = _that_fit(blocks)
+    height = sum(block.height for block in shown) + (CAPTION if left_out else 0)
+    figure = new_figure(max(block.width for block in blocks), height, _DPI)
     top = 0
-    for block in blocks:
+    for block in shown:
         _put(figure, block, top)
         top += block.height
+    if left_out:
+        words = f"{left_out} more rows: no room"
+        write(figure, words, 0, top, size_of(figure)[0], weight="bold")
     return finished(figure, path)
+
+
+def _that_fit(blocks: Sequence[Block]) -> tuple[list[Block], int]:
+    """The first rows, all if they have room; and how many are left out."""
+    room = HIGHEST
+    if sum(block.height for block in blocks) > room:
+        room -= CAPTION  # for the line that says so
+    shown, left_out = [], 0
+    for block in blocks:
+        ends = list(accumulate(map(row_height, block.rows), initial=block.head_height + GAP))
+        fit = 0 if left_out else max(bisect_right(ends, room) - 1, 0)
+        left_out += len(block.rows) - fit
+        room -= ends[fit]
+        if fit:
+            shown.append(block._replace(rows=block.rows[:fit]))
+    return shown, left_out
 
 
 def _put(figure: Figure, block: Block, top: int) -> None:

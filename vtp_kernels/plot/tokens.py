@@ -36,7 +36,8 @@ def tokens(
 
     Every picture has a row of panels; two where the model looks at it twice, as a whole and in
     crops. What of a picture the model is not shown at all is white. Every video has a sheet of its
-    frames per layer, with the number of each and the share of its tokens that was kept.
+    frames per layer, with the number of each and the share of its tokens that was kept. A drawing
+    is at most 16,383 pixels high; of what has no room on it, a last line counts the rows.
 
     Args:
         image: a `PIL.Image.Image` or a path: the picture the tokens came from. A sequence of them
@@ -60,8 +61,8 @@ def tokens(
 
     Raises:
         ValueError: the tokens do not fill `grid`, there are more pictures than `image`, or fewer,
-            or `sample` is not in the batch.
-        OSError: the image cannot be read.
+            or `sample` is not in the batch; or `path` does not end as pictures do.
+        OSError: the image cannot be read, or `path` not be written.
         ImportError: matplotlib is missing.
     """
     looks = looks_of(image, kept, visual=visual, sample=sample, grid=grid, grids=grids)
