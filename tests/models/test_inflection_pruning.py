@@ -25,7 +25,7 @@ SETTINGS = {
     "outliers": {"rule": "iqr", "llm_layers": (3,)},
     "second": {"source": None, "llm_layers": (3,), "visual_keep": 5, "text_keep": 0.5},
     "padded": {"source": "attention", "max_keep": 6, "min_keep": 2, "llm_layers": (2, 3)},
-    "padded knees": {"max_keep": 7, "llm_layers": (2,), "visual_keep": "knee", "text_keep": 2},
+    "padded knees": {"max_keep": 7, "llm_layers": (2,), "visual_keep": "knee", "text_keep": 1},
     "rope": {"llm_layers": (2,), "score_without_rope": False, "protect_template": False},
     "tail": {"llm_layers": (1, 2), "template_tail": 3, "text_keep": 0.0, "visual_keep": 1.0},
 }

@@ -151,14 +151,19 @@ class InflectionPruning(Method, key="inflection"):
     def observed_layers(self, depth: int) -> tuple[int, ...]:
         return tuple(layer - 1 for layer in self.llm_layers)
 
+    @property
+    def keeps_text(self) -> bool:
+        """Whether no text leaves; 1 is one row."""
+        return isinstance(self.text_keep, float) and self.text_keep == 1.0
+
     def acausal_layers(self, depth: int) -> tuple[int, ...]:
-        return () if self.text_keep == 1.0 else self.observed_layers(depth)
+        return () if self.keeps_text else self.observed_layers(depth)
 
     def vision_source(self) -> str | None:
         return self.source
 
     def visual_left(self, layer: int, pictures: Sequence[int]) -> int | None:
-        counted = self.text_keep == 1.0 and self.visual_keep != "knee"
+        counted = self.keeps_text and self.visual_keep != "knee"
         return self.visual_most(layer, pictures) if counted else None
 
     def visual_most(self, layer: int, pictures: Sequence[int]) -> int | None:
@@ -181,7 +186,7 @@ class InflectionPruning(Method, key="inflection"):
             return 0
         width, rows = config.hidden_size, text + visual
         queries = config.num_attention_heads * head_dim(config)
-        scored_rows = rows if self.text_keep == 1.0 else 2 * rows + 1
+        scored_rows = rows if self.keeps_text else 2 * rows + 1
         macs = scored_rows * queries * (width + rows)
         if self.score_without_rope:
             macs += rows * width * config.num_key_value_heads * head_dim(config)
@@ -235,7 +240,7 @@ class Course:
             for text, visual, head in zip(self.text, self.visual, before, strict=True)
         ]
         self.may_leave = self._may_leave(rows, before, last)  # bool [B, columns]
-        if method.text_keep != 1.0 and rows.between_frames is not None:
+        if not method.keeps_text and rows.between_frames is not None:
             self._keep_timestamps(rows.between_frames)
 
     def _may_leave(self, rows: PromptRows, before: list[int], last: int) -> Tensor:
@@ -275,7 +280,7 @@ class Course:
         stays = rows.text & ~free
         visual_scores = attention_from_text(rows, 0, rotary)
         stays = stays | self._best(rows, visual_scores, rows.visual, method.visual_keep)
-        if method.text_keep != 1.0:
+        if not method.keeps_text:
             text_scores = self._correlation(rows, free, rotary)
             stays = stays | self._best(rows, text_scores, free, method.text_keep)
         else:
