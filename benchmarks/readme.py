@@ -34,6 +34,7 @@ FILES = {
     "inflection.json": "amd-epyc-2-cores",
     "leaderboard.json": "amd-epyc-2-cores",
     "lvpruning.json": "intel-xeon-2-cores",
+    "merging.json": "amd-epyc-2-cores",
     "visipruner.json": "intel-xeon-2-cores",
     "vllm.json": "intel-xeon-2-cores",
 }
@@ -160,6 +161,11 @@ def ops() -> str:
     return summary([Timing(**row) for row in _read("bench.json")["rows"]])
 
 
+def merging() -> str:
+    """The ops that choose what differs, and merge the rest."""
+    return summary([Timing(**row) for row in _read("merging.json")["rows"]])
+
+
 def machines() -> str:
     """Every result file, and what it was measured on."""
     lines = [
@@ -209,6 +215,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "inflection": inflection,
         "lvpruning": lvpruning,
         "machines": machines,
+        "merging": merging,
         "ops": ops,
         "visipruner": visipruner,
     },
