@@ -19,6 +19,8 @@ from benchmarks.pocket_llava.evaluate import table as accuracy_table
 from benchmarks.pocket_llava.leaderboard import table as leaderboard_table
 from benchmarks.serving import Row as ServingRow
 from benchmarks.serving import table as serving_table
+from benchmarks.staged_serving import Row as StagedRow
+from benchmarks.staged_serving import table as staged_table
 from vtp_kernels.catalogue import catalogue
 from vtp_kernels.contract.spec import FORMS
 from vtp_kernels.demo import Comparison, Row, pocket_methods
@@ -37,6 +39,7 @@ FILES = {
     "merging.json": "amd-epyc-2-cores",
     "visipruner.json": "intel-xeon-2-cores",
     "vllm.json": "intel-xeon-2-cores",
+    "vllm_stages.json": "amd-epyc-2-cores",
 }
 BATCH = 8  # prompts, of the README's first table
 SHOWN = {
@@ -157,6 +160,10 @@ def vllm() -> str:
     return serving_table([ServingRow(**row) for row in _read("vllm.json")["rows"]])
 
 
+def vllm_stages() -> str:
+    return staged_table([StagedRow(**row) for row in _read("vllm_stages.json")["rows"]])
+
+
 def ops() -> str:
     return summary([Timing(**row) for row in _read("bench.json")["rows"]])
 
@@ -222,7 +229,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/choosing_a_method.md": {"leaderboard": leaderboard},
     "docs/families.md": {"families": families},
     "docs/getting_started.md": {"forms": forms},
-    "docs/vllm.md": {"vllm": vllm},
+    "docs/vllm.md": {"vllm": vllm, "vllm_stages": vllm_stages},
 }
 
 
