@@ -14,36 +14,23 @@ import asking
 import numpy as np
 import plain_tiles
 import torch
+from in_both import METHODS, InBoth, assert_same
 from tiny_next import drawing
 from torch.nn.utils.rnn import pad_sequence
 
-import vtp_kernels as vtp
 from vtp_kernels import reference
 from vtp_kernels.models.families import FAMILIES
 from vtp_kernels.models.pictures.watch import SEEN, VisionWatch
 from vtp_kernels.vllm.budget import Budget
 
-METHODS = {
-    "attention": lambda keep: vtp.VisPruner(keep, important=1.0, per="picture"),
-    "divprune": lambda keep: vtp.DivPrune(keep, per="picture"),
-}
 
-
-class Served:
-    """The same weights in vLLM and in transformers."""
-
+class Served(InBoth):
     def __init__(self, module, folder):
         self.tiny, self.folder = importlib.import_module(module), folder
         self.model = self.tiny.new_model()
         self.tiny.save(self.model, folder)
         self.engine = asking.llm(folder, **plain_tiles.SETTINGS)
         self.processor = self.engine.llm_engine.renderer.get_mm_processor()
-
-    def pictures(self, first=0, last=None):
-        return [drawing(size, seed) for seed, size in enumerate(self.tiny.SIZES)][first:last]
-
-    def request(self, pictures, text="7 8", **more):
-        return plain_tiles.request(self.tiny, pictures, text) | more
 
     def processed(self, pictures, text="7 8", **more):
         """What vLLM makes of a prompt: tokens, and what the model is given of its pictures."""
@@ -74,31 +61,13 @@ class Served:
     def in_transformers(self, pictures, method, text="7 8"):
         """Tokens, and the logarithms of their probabilities."""
         ids, given = self.inputs(pictures, text)
-        with vtp.prune(self.model, method, positions="contiguous"):
-            found = self.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                **given,
-                max_new_tokens=asking.LONGEST_ANSWER,
-                do_sample=False,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-        new = found.sequences[0, -len(found.logits) :].tolist()
-        steps = zip(new, found.logits, strict=True)
-        return new, [x.log_softmax(-1)[0, token].item() for token, x in steps]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **given}
+        return self.answer(inputs, method, positions="contiguous")
 
 
 @pytest.fixture(scope="module", params=["tiny_internvl", "tiny_internvl_chat", "tiny_onevision"])
 def served(request, tmp_path_factory):
     return Served(request.param, tmp_path_factory.mktemp(request.param))
-
-
-def assert_same(output, expected):
-    tokens, steps = expected
-    assert asking.tokens(output) == tokens
-    difference = torch.tensor(asking.logprobs(output)) - torch.tensor(steps)
-    assert difference.abs().max() < 1e-4
 
 
 def in_another_process(served, *settings, **variables):

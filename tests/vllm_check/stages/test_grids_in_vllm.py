@@ -17,23 +17,15 @@ import plain_grids
 import plain_tiles
 import ranks_grids
 import tiny_grids
-import torch
+from in_both import METHODS, InBoth, assert_same
 from safetensors.torch import load_file, save_file
-from tiny_next import IMAGE, drawing
+from tiny_next import IMAGE
 from transformers import AutoProcessor
 
-import vtp_kernels as vtp
 from vtp_kernels.vllm.budget import Budget
 
-METHODS = {
-    "attention": lambda keep: vtp.VisPruner(keep, important=1.0, per="picture"),
-    "divprune": lambda keep: vtp.DivPrune(keep, per="picture"),
-}
 
-
-class Served:
-    """The same weights in vLLM and in transformers."""
-
+class Served(InBoth):
     def __init__(self, name, folder):
         self.name, self.tiny, self.folder = name, tiny_grids.FAMILIES[name], folder
         self.model = self.tiny.new_model()
@@ -44,30 +36,11 @@ class Served:
         self.processor = AutoProcessor.from_pretrained(folder)
         self.engine = asking.llm(folder, **plain_tiles.SETTINGS)
 
-    def pictures(self, first=0, last=None):
-        return [drawing(size, seed) for seed, size in enumerate(self.tiny.SIZES)][first:last]
-
-    def request(self, pictures, text="7 8", **more):
-        return plain_tiles.request(self.tiny, pictures, text) | more
-
     def in_transformers(self, pictures, method, text="7 8"):
         """Tokens, and the logarithms of their probabilities."""
         prompt = self.request(pictures, text)["prompt"]
         inputs = self.processor(text=[prompt], images=pictures, return_tensors="pt")
         return self.answer(inputs, method)
-
-    def answer(self, inputs, method):
-        with vtp.prune(self.model, method):
-            found = self.model.generate(
-                **inputs,
-                max_new_tokens=asking.LONGEST_ANSWER,
-                do_sample=False,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-        new = found.sequences[0, -len(found.logits) :].tolist()
-        steps = zip(new, found.logits, strict=True)
-        return new, [x.log_softmax(-1)[0, token].item() for token, x in steps]
 
 
 def turn_experts(path):
@@ -82,13 +55,6 @@ def turn_experts(path):
 @pytest.fixture(scope="module", params=list(tiny_grids.FAMILIES))
 def served(request, tmp_path_factory):
     return Served(request.param, tmp_path_factory.mktemp(request.param))
-
-
-def assert_same(output, expected):
-    tokens, steps = expected
-    assert asking.tokens(output) == tokens
-    difference = torch.tensor(asking.logprobs(output)) - torch.tensor(steps)
-    assert difference.abs().max() < 1e-4
 
 
 def test_without_a_budget_answers_are_those_of_vllm_alone(served):
