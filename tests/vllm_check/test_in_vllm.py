@@ -173,7 +173,7 @@ def test_all_tokens_kept_is_nothing_pruned(engine):
     assert_same(asking.ask(engine, kept), dense)
 
 
-def test_an_engine_with_a_budget(engine):
+def test_an_engine_with_a_budget(engine, monkeypatch):
     """All requests have it, and may lower it. Prompts are read in pieces that cut images up."""
     settings = asking.budget(64)
     small = asking.llm(max_num_batched_tokens=48, max_num_seqs=8, **settings)
@@ -194,6 +194,11 @@ def test_an_engine_with_a_budget(engine):
         with pytest.raises(ValueError, match=message):
             asking.ask(small, [asking.request(cases[0], **given)])
     assert_same(asking.ask(small, [asking.request(case) for case in cases]), expected)
+    # As numbers a count of 1 and all tokens are equal.
+    info = small.llm_engine.renderer.get_mm_processor().info
+    monkeypatch.setattr(info, "budget", plugin.Budget(1))
+    with pytest.raises(ValueError, match=r"more than the engine's 1 of the 256 .* got 256"):
+        info.budget_for(asking.budget(1.0)["mm_processor_kwargs"])
 
 
 # ---- refused ----------------------------------------------------------------------------------

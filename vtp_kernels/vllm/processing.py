@@ -61,8 +61,6 @@ class BudgetInfo:
         """What holds for a request. vLLM set memory aside for images of the engine's budget, so a
         request may lower it, and not lift it."""
         budget = Budget.of(self.mm_config.merge_mm_processor_kwargs(mm_processor_kwargs))
-        if budget == self.budget:
-            return budget
         self._check(budget)
         if self.budget is not None:
             limit, asked = (x.rows(self.most) if x else self.most for x in (self.budget, budget))
