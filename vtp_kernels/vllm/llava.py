@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from vllm.model_executor.models.llava import (
     LlavaForConditionalGeneration,
     LlavaMultiModalProcessor,
@@ -12,11 +11,10 @@ from vllm.model_executor.models.llava import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vtp_kernels.ops import compact_rows
+from vtp_kernels.ops import compact_rows, select_topk
 
 from .budget import KEY, Budget
 from .checks import check_clip
-from .choice import best_rows
 from .processing import BudgetInfo, BudgetProcessor
 from .seeing import PrunedImages, see_with_cls, stays
 from .stages.model import Staged
@@ -59,6 +57,6 @@ class PrunedLlava(Staged, PrunedImages, LlavaForConditionalGeneration):
         if scores is None:
             return [stays(rows, None, budget) for rows in self.multi_modal_projector(features)]
         keep = budget.rows(features.shape[1])
-        chosen = torch.stack([best_rows(of_image, keep) for of_image in scores])
+        chosen = select_topk(scores, keep).indices
         (features,) = compact_rows((features,), chosen)
         return self.multi_modal_projector(features)
