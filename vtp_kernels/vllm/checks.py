@@ -7,7 +7,14 @@ from typing import Any
 
 from .budget import KEY, Budget
 
-__all__ = ["check_clip", "check_grids", "check_grids_engine", "check_intern", "check_siglip"]
+__all__ = [
+    "check_clip",
+    "check_grids",
+    "check_grids_engine",
+    "check_intern",
+    "check_ranks",
+    "check_siglip",
+]
 
 
 def check_clip(budget: Budget, config: Any) -> None:
@@ -89,16 +96,10 @@ def check_grids(budget: Budget, config: Any, mm_config: Any) -> None:
             f"{KEY}: images keep no exact positions beside vLLM's pruning of videos; expected no "
             f"video_pruning_rate, got {mm_config.video_pruning_rate}"
         )
-    if budget.score != "attention":
-        return
-    if mm_config.mm_encoder_tp_mode == "data":
-        raise NotImplementedError(
-            f"{KEY}.score: with mm_encoder_tp_mode='data' no rank sees all images; expected "
-            "'similarity' or 'divprune', got 'attention'"
-        )
+    check_ranks(budget, mm_config, "all images")
     vision = config.vision_config
     full = getattr(vision, "fullatt_block_indexes", None)
-    if full is not None and vision.depth - 1 not in full:
+    if budget.score == "attention" and full is not None and vision.depth - 1 not in full:
         raise NotImplementedError(
             f"{KEY}.score: the last block of the tower attends in windows; expected "
             "'similarity' or 'divprune', got 'attention'"
@@ -127,6 +128,16 @@ def check_grids_engine(config: Any) -> None:
     if config.compilation_config.compile_mm_encoder:
         raise NotImplementedError(
             "compile_mm_encoder: expected False with the plugin, which looks into the tower"
+        )
+
+
+def check_ranks(budget: Budget, mm_config: Any, what: str) -> None:
+    """Raise NotImplementedError where attention is to be scored by, and images are shared out to
+    ranks, so that none of them sees `what`."""
+    if budget.score == "attention" and mm_config.mm_encoder_tp_mode == "data":
+        raise NotImplementedError(
+            f"{KEY}.score: with mm_encoder_tp_mode='data' no rank sees {what}; expected "
+            "'similarity' or 'divprune', got 'attention'"
         )
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.multimodal.utils import copy_mm_embedding_modality, get_mm_features_in_window
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.mm_pruning import MultiModalPruner
@@ -21,7 +20,7 @@ from .budget import KEY, Budget
 from .checks import check_grids, check_grids_engine
 from .choice import best_rows, similarity_to_whole, unlike_rows
 from .processing import BudgetInfo, BudgetProcessor
-from .seeing import PrunedImages
+from .seeing import OutsideGraphs, PrunedImages, mean_over_ranks
 from .unpruned import COLUMNS, Unpruned, is_pruned, of_columns, to_columns
 
 __all__ = ["GridsBudgetInfo", "GridsBudgetProcessor", "PrunedGrids"]
@@ -128,7 +127,7 @@ class RestoredState(DefaultModelState):
             self.restored.remove(req_id)
 
 
-class PrunedGrids(PrunedImages):
+class PrunedGrids(OutsideGraphs, PrunedImages):
     """In front of a model class of vLLM whose tower is `visual`. A row shows a square of patches,
     and has the mean of their scores."""
 
@@ -144,12 +143,6 @@ class PrunedGrids(PrunedImages):
         if kwargs.get(KEY) is None:  # vLLM's own course; flat embeddings, too, are its affair
             return super(PrunedImages, self).embed_multimodal(**kwargs)
         return super().embed_multimodal(**kwargs)
-
-    def get_encoder_cudagraph_config(self) -> Any:
-        """Images are not encoded by graphs, which would go past `embed_multimodal`."""
-        config = super().get_encoder_cudagraph_config()
-        config.modalities = [name for name in config.modalities if name != "image"]
-        return config
 
     # ---- which rows stay ----------------------------------------------------------------------
 
@@ -198,8 +191,7 @@ class PrunedGrids(PrunedImages):
         query, key = (called_with[name].flatten(0, 1) for name in ("query", "key"))
         lengths = [h * w for t, h, w in grids for _ in range(t)]
         scores = received_in_segments(query, key, lengths, attention.attn.scale, None)
-        if attention.tp_size > 1:  # or ranks would keep different rows
-            scores = tensor_model_parallel_all_reduce(scores) / attention.tp_size
+        scores = mean_over_ranks(scores, attention.tp_size)
         scores = self._in_order(scores.unflatten(0, (-1, square)).mean(1), grids)
         return scores.split([t * h * w // square for t, h, w in grids])
 

@@ -19,11 +19,11 @@ from vllm.model_executor.models.internvl import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from .budget import KEY, Budget
-from .checks import check_intern
+from .budget import Budget
+from .checks import check_intern, check_ranks
 from .choice import similarity_to_whole
 from .processing import BudgetInfo, BudgetProcessor
-from .seeing import PrunedImages, stays, watching
+from .seeing import OutsideGraphs, PrunedImages, stays, watching
 
 __all__ = ["PrunedInternVL", "PrunedInternVLChat"]
 
@@ -44,11 +44,7 @@ class InternVLBudgetProcessor(BudgetProcessor, InternS1MultiModalProcessor):
 class InternVLChatBudgetInfo(TilesInfo, InternVLProcessingInfo):
     def check_budget(self, budget: Budget) -> None:
         super().check_budget(budget)
-        if self.mm_config.mm_encoder_tp_mode == "data" and budget.score == "attention":
-            raise NotImplementedError(
-                f"{KEY}.score: with mm_encoder_tp_mode='data' no rank sees the attention in all "
-                "tiles; expected 'similarity' or 'divprune', got 'attention'"
-            )
+        check_ranks(budget, self.mm_config, "the attention in all tiles")
 
 
 class InternVLChatBudgetProcessor(BudgetProcessor, InternVLMultiModalProcessor):
@@ -108,14 +104,8 @@ class PrunedInternVL(PrunedTiles, InternS1ForConditionalGeneration):
     info=InternVLChatBudgetInfo,
     dummy_inputs=InternVLChatModel._processor_factory.dummy_inputs,
 )
-class PrunedInternVLChat(PrunedTiles, InternVLChatModel):
+class PrunedInternVLChat(OutsideGraphs, PrunedTiles, InternVLChatModel):
     pixels = "pixel_values_flat"
 
     def _tower(self) -> tuple[Any, Any]:
         return self.vision_model, self.vision_model.encoder.layers[-1].attn
-
-    def get_encoder_cudagraph_config(self) -> Any:
-        """Images are not encoded by graphs, which would go past `embed_multimodal`."""
-        config = super().get_encoder_cudagraph_config()
-        config.modalities = [name for name in config.modalities if name != "image"]
-        return config

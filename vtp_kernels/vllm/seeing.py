@@ -15,7 +15,15 @@ from .choice import attention_received, best_rows, similarity_to_whole, unlike_r
 from .stages.model import Staged
 from .stages.settings import WHERE, Settings
 
-__all__ = ["PrunedImages", "Sight", "see_with_cls", "stays", "watching"]
+__all__ = [
+    "OutsideGraphs",
+    "PrunedImages",
+    "Sight",
+    "mean_over_ranks",
+    "see_with_cls",
+    "stays",
+    "watching",
+]
 
 _TOWER_PARTS = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
 
@@ -61,6 +69,16 @@ class PrunedImages:
         raise NotImplementedError
 
 
+class OutsideGraphs:
+    """In front of a model class of vLLM that encodes by graphs where it can."""
+
+    def get_encoder_cudagraph_config(self) -> Any:
+        """Images are not encoded by graphs, which would go past `embed_multimodal`."""
+        config = super().get_encoder_cudagraph_config()
+        config.modalities = [name for name in config.modalities if name != "image"]
+        return config
+
+
 class Sight:
     """What a vision tower made of V views.
 
@@ -83,7 +101,6 @@ class Sight:
         return self.attention(cls) if score == "attention" else None
 
     def attention(self, cls: bool) -> Tensor:
-        """Of the heads of all ranks, or these would keep different tokens."""
         attention = self._attention
         ranks = getattr(attention, "tp_size", 1)
         here = attention.num_heads_per_partition if ranks > 1 else attention.num_heads
@@ -91,10 +108,14 @@ class Sight:
             states.unflatten(-1, (here, attention.head_dim)).transpose(1, 2)
             for states in (self.query, self.key)
         )
-        scores = attention_received(query, key, attention.scale, cls)
-        if ranks > 1:
-            scores = tensor_model_parallel_all_reduce(scores.contiguous()) / ranks
+        return mean_over_ranks(attention_received(query, key, attention.scale, cls), ranks)
+
+
+def mean_over_ranks(scores: Tensor, ranks: int) -> Tensor:
+    """Of the heads that each of them has as many of, or ranks would keep different tokens."""
+    if ranks == 1:
         return scores
+    return tensor_model_parallel_all_reduce(scores.contiguous()) / ranks
 
 
 @contextmanager
