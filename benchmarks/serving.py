@@ -14,6 +14,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -74,25 +75,45 @@ def main() -> None:
         write(args.json, result | {"block": BLOCK, "at_once": AT_ONCE, "requests": len(cases)})
 
 
+def new_engine(answer: int, ignore_eos: bool = False, **settings: Any) -> tuple[Any, Any]:
+    """The small LLaVA in vLLM in this process, which remembers nothing between requests; and what
+    to give it for greedy answers of so many tokens."""
+    os.environ |= ENVIRONMENT
+    from vllm import LLM, SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=ignore_eos)
+    llm = LLM(
+        str(TRAINED),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=1024,
+        max_num_seqs=AT_ONCE,
+        block_size=BLOCK,
+        enable_prefix_caching=False,
+        mm_processor_cache_gb=0,
+        **settings,
+    )
+    return llm, sampling
+
+
+def asked(case: Any, keep: int | None, score: str = "attention") -> dict[str, Any]:
+    """A request about a picture, with a budget for it or none."""
+    request = {
+        "prompt": f"<image> {case.question.text} ",
+        "multi_modal_data": {"image": Image.fromarray(case.scene.image)},
+    }
+    if keep is not None:
+        settings = {"keep": keep, "score": score}
+        request["mm_processor_kwargs"] = {"images_kwargs": {"vtp": settings}}
+    return request
+
+
 class _Served:
     """vLLM in this process, with a look at how full its KV cache is."""
 
     def __init__(self, score: str) -> None:
-        os.environ |= ENVIRONMENT
-        from vllm import LLM, SamplingParams
-
         self.score = score
-        self.sampling = SamplingParams(temperature=0, max_tokens=LONGEST_ANSWER)
-        self.llm = LLM(
-            str(TRAINED),
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=1024,
-            max_num_seqs=AT_ONCE,
-            block_size=BLOCK,
-            enable_prefix_caching=False,
-            mm_processor_cache_gb=0,
-        )
+        self.llm, self.sampling = new_engine(LONGEST_ANSWER)
         self._watch_blocks()
 
     def _watch_blocks(self) -> None:
@@ -108,18 +129,7 @@ class _Served:
         scheduler.schedule = watched
 
     def answers(self, cases: list, keep: int | None) -> dict:
-        given = {}
-        if keep is not None:
-            settings = {"keep": keep, "score": self.score}
-            given = {"mm_processor_kwargs": {"images_kwargs": {"vtp": settings}}}
-        requests = [
-            {
-                "prompt": f"<image> {case.question.text} ",
-                "multi_modal_data": {"image": Image.fromarray(case.scene.image)},
-                **given,
-            }
-            for case in cases
-        ]
+        requests = [asked(case, keep, self.score) for case in cases]
         self.most_blocks = 0
         start = time.perf_counter()
         outputs = self.llm.generate(requests, self.sampling, use_tqdm=False)

@@ -26,12 +26,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from benchmarks.harness import write
-from benchmarks.serving import AT_ONCE, BLOCK, ENVIRONMENT, share_equal, vllm_version
+from benchmarks.serving import AT_ONCE, BLOCK, asked, new_engine, share_equal, vllm_version
 from vtp_kernels.pocket_llava import scenes
-from vtp_kernels.pocket_llava.model import TRAINED
+from vtp_kernels.vllm.stages.settings import REQUESTS, SCHEDULER
 
 LAYERS = 8
 #: In blocks of a layer: of vLLM alone, 8 requests with their whole answers.
@@ -96,31 +94,19 @@ class _Served:
     """An engine in this process, with a look at what its scheduler gives out."""
 
     def __init__(self, keep: int | None, method: str | None, answer: int) -> None:
-        os.environ |= ENVIRONMENT
-        from vllm import LLM, SamplingParams
-
-        self.keep, self.answer = keep, answer
-        self.sampling = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
+        self.keep = keep
         settings: dict[str, Any] = {"enable_chunked_prefill": False, "max_num_batched_tokens": 2048}
         layers = LAYERS
         if method is not None:
             layers = 2  # by vLLM's own grouping
             settings |= {
                 "additional_config": {"vtp": {"method": method}},
-                "scheduler_cls": "vtp_kernels.vllm.StagedScheduler",
-                "logits_processors": ["vtp_kernels.vllm:StagedRequests"],
+                "scheduler_cls": SCHEDULER,
+                "logits_processors": [REQUESTS],
             }
-        self.llm = LLM(
-            str(TRAINED),
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=1024,
-            max_num_seqs=AT_ONCE,
-            block_size=BLOCK,
-            num_gpu_blocks_override=CACHE // layers + 1,  # one is never given out
-            enable_prefix_caching=False,
-            mm_processor_cache_gb=0,
-            **settings,
+        blocks = CACHE // layers + 1  # one is never given out
+        self.llm, self.sampling = new_engine(
+            answer, ignore_eos=True, num_gpu_blocks_override=blocks, **settings
         )
         self._watch(layers)
 
@@ -147,21 +133,13 @@ class _Served:
         scheduler.schedule, scheduler._preempt_request = watched, counted
 
     def answers(self, cases: list) -> dict[str, Any]:
-        given = {}
-        if self.keep is not None:
-            settings = {"keep": self.keep, "score": "attention"}
-            given = {"mm_processor_kwargs": {"images_kwargs": {"vtp": settings}}}
         self.most = self.preempted = 0
-        engine, first, ids = self.llm.llm_engine, {}, {}
+        llm, first, ids = self.llm.llm_engine, {}, {}
         start = time.perf_counter()
         for number, case in enumerate(cases):
-            request = {
-                "prompt": f"<image> {case.question.text} ",
-                "multi_modal_data": {"image": Image.fromarray(case.scene.image)},
-            }
-            engine.add_request(str(number), request | given, self.sampling)
-        while engine.has_unfinished_requests():
-            for output in engine.step():
+            llm.add_request(str(number), asked(case, self.keep), self.sampling)
+        while llm.has_unfinished_requests():
+            for output in llm.step():
                 number = int(output.request_id)
                 first.setdefault(number, time.perf_counter() - start)
                 ids[number] = output.outputs[0].token_ids

@@ -9,13 +9,14 @@ from typing import Any
 from vtp_kernels._shown import shown
 from vtp_kernels.methods import method_from_spec
 from vtp_kernels.vllm import Budget
+from vtp_kernels.vllm.stages.settings import REQUESTS, SCHEDULER
 
 __all__ = ["Served"]
 
 PLUGINS = "VLLM_PLUGINS"
 BETWEEN = {
-    "scheduler_cls": "vtp_kernels.vllm.StagedScheduler",
-    "logits_processors": ["vtp_kernels.vllm:StagedRequests"],
+    "scheduler_cls": SCHEDULER,
+    "logits_processors": [REQUESTS],
     "enable_chunked_prefill": False,
 }
 GRAPHS = {"cudagraph_mode": "FULL_DECODE_ONLY"}
