@@ -11,7 +11,7 @@ from torch import nn
 from ..towers import IdeficsTower, PerceiverTower
 from .family import Family
 from .looks import Given, Looks, cells
-from .squares import tiles_of, tiles_then_whole
+from .squares import cut_of, tiles_of, tiles_then_whole
 from .tiny import IMAGE, SQUARE, TEXT, VISION, Tiny
 
 __all__ = ["Idefics2", "Idefics3", "SmolVLM", "tile"]
@@ -115,12 +115,8 @@ class SmolVLM(Idefics3):
 
 
 def _cut(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of tiles: the processor is given a picture of that size."""
-    from PIL import Image
-
-    height, width = size
-    blank = [[Image.new("RGB", (width, height))]]
-    cut = processor(blank, return_row_col_info=True, return_tensors="pt")
+    """Rows and columns of tiles."""
+    cut = cut_of(processor, size)
     return int(cut["rows"][0][0]), int(cut["cols"][0][0])
 
 

@@ -15,7 +15,7 @@ from ..towers import UnshuffledTower
 from .family import Family
 from .looks import Given, Looks, View, cells, whole
 from .placing import placed
-from .squares import pictures_of, tiled
+from .squares import cut_of, pictures_of, tiled
 from .tiny import IMAGE, TEXT, Tiny
 
 __all__ = ["Lfm2VL"]
@@ -104,12 +104,8 @@ def _may_be_cut(given: Given, grids: list[tuple[int, int]]) -> bool:
 
 
 def _tiles(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of tiles: the processor is given a picture of that size."""
-    from PIL import Image
-
-    height, width = size
-    blank = [[Image.new("RGB", (width, height))]]
-    cut = processor(blank, return_row_col_info=True, return_tensors="pt")
+    """Rows and columns of tiles."""
+    cut = cut_of(processor, size)
     return int(cut["image_rows"][0]), int(cut["image_cols"][0])
 
 

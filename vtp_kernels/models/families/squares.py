@@ -14,6 +14,7 @@ from .looks import WHOLE, Box, Given, Looks, Size, View, cells, centered, whole
 __all__ = [
     "arrangement",
     "cropped_squares",
+    "cut_of",
     "folded",
     "padded",
     "pictures_of",
@@ -129,6 +130,15 @@ def tiles_of(
         rows, columns = grid(given.processor, size)
         found.append((rows, columns) if rows * columns > 1 else (0, 0))
     return found
+
+
+def cut_of(processor: Any, size: tuple[int, int]) -> Any:
+    """What a processor makes, and says, of a picture of a height and a width."""
+    from PIL import Image
+
+    height, width = size
+    blank = [[Image.new("RGB", (width, height))]]
+    return processor(blank, return_row_col_info=True, return_tensors="pt")
 
 
 def pictures_of(given: Given) -> list[tuple[int, int]]:
