@@ -37,6 +37,21 @@ class InBoth:
         return new, [x.log_softmax(-1)[0, token].item() for token, x in steps]
 
 
+def assert_no_entry_is_shared(served, budgets):
+    """Two pictures, with every budget: alone, together in one batch, and from what is cached."""
+    requests = [served.request(served.pictures(0, 2), **budget) for budget in budgets]
+    alone = []
+    for request in requests:
+        asking.forget(served.engine)
+        alone += asking.ask(served.engine, [request])
+    asking.forget(served.engine)
+    for _ in range(2):
+        together = asking.ask(served.engine, requests)
+        for output, expected in zip(together, alone, strict=True):
+            assert_same(output, (asking.tokens(expected), asking.logprobs(expected)))
+    assert len({tuple(asking.logprobs(output)) for output in alone}) == len(budgets)
+
+
 def assert_same(output, expected):
     """vLLM's output, and an answer with the logarithms of its tokens' probabilities."""
     tokens, steps = expected

@@ -14,7 +14,7 @@ import asking
 import numpy as np
 import plain_tiles
 import torch
-from in_both import METHODS, InBoth, assert_same
+from in_both import METHODS, InBoth, assert_no_entry_is_shared, assert_same
 from tiny_next import drawing
 from torch.nn.utils.rnn import pad_sequence
 
@@ -161,18 +161,7 @@ def test_answers_are_those_of_transformers(served, keep, more, score):
 
 def test_budgets_meet_in_one_batch_and_share_no_cache_entry(served):
     budgets = [{}, asking.budget(12), asking.budget(12, "divprune"), asking.budget(0.3)]
-    pictures = served.pictures(0, 2)
-    requests = [served.request(pictures, **budget) for budget in budgets]
-    alone = []
-    for request in requests:
-        asking.forget(served.engine)
-        alone += asking.ask(served.engine, [request])
-    asking.forget(served.engine)
-    for _ in range(2):  # together, then from what is cached
-        together = asking.ask(served.engine, requests)
-        for output, expected in zip(together, alone, strict=True):
-            assert_same(output, (asking.tokens(expected), asking.logprobs(expected)))
-    assert len({tuple(asking.logprobs(output)) for output in alone}) == len(budgets)
+    assert_no_entry_is_shared(served, budgets)
 
 
 @pytest.mark.parametrize("served", ["tiny_internvl", "tiny_onevision"], indirect=True)

@@ -1,7 +1,7 @@
 """A small InternVL with random weights, and sizes of pictures that make several tiles."""
 
 import torch
-from tiny_next import IMAGE, new_tokenizer
+from tiny_next import IMAGE, TEXT, new_tokenizer, with_weights
 from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
@@ -29,27 +29,11 @@ def new_model():
         image_size=112,
         patch_size=14,
     )
-    text = Qwen2Config(
-        vocab_size=100,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    text = Qwen2Config(**TEXT)
     config = InternVLConfig(
         vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=16
     )
-    model = InternVLForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.12)
-    return model
+    return with_weights(InternVLForConditionalGeneration(config))
 
 
 def new_processor():

@@ -24,6 +24,29 @@ MOST = 88  # of 112 x 112: the whole, four crops, and eight lines that end
 BEST = 20  # next tokens whose probabilities are compared: other rows would change them all
 
 
+TEXT = {
+    "vocab_size": 100,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@torch.no_grad()
+def with_weights(model):
+    """Drawn as large as makes a difference to what is said."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, 0.12)
+    return model.eval()
+
+
 def new_model():
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
@@ -35,18 +58,7 @@ def new_model():
         patch_size=14,
         projection_dim=32,
     )
-    text = LlamaConfig(
-        vocab_size=100,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    text = LlamaConfig(**TEXT)
     config = LlavaNextConfig(
         vision_config=vision,
         text_config=text,
@@ -54,11 +66,8 @@ def new_model():
         image_grid_pinpoints=GRIDS,
         image_seq_length=PATCHES,
     )
-    model = LlavaNextForConditionalGeneration(config).eval()
+    model = with_weights(LlavaNextForConditionalGeneration(config))
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.12)
         model.model.image_newline.normal_(0, 0.5)
     return model
 

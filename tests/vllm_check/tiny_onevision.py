@@ -2,7 +2,7 @@
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_next import IMAGE, new_tokenizer
+from tiny_next import IMAGE, TEXT, new_tokenizer, with_weights
 from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
@@ -36,18 +36,7 @@ def new_model():
         patch_size=14,
         vision_use_head=False,
     )
-    text = Qwen2Config(
-        vocab_size=100,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    text = Qwen2Config(**TEXT)
     config = LlavaOnevisionConfig(
         vision_config=vision,
         text_config=text,
@@ -55,11 +44,8 @@ def new_model():
         video_token_index=VIDEO,
         image_grid_pinpoints=GRIDS,
     )
-    model = LlavaOnevisionForConditionalGeneration(config).eval()
+    model = with_weights(LlavaOnevisionForConditionalGeneration(config))
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.12)
         model.model.image_newline.normal_(0, 0.5)
     return model
 

@@ -291,13 +291,9 @@ def by_hand(scorer, query, key, value, visual):
     return (weights[:, -1, :, None] * value.transpose(0, 1)).square().sum((0, 2)).sqrt()
 
 
-@pytest.mark.parametrize("scorer", ["last_token", "text", "contribution"])
-def test_rows_that_stay_are_those_chosen_one_by_one(draw, scorer):
-    """Of prompts of very different lengths, beside requests that lose nothing, over two stages."""
-    until_clear(check_two_stages, draw, scorer)
-
-
-def check_two_stages(draw, scorer):
+def mixed_step():
+    """Prompts of very different lengths, rows of each that have been read before, and rows of each
+    in this step: one is decoded, and one comes back with its answer."""
     prompts = {
         "long": Prompt.of([[(3, 40)], [(44, 70)]], 75),
         "text": Prompt.of([], 5),
@@ -305,7 +301,18 @@ def check_two_stages(draw, scorer):
         "answered": Prompt.of([[(0, 7)]], 10),
         "back": Prompt.of([[(0, 30)]], 64),
     }
-    names, computed, lengths = list(prompts), [0, 0, 0, 12, 0], [75, 5, 12, 1, 66]
+    return prompts, [0, 0, 0, 12, 0], [75, 5, 12, 1, 66]
+
+
+@pytest.mark.parametrize("scorer", ["last_token", "text", "contribution"])
+def test_rows_that_stay_are_those_chosen_one_by_one(draw, scorer):
+    """Of prompts of very different lengths, beside requests that lose nothing, over two stages."""
+    until_clear(check_two_stages, draw, scorer)
+
+
+def check_two_stages(draw, scorer):
+    prompts, computed, lengths = mixed_step()
+    names = list(prompts)
     asked, step, heads = new_step(draw, f"schedule:2=0.5,5=7:{scorer}", prompts, computed, lengths)
     choice = Choice(asked, step, Backends(None))
     before = [list(range(n)) for n in lengths]  # places of each request's rows that are left
@@ -401,14 +408,8 @@ class Positive(vtp.Method):
 def test_counts_that_only_the_method_can_tell_are_settled(draw):
     """Of visual tokens and text, beside others, over two stages; and later steps know them. One
     that was preempted and comes back begins with the bound again."""
-    prompts = {
-        "long": Prompt.of([[(3, 40)], [(44, 70)]], 75),
-        "text": Prompt.of([], 5),
-        "short": Prompt.of([[(1, 9)]], 12),
-        "answered": Prompt.of([[(0, 7)]], 10),
-        "back": Prompt.of([[(0, 30)]], 64),
-    }
-    names, computed, lengths = list(prompts), [0, 0, 0, 12, 0], [75, 5, 12, 1, 66]
+    prompts, computed, lengths = mixed_step()
+    names = list(prompts)
     accounts = Accounts(Settings(Positive(), (2, 5), DEPTH), 16, CPU)
     for slot, (name, prompt) in enumerate(prompts.items()):
         accounts.add(name, slot, prompt)

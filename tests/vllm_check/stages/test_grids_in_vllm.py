@@ -17,7 +17,7 @@ import plain_grids
 import plain_tiles
 import ranks_grids
 import tiny_grids
-from in_both import METHODS, InBoth, assert_same
+from in_both import METHODS, InBoth, assert_no_entry_is_shared, assert_same
 from safetensors.torch import load_file, save_file
 from tiny_next import IMAGE
 from transformers import AutoProcessor
@@ -100,17 +100,7 @@ def squares(served, picture):
 
 def test_budgets_meet_in_one_batch_and_share_no_cache_entry(served):
     budgets = [{}, asking.budget(12), asking.budget(12, "similarity"), asking.budget(0.3)]
-    requests = [served.request(served.pictures(0, 2), **budget) for budget in budgets]
-    alone = []
-    for request in requests:
-        asking.forget(served.engine)
-        alone += asking.ask(served.engine, [request])
-    asking.forget(served.engine)
-    for _ in range(2):  # together, then from what is cached
-        together = asking.ask(served.engine, requests)
-        for output, expected in zip(together, alone, strict=True):
-            assert_same(output, (asking.tokens(expected), asking.logprobs(expected)))
-    assert len({tuple(asking.logprobs(output)) for output in alone}) == len(budgets)
+    assert_no_entry_is_shared(served, budgets)
 
 
 @pytest.mark.parametrize("served", ["qwen2_vl"], indirect=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import transformers
-from tiny_next import IMAGE, new_tokenizer
+from tiny_next import IMAGE, new_tokenizer, with_weights
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -102,12 +102,7 @@ class Tiny:
             image_token_id=IMAGE,
             **{f"{name}_token_id": number for name, number in self.words.items()},
         )
-        model = getattr(transformers, self.ARCHITECTURE)(config).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.normal_(0, 0.12)
-        return model
+        return with_weights(getattr(transformers, self.ARCHITECTURE)(config))
 
     def new_processor(self):
         named = {f"{name}_token": SPELLED[name] for name in self.words}
