@@ -27,7 +27,7 @@ from vtp_kernels import vllm as plugin
 from vtp_kernels.chat import chat_inputs, greedy_answers
 from vtp_kernels.pocket_llava.model import TRAINED, processor
 
-COUNT = 200
+COUNT = 500
 PATCHES, BLOCK = 256, 32
 DECIDERS = TRAINED.parent / "deciders" / "seed-0"
 METHODS = {
