@@ -69,6 +69,13 @@ from .plan import Plan
 __all__ = ["Prefill"]
 
 
+Group = tuple[int, int]
+"""Layers whose keys are of the same rows: which KeyRows of the past, and which stage."""
+
+ONE = -1
+"""The stage of layers in which one visual token takes part."""
+
+
 class Applied(Protocol):
     """What is the same in all calls while a method is applied."""
 
@@ -165,9 +172,11 @@ class Prefill:
         self.row_positions: Tensor | None = None  # only where rows close up
         self.left: Tensor | None = None  # bool [B, columns of the prompt], there too
         self.cache: Any = None
+        self.state: CacheState | None = None  # what is remembered of it
         self.past_state = past_state
-        self.key_rows: dict[tuple[int, int], KeyRows] = {}  # by (rows of the past, stage)
-        self.inputs: dict[tuple[int, LayerKind], dict[str, Any]] = {}  # by id of the KeyRows
+        self.key_rows: dict[Group, KeyRows] = {}
+        self.inputs: dict[tuple[Group, LayerKind], dict[str, Any]] = {}
+        self.group: Group = -1, 0  # of the layer that runs
         self.layer_keys: list[KeyRows | None] = []
         self.past_rows: list[tuple[int, Tensor | None]] = []
         self.forgotten: dict[int, Text] = {}  # by layer
@@ -383,7 +392,8 @@ class Prefill:
         """Forgets what is to be forgotten, after the last layer. What report() needs."""
         self._check_attended()
         if self.cache is not None:
-            self.cache.vtp.stop_observing()
+            prune_cache(self.cache, self.state)
+            self.state.stop_observing()
             self._forget()
             if any(self.layer_keys):
                 self._note_padding()
@@ -445,11 +455,13 @@ class Prefill:
             state.removed = self.past_state.removed
             state.prompt -= state.removed
             state.padding = self.past_state.padding
-        prune_cache(cache, state)
+        self.state = state
+        if not torch.compiler.is_compiling():  # else when it ends, for compiled code cannot do it
+            prune_cache(cache, state)
 
     def _note_padding(self) -> None:
         """Columns of padding that layers no longer have, for later calls."""
-        state = self.cache.vtp
+        state = self.state
         if self.prompt_valid is not None:
             state.padding = self._behind(state.padding, ~self.prompt_valid)
 
@@ -569,7 +581,9 @@ class Prefill:
             name = type(self.method).__name__
             self.asked.check(self.origin, *self._real_rows(), name, layer)
         self.packing = None
-        if totals is not None and sum(totals) < sum(self.real_at_start):
+        # Compiled code takes rows as they come, for their number is in no shape.
+        compiling = torch.compiler.is_compiling()
+        if not compiling and totals is not None and sum(totals) < sum(self.real_at_start):
             self.packing = Packing.of(totals, width, hidden.device)
         self.embeddings = {kind: (cos, sin)}
         self.text = self.one = None
@@ -619,8 +633,8 @@ class Prefill:
 
     def _shorten(self, rows: int) -> None:
         """Note that the layer the model counts by lacks so many rows more."""
-        self.cache.vtp.removed += rows
-        self.cache.vtp.prompt -= rows
+        self.state.removed += rows
+        self.state.prompt -= rows
 
     @property
     def _end(self) -> int:
@@ -628,25 +642,33 @@ class Prefill:
         return self.past + self.prompt_visual.shape[1]
 
     def _keys_of_one(self, layer: int, past: int) -> KeyRows:
-        before = self.past_state.layers[layer] if self.past_state else None
-        key = (id(before), -1)
-        if key not in self.key_rows:
+        before, number = self._before(layer)
+        self.group = number, ONE
+        if self.group not in self.key_rows:
             one = self._rows_of_one()
             (origin,) = compact_rows(
                 (self.origin,), *one.selection, align="right", backend=self.backend
             )
-            self.key_rows[key] = self._key_rows(before, past, origin, one.valid)
-        return self.key_rows[key]
+            self.key_rows[self.group] = self._key_rows(before, past, origin, one.valid)
+        return self.key_rows[self.group]
 
     def _keys_of(self, layer: int, past: int) -> KeyRows | None:
         """The key rows of a layer; None while the model's own mask and positions are right."""
-        before = self.past_state.layers[layer] if self.past_state else None
+        before, number = self._before(layer)
         if before is None and not self.stages and not self.uneven:
             return None
-        key = (id(before), len(self.stages))
-        if key not in self.key_rows:
-            self.key_rows[key] = self._key_rows(before, past, self.origin, self.valid)
-        return self.key_rows[key]
+        self.group = number, len(self.stages)
+        if self.group not in self.key_rows:
+            self.key_rows[self.group] = self._key_rows(before, past, self.origin, self.valid)
+        return self.key_rows[self.group]
+
+    def _before(self, layer: int) -> tuple[KeyRows | None, int]:
+        """The rows of a layer's keys that came earlier, where some have left; and the first layer
+        that shares them, for compiled code does not know objects by their ids."""
+        if self.past_state is None or self.past_state.layers[layer] is None:
+            return None, -1
+        rows = self.past_state.layers[layer]
+        return rows, next(i for i, x in enumerate(self.past_state.layers) if x is rows)
 
     def _key_rows(
         self, before: KeyRows | None, past: int, origin: Tensor, valid: Tensor | None
@@ -689,7 +711,7 @@ class Prefill:
     ) -> dict[str, Any]:
         """Mask and rotary embeddings, made once for all layers that share `keys`."""
         kind = self.parts.kinds[layer]
-        key = (id(keys), kind)
+        key = self.group, kind
         if key not in self.inputs:
             embeddings = self._embeddings(kind, arguments)
             shift, positions = self._past_shift(layer), None
