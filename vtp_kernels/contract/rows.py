@@ -470,8 +470,8 @@ class PromptRows:
         check_fit(where, KINDS[1], counts, self.visual_now)
         kept = self.visual & kept
         demand(where, equal(KINDS[1], kept.sum(1), on_device(counts, kept.device)))
-        text = on_host(self.text_now)
-        return self._keep(self.text | kept, text, counts, max(added(text, counts)))
+        text = self._text_counts()
+        return self._keep(self.text | kept, text, counts, self._room(text, counts))
 
     def keep_visual(self, counts: list[int], scores: Tensor | None) -> Kept:
         """Keep all text, and of each prompt's visual tokens the `counts[b]` with highest scores.
@@ -483,7 +483,7 @@ class PromptRows:
         where = f"{self.asker}: keep_visual"
         batch, width = self.visual.shape
         counts = self._fitting(where, counts)
-        text, there = on_host(self.text_now), on_host(self.visual_now)
+        text, there = self._text_counts(), on_host(self.visual_now)
         if scores is None:
             if any(0 < count < most for count, most in zip(counts, there, strict=True)):
                 raise ValueError(f"{where}: scores: there is a choice to make, got None")
@@ -496,7 +496,7 @@ class PromptRows:
             on_device(counts, self.visual.device),
             candidates=self.visual,
             keep=self.text,
-            capacity=max(added(text, counts)),
+            capacity=self._room(text, counts),
             backend=self._backend,
         )
         return self._made(Kept(selection, text, counts))
@@ -685,7 +685,7 @@ class PromptRows:
         if self.past or heads.are_spread(query):  # scores must be put together before they rank
             scores = self._scores_of(query, options, self.past, self.visual)
             return self.keep_visual(counts, scores)
-        text = on_host(self.text_now)
+        text = self._text_counts()
         counts = self._fitting(f"{self.asker}: keep_attended", counts)
         k = on_device(counts, self.visual.device)
         per_prompt = isinstance(k, Tensor)
@@ -696,7 +696,7 @@ class PromptRows:
             k=0 if per_prompt else k,
             candidates=self.visual,
             keep=self.text,
-            capacity=max(added(text, counts)),
+            capacity=self._room(text, counts),
             **options,
         )
         self.note_scores(scores, self.visual)
@@ -742,6 +742,18 @@ class PromptRows:
         scores = torch.zeros(stays.shape, device=stays.device)
         selection = select_topk(scores, 0, keep=stays, capacity=capacity, backend=self._backend)
         return self._made(Kept(selection, text, visual))
+
+    def _text_counts(self) -> Counts:
+        """Text rows of each prompt, on the host; in compiled code maybe on the device alone."""
+        return self.text_now if torch.compiler.is_compiling() else on_host(self.text_now)
+
+    def _room(self, text: Counts, visual: list[int]) -> int:
+        """For the rows of the longest prompt, where all text stays and so many visual tokens."""
+        totals = added(text, visual)
+        if totals is not None:
+            return max(totals)
+        there = on_host(self.visual_now)
+        return self.visual.shape[1] - min(a - b for a, b in zip(there, visual, strict=True))
 
     def _fitting(self, where: str, counts: Any) -> list[int]:
         """`counts` of visual tokens as a list, if no prompt has fewer."""

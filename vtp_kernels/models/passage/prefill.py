@@ -505,7 +505,7 @@ class Prefill:
             prompt_visual=self.prompt_visual,
             visual_at_start=self.visual_at_start,
             visual_now=self.visual_now,
-            text_now=self.text_now,
+            text_now=self._text_now(),
             text_before=self.text_before,
             drafts=self.asked.drafts,
             columns=self.prompt_visual.shape[1],
@@ -519,6 +519,15 @@ class Prefill:
             units=self.units,
             backends=self.backends,
         )
+
+    def _text_now(self) -> Counts:
+        """Text rows of each prompt. In compiled code their numbers come with the rows, so that it
+        is good for prompts of other lengths."""
+        if not torch.compiler.is_compiling():
+            return self.text_now
+        if self.valid is None:
+            return [self.visual.shape[1] - visual for visual in self.visual_now]
+        return (self.valid & ~self.visual).sum(1)
 
     def _sight(self, layer: int, past: int) -> Sight | None:
         """What rows saw in the layer that was observed, `past` keys of which came earlier; None if
