@@ -230,7 +230,8 @@ class PromptRows:
         """
         past, observation = self.past if rotary else 0, self._observed()
         among = self.visual if among is None else among
-        if len(range(*rows.indices(self.hidden.shape[1]))) > 1 and self._in_window(causal):
+        first, last = _ends(rows, self.hidden.shape[1])
+        if last - first > 1 and self._in_window(causal):
             return self._scores_in_windows(rows, query_valid, among, support, rotary)
         query, options = self._asked_of(observation, rows, query_valid, rotary, causal)
         return self._scores_of(query, options, past, among, support)
@@ -296,7 +297,7 @@ class PromptRows:
     ) -> tuple[Tensor, dict[str, Any]]:
         """What the ops are to know of the observed layer: queries of `rows`, and all else."""
         past = self.past if rotary else 0
-        first, last, _ = rows.indices(self.hidden.shape[1])
+        first, last = _ends(rows, self.hidden.shape[1])
         positions = None
         valid = self._key_valid() if past else self.valid
         if last - first == 1 and self._in_window(causal):  # of several: see attention_scores
@@ -677,7 +678,7 @@ class PromptRows:
     ) -> Kept:
         """`keep_visual` by the `attention_scores` of the same arguments, in one op."""
         observation = self._observed()
-        first, last, _ = rows.indices(self.hidden.shape[1])
+        first, last = _ends(rows, self.hidden.shape[1])
         if last - first > 1 and self._in_window(causal=True):
             return self.keep_visual(counts, self.attention_scores(rows, query_valid))
         query, options = self._asked_of(observation, rows, query_valid)
@@ -787,6 +788,13 @@ def _fit(totals: Tensor, capacity: int) -> Fact:
     return Fact(
         totals <= capacity, lambda b: f"{int(totals[b])} rows stay, and capacity is {capacity}"
     )
+
+
+def _ends(rows: slice, length: int) -> tuple[int, int]:
+    """The first of some rows of `length`, and the one behind the last. As `slice.indices`, which
+    would have compiled code hold for one length alone."""
+    first, last = rows.start or 0, length if rows.stop is None else rows.stop
+    return max(first + length, 0) if first < 0 else first, last + length if last < 0 else last
 
 
 def _both(some: Tensor | None, others: Tensor | None) -> Tensor | None:
