@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 
     from .rows import Kept, PromptRows
     from .unit import Unit
-    from .vision import Ask
+    from .vision import Ask, PromptVision
 
 METHODS: dict[str, type[Method]] = {}
 """Every method that has been imported, by the name it has in files and on the command line."""
@@ -138,6 +138,10 @@ class Method(ABC):
     def check_units(self, units: list[list[Unit]]) -> None:  # noqa: B027
         """Raise ValueError if it cannot do with the pictures and frames of a call, those of each
         prompt in order. Asked when the call begins, of methods that need units."""
+
+    def look_ahead(self, vision: PromptVision) -> None:  # noqa: B027
+        """Ask `vision` for what `decide` will have to know of it on the host: called when the tower
+        has run, before the layers do, which may be compiled."""
 
     def needs_ops(self) -> Sequence[str]:
         """Ops of this package by which it decides, and which the engine itself does not need: their

@@ -362,25 +362,27 @@ class PromptRows:
             )
         return self._observation
 
-    def gather(self, mask: Tensor, counts: list[int]) -> tuple[Tensor, Selection, Tensor | None]:
+    def gather(self, mask: Tensor, counts: Counts) -> tuple[Tensor, Selection, Tensor | None]:
         """`hidden` of the rows in `mask` bool [B, S] alone, in order, `counts[b]` of each prompt:
-        [B, N, C]; which rows these are; and which of the N are there, bool [B, N] (None: all)."""
+        [B, N, C]; which rows these are; and which of the N are there, bool [B, N] (None: all).
+        Counts of text may be those of `text_now`, whatever that is; others are a list."""
         where = f"{self.asker}: gather"
         tensor(f"{where}: mask", mask, "B, S", tuple(self.visual.shape), BOOL, self.visual.device)
-        counts = host_counts(f"{where}: counts", counts, len(mask))
-        demand(where, equal("rows", mask.sum(1), on_device(counts, mask.device)))
+        if self._may_be_there_only(counts):
+            most, even = self.visual.shape[1] - min(on_host(self.visual_now)), False
+        else:
+            counts = host_counts(f"{where}: counts", counts, len(mask))
+            demand(where, equal("rows", mask.sum(1), on_device(counts, mask.device)))
+            most, even = max(counts), min(counts) == max(counts)
         selection = select_topk(
             torch.zeros(mask.shape, device=mask.device),
             0,
             keep=mask,
-            capacity=max(counts),
+            capacity=most,
             backend=self._backend,
         )
         (hidden,) = compact_rows((self.hidden,), *selection, backend=self._backend)
-        valid = None
-        if min(counts) < max(counts):
-            valid = selection.indices >= 0
-        return hidden, selection, valid
+        return hidden, selection, None if even else selection.indices >= 0
 
     def spread(self, values: Tensor, selection: Selection) -> Tensor:
         """Values [B, N] of selected rows, at the rows they are of: [B, S], 0 elsewhere."""
@@ -443,7 +445,7 @@ class PromptRows:
         found = self.numbers_of(stays)
         if counts is not None:
             text, visual = self._given(where, counts)
-            expected = [on_device(x, stays.device) for x in (text, visual)]
+            expected = [x if isinstance(x, Tensor) else on_device(x, stays.device) for x in (text, visual)]
             demand(where, *map(equal, KINDS, found, expected), asked_stay(found[2], self.drafts))
         elif capacity is None:
             text, visual, asked = torch.stack(found).tolist()
@@ -453,7 +455,7 @@ class PromptRows:
             demand(where, _fit(text + visual, capacity), asked_stay(asked, self.drafts))
         totals = added(text, visual)
         if capacity is None:
-            capacity = max(totals)
+            capacity = self._room(text, visual)
         elif totals is not None and max(totals) > capacity:
             raise ValueError(f"{where}: capacity: {capacity} for {max(totals)} rows that stay")
         return self._keep(stays, text, visual, min(capacity, width))
@@ -756,6 +758,11 @@ class PromptRows:
         there = on_host(self.visual_now)
         return self.visual.shape[1] - min(a - b for a, b in zip(there, visual, strict=True))
 
+    @staticmethod
+    def _may_be_there_only(counts: Any) -> bool:
+        """Whether these are counts that compiled code knows on the device alone."""
+        return torch.compiler.is_compiling() and isinstance(counts, Tensor)
+
     def _fitting(self, where: str, counts: Any) -> list[int]:
         """`counts` of visual tokens as a list, if no prompt has fewer."""
         counts = host_counts(f"{where}: counts", counts, len(self.visual))
@@ -778,7 +785,10 @@ class PromptRows:
                 f"{where}: counts: expected those of text and of visual rows, got {shown(counts)}"
             )
         there = (self.text_now, self.visual_now)
-        lists = [host_counts(f"{where}: counts", x, len(self.visual)) for x in counts]
+        lists = [
+            x if self._may_be_there_only(x) else host_counts(f"{where}: counts", x, len(self.visual))
+            for x in counts
+        ]
         for what, x, most in zip(KINDS, lists, there, strict=True):
             check_fit(where, what, x, most)
         return lists[0], lists[1]

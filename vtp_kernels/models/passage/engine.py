@@ -268,7 +268,7 @@ class Engine(StaysBehind):
         arguments = dict(zip(parameters, args, strict=False)) | kwargs if args else kwargs
         call = kwargs.get(CALL)
         if isinstance(call, Prefill):
-            call.planes = self.parts.page.take_planes(kwargs, self.first_decision)
+            call.begin(kwargs)
         cache = arguments.get("past_key_values")
         if not isinstance(cache, PrunedCache):
             return None

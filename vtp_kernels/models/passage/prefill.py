@@ -83,6 +83,7 @@ class Applied(Protocol):
     method: Method
     positions: str
     plan: Plan
+    first_decision: int
     backends: Backends
     backend: str | None
     at_work: AtWork
@@ -113,6 +114,7 @@ class Prefill:
         """`arguments` are those of the model's forward, by name."""
         self.parts, self.method, self.positions = engine.parts, engine.method, engine.positions
         self.plan, parts = engine.plan, engine.parts
+        self.first_decision = engine.first_decision
         self.backends, self.backend = engine.backends, engine.backend
         self.may_pack, self.at_work = engine.may_pack, engine.at_work
         self.placeholders = parts.placeholders(arguments)
@@ -160,6 +162,7 @@ class Prefill:
         # The layer that may run on the rows asked for alone.
         self.last = len(parts.layers) - 1 if asks_few_rows(parts, arguments) else -1
 
+        self.vision: PromptVision | None = None  # once the tower has run
         self.planes: Planes | None = None  # where the model leaves it to this call to add them
         self.observation: Observation | None = None
         self.packing: Packing | None = None  # where much padding came with the rows that left
@@ -218,6 +221,7 @@ class Prefill:
         """Here, before anything runs, and right behind the one read, for this reads too."""
         try:
             self.units.counts(visual)
+            self.units.numbers(visual.device)
             self.method.check_units(self.units.all)
         except NotImplementedError as error:
             raise NotImplementedError(
@@ -515,7 +519,7 @@ class Prefill:
             past=past,
             key_valid=partial(valid_keys, past, past_valid, self.valid, self.visual),
             sight=self._sight(layer - 1, past) if self.observation is not None else None,
-            vision=self._vision(layer),
+            vision=None if layer else self.vision,
             units=self.units,
             backends=self.backends,
         )
@@ -543,10 +547,15 @@ class Prefill:
         reach = reach_of(kind, columns[:, past:], self._end, self.blocks)
         return None if reach is None else Sight(columns, reach.first, reach.last)
 
-    def _vision(self, layer: int) -> PromptVision | None:
+    def begin(self, arguments: dict[str, Any]) -> None:
+        """Behind the tower, before the first layer. `arguments` are those of the decoder stack."""
+        self.planes = self.parts.page.take_planes(arguments, self.first_decision)
+        if self.plan.sees_pictures:
+            self.vision = self._vision()
+            self.method.look_ahead(self.vision)
+
+    def _vision(self) -> PromptVision:
         """For layer 0, where all rows are there; later the pictures are no longer asked for."""
-        if layer or not self.plan.sees_pictures:
-            return None
         if missing := self.placeholders.keys() - self.seen.keys():
             raise ValueError(
                 f"{type(self.method).__name__} needs to know what the vision tower saw, and the "
