@@ -22,16 +22,19 @@ def on_host(counts: Counts) -> list[int]:
 
 def on_device(counts: list[int], device: torch.device) -> int | Tensor:
     """One number per prompt: as an int if they agree, else as int32 [B] on the device."""
-    if len(set(counts)) == 1:
+    if all(count == counts[0] for count in counts):  # no set: sizes of compiled code have no hash
         return counts[0]
-    pinned = device.type == "cuda"  # copied without waiting for the GPU
+    # Copied without waiting for the GPU; compiled code has them there.
+    pinned = device.type == "cuda" and not torch.compiler.is_compiling()
     tensor = torch.tensor(counts, dtype=torch.int32, pin_memory=pinned)
     return tensor.to(device, non_blocking=True)
 
 
 def moved(x: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on another device, without waiting for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    if device.type != "cuda":
+        return x
+    return (x if torch.compiler.is_compiling() else x.pin_memory()).to(device, non_blocking=True)
 
 
 def less(counts: Counts, *others: int | Counts) -> Counts:
