@@ -128,6 +128,7 @@ class Engine(StaysBehind):
         for module in (parts.top, parts.base):
             before = functools.partial(self._before_model, _parameters(module))
             hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(parts.base.register_forward_hook(self._after_base, with_kwargs=True))
         self.notes.attach()
         if self.watch is not None:
             self.watch.attach()
@@ -306,13 +307,22 @@ class Engine(StaysBehind):
             call.cache.vtp.served = None
         if not isinstance(call, Prefill) or output is None:  # None: it broke off
             return None
-        self.last_prefill = call.finish()
+        if torch.compiler.is_compiling():  # the hooks of the decoder stack, along with it
+            call.left_open = True
+        else:
+            self.last_prefill = call.finish()
         if not (call.asked.by_index or (self.output_rows == "input" and call.asked.all)):
             return None
         if isinstance(output, tuple):
             return call.in_input_rows(output[0]), *output[1:]
         output.last_hidden_state = call.in_input_rows(output.last_hidden_state)
         return output
+
+
+    def _after_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        call = kwargs.get(CALL)
+        if isinstance(call, Prefill) and call.left_open:
+            self.last_prefill = call.finish()
 
 
 def _parameters(module: nn.Module) -> list[str]:

@@ -167,6 +167,7 @@ class Prefill:
         self.observation: Observation | None = None
         self.packing: Packing | None = None  # where much padding came with the rows that left
         self.packed: Packing | None = None  # of the layer that runs
+        self.left_open = False  # whether it has yet to `finish`, outside of compiled code
         self.few = False  # whether that runs on the rows asked for alone
         self.entered = -1  # the layer that runs
         self.attended = -1  # the last layer whose attention asked what to do
