@@ -173,6 +173,15 @@ class Method(ABC):
         aside for so many, and for all text. None: not to be asked of this method."""
         return self.visual_left(layer, pictures)
 
+    def decides_by_data(self, depth: int) -> str | None:
+        """In a model of so many layers: what makes how many rows stay a matter of what the model
+        computes, in words; None if that follows from the lengths of prompts and the numbers of
+        their visual tokens. Then nothing between the layers needs the host, and they can be
+        compiled (`Handle.compile`)."""
+        if self.visual_left(depth, (1,)) is None:
+            return "its visual_left does not say"
+        return None
+
     def events(self, memory: dict[str, Any]) -> list[dict[str, Any]]:
         """What report() is to tell of a prefill besides the rows that left, given what `decide`
         noted in `rows.memory`: dicts with at least "layer" and "event"."""

@@ -445,7 +445,9 @@ class PromptRows:
         found = self.numbers_of(stays)
         if counts is not None:
             text, visual = self._given(where, counts)
-            expected = [x if isinstance(x, Tensor) else on_device(x, stays.device) for x in (text, visual)]
+            expected = [
+                x if isinstance(x, Tensor) else on_device(x, stays.device) for x in (text, visual)
+            ]
             demand(where, *map(equal, KINDS, found, expected), asked_stay(found[2], self.drafts))
         elif capacity is None:
             text, visual, asked = torch.stack(found).tolist()
@@ -786,7 +788,9 @@ class PromptRows:
             )
         there = (self.text_now, self.visual_now)
         lists = [
-            x if self._may_be_there_only(x) else host_counts(f"{where}: counts", x, len(self.visual))
+            x
+            if self._may_be_there_only(x)
+            else host_counts(f"{where}: counts", x, len(self.visual))
             for x in counts
         ]
         for what, x, most in zip(KINDS, lists, there, strict=True):

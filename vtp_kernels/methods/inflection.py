@@ -185,6 +185,11 @@ class InflectionPruning(Method, key="inflection"):
             left = _budget(self.visual_keep, left)
         return left
 
+    def decides_by_data(self, depth: int) -> str | None:
+        if self.source is not None and not self.is_fixed:
+            return "min_keep and max_keep differ"
+        return "a knee is looked for" if "knee" in (self.visual_keep, self.text_keep) else None
+
     def look_ahead(self, vision: PromptVision) -> None:
         if self.max_keep is not None:
             vision.at_most(self.max_keep)
@@ -251,7 +256,9 @@ class Course:
         last = method.template_tail + rows.drafts
         stays = [max(head, 1) + last for head in before]
         #: How much of the text may leave: none where there is no picture.
-        self.free = less(self.text, [a if n else NONE for a, n in zip(stays, self.visual, strict=True)])
+        self.free = less(
+            self.text, [a if n else NONE for a, n in zip(stays, self.visual, strict=True)]
+        )
         self.may_leave = self._may_leave(rows, before, last)  # bool [B, columns]
         if not method.keeps_text and rows.between_frames is not None:
             self._keep_timestamps(rows.between_frames)

@@ -40,6 +40,7 @@ from ..pictures.encoding import LayoutNotes
 from ..pictures.watch import VisionWatch
 from ..reports.report import PrefillRecord
 from .asked import takes_logits_to_keep
+from .compiled import CompiledText
 from .continuation import Continuation
 from .plan import Plan
 from .prefill import Prefill
@@ -105,6 +106,7 @@ class Engine(StaysBehind):
         self.handle: Any = None  # whoever applied the method finds it again by the model
         self.shadows: dict[int, AttentionShadow] = {}  # by layer
         self.at_work = AtWork()
+        self.compiled: CompiledText | None = None
         self._packing: set[int] = set()  # layers that are ready for packed rows
         self._lock = threading.Lock()
         self._hooks: list[Any] = []
@@ -150,6 +152,7 @@ class Engine(StaysBehind):
     def detach(self) -> None:
         if not self._hooks:
             return
+        self.uncompile()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -163,6 +166,18 @@ class Engine(StaysBehind):
         self.at_work.on = False
         _forget_compiled_code()
 
+    def compile(self, text: CompiledText) -> None:
+        """Have it in front of the decoder stack, in the place of the one that is."""
+        self.uncompile()
+        self.compiled = text
+        text.put()
+
+    def uncompile(self) -> None:
+        if self.compiled is not None:
+            self.compiled.remove()
+            self.compiled = None
+            _forget_compiled_code()
+
     def may_pack(self, index: int) -> bool:
         """Whether rows may come to a layer without the padding between them.
 
@@ -170,6 +185,8 @@ class Engine(StaysBehind):
         with prompts that keep alike, go without.
         """
         layer = self.parts.layers[index]
+        if self.compiled is not None:  # its code would have to be made anew
+            return False
         if index in self.parts.linear or not has_these_steps(layer.self_attn):
             return False
         with self._lock:
@@ -317,7 +334,6 @@ class Engine(StaysBehind):
             return call.in_input_rows(output[0]), *output[1:]
         output.last_hidden_state = call.in_input_rows(output.last_hidden_state)
         return output
-
 
     def _after_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call = kwargs.get(CALL)

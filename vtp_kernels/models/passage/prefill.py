@@ -102,6 +102,15 @@ class OneVisual(NamedTuple):
     text: Text
 
 
+class Padded(NamedTuple):
+    """How many rows of padding came in front of a call; and of the prompts as they were, which
+    rows are visual, and which no padding."""
+
+    rows: int
+    visual: Tensor
+    valid: Tensor | None
+
+
 class Prefill:
     """The state of one pruned forward pass. B prompts, S rows at first, fewer from stage to stage.
 
@@ -167,6 +176,7 @@ class Prefill:
         self.observation: Observation | None = None
         self.packing: Packing | None = None  # where much padding came with the rows that left
         self.packed: Packing | None = None  # of the layer that runs
+        self.compiled: dict[str, Any] | None = None  # what report() is to tell of that
         self.left_open = False  # whether it has yet to `finish`, outside of compiled code
         self.few = False  # whether that runs on the rows asked for alone
         self.entered = -1  # the layer that runs
@@ -423,7 +433,67 @@ class Prefill:
             forgotten=frozenset(self.forgotten),
             memory=self.memory,
             units=self.units,
+            compiled=self.compiled,
         )
+
+    # ---- padding of a call, for code that is compiled for a few lengths ------------------------
+
+    def pad(self, rows: int) -> Padded:
+        """Put so many rows of padding in front of all prompts, before the first layer. What was
+        there before, for `unpad`."""
+        before = Padded(rows, self.prompt_visual, self.prompt_valid)
+        valid, visual = self._real_rows()[1], self.prompt_visual
+        self.valid = self.prompt_valid = pad(valid, (rows, 0), value=False)
+        self.visual = self.prompt_visual = pad(visual, (rows, 0), value=False)
+        width = self.visual.shape[1]
+        self.origin = torch.arange(width, device=visual.device).expand(len(visual), width)
+        self.units.pad(rows)
+        if self.vision is not None:
+            self.vision.shows = pad(self.vision.shows, (rows, 0), value=-1)
+        return before
+
+    def unpad(self, before: Padded, cache: Any) -> None:
+        """Take them off again, behind the last layer, whose keys go to `cache` (or None)."""
+        rows, filled, self.cache = before.rows, self.cache, cache
+        self.prompt_visual, self.prompt_valid = before.visual, before.valid
+        self.units.pad(-rows)
+        alone = len(self.prompt_visual) == 1  # a prompt without others has no padding
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[:, rows:]
+
+        def columns(x: Tensor) -> Tensor:
+            return (x[:, rows:] - rows).clamp(min=-1)
+
+        def origins(x: Tensor) -> Tensor:
+            return columns(x).clamp(min=0)  # that of padding is any
+
+        def valid(x: Tensor | None) -> Tensor | None:
+            return None if alone else cut(x)
+
+        self.visual, self.origin = cut(self.visual), origins(self.origin)
+        self.valid = valid(self.valid)
+        self.left = cut(self.left)
+        for index, stage in enumerate(self.stages):
+            by = [(cut(scores), cut(among)) for scores, among in stage.ranked.by]
+            ranked = Ranked(origins(stage.ranked.origin), by)
+            self.stages[index] = stage._replace(
+                origin=origins(stage.origin), valid=valid(stage.valid), ranked=ranked
+            )
+        texts = {id(x): Text(cut(x.rows), on_host(x.counts)) for x in self.forgotten.values()}
+        self.forgotten = {layer: texts[id(x)] for layer, x in self.forgotten.items()}
+        if cache is None:
+            return
+        for layer, held in enumerate(filled.layers):
+            cache.update(held.keys[:, :, rows:], held.values[:, :, rows:], layer)
+        keys = {
+            id(x): KeyRows(columns(x.columns), self._end, x.filled and not alone, cut(x.left))
+            for x in self.layer_keys
+            if x is not None
+        }
+        self.layer_keys[:] = [None if x is None else keys[id(x)] for x in self.layer_keys]
+        self.state.layers = self.layer_keys
+        self.state.prompt -= rows
 
     def in_input_rows(self, hidden: Tensor) -> Tensor:
         """What the model puts out for the rows left, [B, K, C], where they stood in the input:
@@ -441,13 +511,7 @@ class Prefill:
         self.cache = cache
         if cache is None:
             return
-        check_cache(cache, self.parts.kinds)
-        reason = why_no_forgetting(cache) if self.plan.forgetful else None
-        if reason is not None:
-            raise NotImplementedError(
-                f"past_key_values: {reason}, so no layer of it can forget visual tokens; use a "
-                "DynamicCache that is not offloaded, or a method that keeps them"
-            )
+        self.check_cache(cache)
         state = CacheState(
             layers=self.layer_keys,  # fills as layers are entered
             removed=0,
@@ -464,6 +528,18 @@ class Prefill:
         if not torch.compiler.is_compiling():  # else when it ends, for compiled code cannot do it
             prune_cache(cache, state)
 
+    def check_cache(self, cache: Any) -> None:
+        """Raise NotImplementedError for a cache (or None) that cannot lose what is to leave."""
+        if cache is None:
+            return
+        check_cache(cache, self.parts.kinds)
+        reason = why_no_forgetting(cache) if self.plan.forgetful else None
+        if reason is not None:
+            raise NotImplementedError(
+                f"past_key_values: {reason}, so no layer of it can forget visual tokens; use a "
+                "DynamicCache that is not offloaded, or a method that keeps them"
+            )
+
     def _note_padding(self) -> None:
         """Columns of padding that layers no longer have, for later calls."""
         state = self.state
@@ -474,7 +550,8 @@ class Prefill:
         """The same object for all layers between two decisions."""
         if self.text is None:
             rows = ~self.visual if self.valid is None else self.valid & ~self.visual
-            self.text = Text(rows, on_host(self.text_now))
+            counts = self._text_now()
+            self.text = Text(rows, counts if torch.compiler.is_compiling() else on_host(counts))
         return self.text
 
     def _forget(self) -> None:
@@ -633,9 +710,13 @@ class Prefill:
         if self.one is None:
             text = self._rows_of_text()
             first = self.visual & (self.visual.cumsum(1) == 1)
-            visual = on_host(self.visual_now)
-            counts = [a + min(b, 1) for a, b in zip(text.counts, visual, strict=True)]
-            width = max(counts)
+            there = on_host(self.visual_now)
+            one = [min(count, 1) for count in there]
+            counts = added(text.counts, one)
+            if counts is None:  # in compiled code
+                width = first.shape[1] - min(a - b for a, b in zip(there, one, strict=True))
+            else:
+                width = max(counts)
             selection = select_topk(
                 torch.zeros(first.shape, device=first.device),
                 0,
