@@ -204,6 +204,7 @@ class CompiledText(NamingShadow):
         embeddings, positions = given["inputs_embeds"], given.get("position_ids")
         if positions is None:
             positions = torch.arange(rows, device=embeddings.device)[None]
+        positions = positions.expand(*positions.shape[:-2], variant.batch, rows)
         before = call.pad(padding)
         arguments = {
             CALL: call,

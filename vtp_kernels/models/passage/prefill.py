@@ -447,6 +447,7 @@ class Prefill:
         self.visual = self.prompt_visual = pad(visual, (rows, 0), value=False)
         width = self.visual.shape[1]
         self.origin = torch.arange(width, device=visual.device).expand(len(visual), width)
+        self.last = -1  # compiled code runs the last layer on all rows
         self.units.pad(rows)
         if self.vision is not None:
             self.vision.shows = pad(self.vision.shows, (rows, 0), value=-1)
