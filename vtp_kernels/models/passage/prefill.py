@@ -838,7 +838,7 @@ class Prefill:
             length = self.cache.layers[layer].max_cache_len
             keys.columns_of(length)  # of one size for every step: compiled code is made for it
         now = self.valid
-        if hidden.shape[1] < rows.shape[1]:  # text and one visual token
+        if self.group[1] == ONE:  # text and one visual token
             now, rows = self._rows_of_one().valid, self._rows_of_one().text.rows
         valid = valid_keys(past, self._past_valid(layer, past), now, rows)
         if valid is not None:
