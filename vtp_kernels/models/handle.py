@@ -20,7 +20,7 @@ from .checks.text_check import check_text_model
 from .families import FAMILIES, parts_of
 from .keys.positions import POSITIONS
 from .modules.placement import like_hidden
-from .passage.compiled import CompiledText, check_compiled
+from .passage.compiled import check_compiled
 from .passage.engine import ENGINE_OPS, Engine
 from .passage.limits import check_method
 from .reports.report import PrefillRecord, Report
@@ -112,8 +112,7 @@ class Handle:
         if not isinstance(most, int) or most < len(lengths):
             raise ValueError(f"most: expected at least {len(lengths)}, the lengths, got {most!r}")
         check_compiled(engine.parts, self.method)
-        text = CompiledText(engine.parts, lengths, most, {"mode": mode, "backend": backend})
-        engine.compile(text)
+        text = engine.compile(lengths, most, {"mode": mode, "backend": backend})
         if inputs is None:
             return
         try:

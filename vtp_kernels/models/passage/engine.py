@@ -166,11 +166,12 @@ class Engine(StaysBehind):
         self.at_work.on = False
         _forget_compiled_code()
 
-    def compile(self, text: CompiledText) -> None:
-        """Have it in front of the decoder stack, in the place of the one that is."""
+    def compile(self, lengths: tuple[int, ...], most: int, options: dict[str, Any]) -> CompiledText:
+        """Put one in front of the decoder stack, in the place of the one that is."""
         self.uncompile()
-        self.compiled = text
-        text.put()
+        self.compiled = CompiledText(self.parts, lengths, most, options)
+        self.compiled.put()
+        return self.compiled
 
     def uncompile(self) -> None:
         if self.compiled is not None:
