@@ -19,9 +19,7 @@ PANEL = 224  # pixels; the longer side of one panel
 SMALL = 160  # the same where methods stand side by side
 FRAME = 112  # the same of a frame on a sheet of them
 FRAMES_IN_A_ROW = 8
-
-
-ALL = "all"  # tokens: what the first panel of a picture shows
+ALL = "all"  # what the first panel of a picture shows
 
 
 def tokens(
