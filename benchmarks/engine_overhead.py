@@ -8,6 +8,10 @@ keep all" ranks by attention before each too (all but one token stays at each). 
 proportions of LLaVA-1.5 with random weights, one picture and 64 tokens of text; a vision tower as
 small as can be, so that it hides nothing.
 
+`python` are microseconds that a prefill of FastV spends in the engine on the host, of a model so
+narrow that its ops take little: before a layer with nothing to do, before the one where rows leave,
+ops included, and in all.
+
 Both take turns, prefill and decoding apart; ratios are medians over the turns, with the middle half
 of them in brackets. The model alone stands beside itself as well: that is the noise. On a CPU the
 clock is the process's own, which other programs disturb less.
@@ -27,6 +31,7 @@ from tqdm import tqdm
 import vtp_kernels as vtp
 from benchmarks import harness
 from benchmarks.end_to_end import Clock as DeviceClock
+from vtp_kernels.models.passage.engine import Engine
 
 PATCHES, TEXT = 24, 64  # 576 visual tokens
 #: (width, layers) of the language model; LLaVA-1.5-7B is (4096, 32).
@@ -143,6 +148,36 @@ def row(size: str, name: str, ours: list, alone: list) -> Row:
     return Row(size, name, *parts)
 
 
+@torch.inference_mode()
+def python_costs(turns: int) -> dict[str, float]:
+    """Microseconds in the engine's hooks before layers of a prefill, least of the turns."""
+    model = model_of(128, 8, "cpu", torch.float32)
+    inputs, decides = prompt("cpu", torch.float32), 2
+    spent: dict[int, list[float]] = {}
+    before_layer = Engine._before_layer
+
+    def timed(self, index, *args):
+        start = time.perf_counter()
+        result = before_layer(self, index, *args)
+        spent.setdefault(index, []).append(1e6 * (time.perf_counter() - start))
+        return result
+
+    Engine._before_layer = timed
+    try:
+        with vtp.prune(model, vtp.FastV(decides, 4)):
+            for _ in range(turns):
+                model(**inputs, use_cache=True)
+    finally:
+        Engine._before_layer = before_layer
+    least = {index: min(taken) for index, taken in spent.items()}
+    quiet = [least[index] for index in range(decides + 2, len(least))]
+    return {
+        "quiet_layer": statistics.median(quiet),
+        "decision": least[decides],
+        "prefill": sum(least.values()),
+    }
+
+
 def table(rows: list[Row]) -> str:
     lines = [
         "| size | method | prefill | overhead | step | overhead |",
@@ -182,9 +217,11 @@ def main() -> None:
     for size in args.size:
         model = model_of(*SIZES[size], args.device, dtype)
         rows += measure(size, model, inputs, args.turns, args.steps)
+    costs = python_costs(2 * args.turns)
     print(table(rows))
+    print(", ".join(f"{name}: {taken:.1f} us" for name, taken in costs.items()))
     if args.json:
-        harness.write(args.json, {"rows": [asdict(x) for x in rows]})
+        harness.write(args.json, {"rows": [asdict(x) for x in rows], "python": costs})
 
 
 if __name__ == "__main__":

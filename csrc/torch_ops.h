@@ -770,19 +770,19 @@ inline void define_ops(Library& m) {
       "query_positions, "
       "Tensor? query_valid, Tensor? lse, float scale, str support, str head_reduce) -> Tensor");
   m.def(
-      "select_topk(Tensor scores, Tensor? k_per_row, int k, Tensor? candidates, Tensor? keep, "
+      "select_topk(Tensor scores, Tensor? k_per_row, SymInt k, Tensor? candidates, Tensor? keep, "
       "float? threshold, "
-      "int capacity) -> (Tensor indices, Tensor counts)");
+      "SymInt capacity) -> (Tensor indices, Tensor counts)");
   m.def(
-      "select_diverse(Tensor features, Tensor? k_per_row, int k, str rule, Tensor? relevance, "
-      "Tensor? candidates, Tensor? keep, int first, int capacity) -> (Tensor indices, Tensor "
+      "select_diverse(Tensor features, Tensor? k_per_row, SymInt k, str rule, Tensor? relevance, "
+      "Tensor? candidates, Tensor? keep, int first, SymInt capacity) -> (Tensor indices, Tensor "
       "counts)");
   m.def(
-      "attention_topk(Tensor query, Tensor key, Tensor? k_per_row, int k, Tensor candidates, "
+      "attention_topk(Tensor query, Tensor key, Tensor? k_per_row, SymInt k, Tensor candidates, "
       "Tensor? valid, "
       "Tensor? query_positions, Tensor? query_valid, Tensor? lse, float scale, str support, str "
       "head_reduce, "
-      "Tensor? keep, float? threshold, int capacity) -> (Tensor indices, Tensor counts, Tensor "
+      "Tensor? keep, float? threshold, SymInt capacity) -> (Tensor indices, Tensor counts, Tensor "
       "scores)");
   m.def(
       "token_contribution(Tensor query, Tensor key, Tensor value, Tensor candidates, Tensor? "

@@ -63,6 +63,8 @@ def test_the_whole_plan_is_rehearsed(tmp_path):
         rows = json.loads((tmp_path / f"end_to_end-{model}.json").read_text())["rows"]
         assert {row["batch"] for row in rows} == {1, 2} and rows[0]["method"] == "dense"
         assert all("(tiny)" in row["model"] for row in rows)
+    rows = json.loads((tmp_path / "compiled.json").read_text())["rows"]
+    assert [(row["graph_breaks"], row["compilations"]) for row in rows] == [(0, 0), (0, 1)] * 2
     with tarfile.open(tmp_path / "logs.tar.gz") as archive:
         packed = archive.getnames()
     tested = [step.name for step in STEPS if isinstance(step.run, steps.Tests)]

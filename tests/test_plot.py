@@ -411,7 +411,7 @@ def test_names_of_a_tradeoff_lie_over_nothing(tmp_path):
     axes = next(
         made.axes[0]
         for height in tradeoff_module.HEIGHTS
-        if (made := tradeoff_module._figure(lines, height, "saved", "right")) is not None
+        if (made := tradeoff_module._figure(lines, height, "saved", "right", False)) is not None
     )
     boxes = [figure.box_of(text) for text in axes.texts]
     spots = [axes.transData.transform((100 * x, 100 * y)) for x, y in points.values()]
@@ -428,11 +428,33 @@ def test_several_points_of_a_method_are_a_line(tmp_path):
     lines = {"FastV": [(0.3, 0.9), (0.5, 0.8), (0.8, 0.4)], "none": (0.0, 0.95)}
     figure = tradeoff_module._figure(
         {name: tradeoff_module._line(name, line) for name, line in lines.items()},
-        *(tradeoff_module.HEIGHTS[0], "saved", "right"),
+        *(tradeoff_module.HEIGHTS[0], "saved", "right", False),
     )
     drawn = [line.get_xydata().tolist() for line in figure.axes[0].lines]
     assert [[30, 90], [50, 80], [80, 40]] in [[[round(v) for v in p] for p in x] for x in drawn]
     assert {text.get_text() for text in figure.axes[0].texts} == {"FastV", "no pruning"}
+
+
+def test_names_do_not_lie_over_lines():
+    """Ten lines that end close to each other, as those of a leaderboard do."""
+    random = np.random.default_rng(3)
+    middles, ends = random.uniform(0.95, 0.99, 10), random.uniform(0.8, 0.95, 10)
+    lines = {
+        f"method {i}": [(0.78, 0.99), (0.89, middles[i]), (0.93 + i % 2 / 100, ends[i])]
+        for i in range(10)
+    }
+    axes = next(
+        made.axes[0]
+        for height in tradeoff_module.HEIGHTS
+        if (made := tradeoff_module._figure(lines, height, "saved", "right", False)) is not None
+    )
+    boxes = [figure.box_of(text) for text in axes.texts]
+    assert len(boxes) == len(lines)
+    for line in lines.values():
+        along = np.linspace(0, 1, 200)[:, None]
+        for start, end in itertools.pairwise(100 * np.array(line)):
+            for x, y in axes.transData.transform(start + (end - start) * along):
+                assert not any(a <= x <= c and b <= y <= d for a, b, c, d in boxes)
 
 
 def test_what_is_no_tradeoff_is_refused():

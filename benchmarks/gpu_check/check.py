@@ -18,7 +18,10 @@ from benchmarks.files import replacing, write_json
 from benchmarks.gpu_check.journal import Journal, write_junit
 from benchmarks.identity import ROOT, identity
 
-FILES = ("check.json", "journal.jsonl", "logs.tar.gz", "bench*.json", "end_to_end-*.json")
+FILES = (
+    *("check.json", "journal.jsonl", "logs.tar.gz"),
+    *("bench*.json", "end_to_end-*.json", "compiled.json"),
+)
 ARCHIVE_SECONDS = 30.0  # between two archives as a step runs
 
 

@@ -70,6 +70,7 @@ STEPS = (
         Step(f"end-to-end-{model}", 50, "dense and pruned, random weights", EndToEnd(model))
         for model in steps.MODELS
     ),
+    Step("compiled", 60, "the decoder stack as a CUDA graph", steps.compile_stack),
     Step("racecheck", 40, "races in compiled code", sanitized("racecheck", "65 or 200")),
     Step("ncu", 35, "counters of the kernels of nine ops", steps.count),
     Step("plain-launches", 25, "the same cells, no launches that overlap", Cells(plain=True)),

@@ -310,6 +310,24 @@ class EndToEnd:
         return result | {"state": state, "said": _behind(said, status)}
 
 
+def compile_stack(check: Check, step: str, until: float) -> dict:
+    """The decoder stack of a model with random weights as it is and as a CUDA graph, dense and
+    pruned."""
+    file, log = check.out / "compiled.json", check.folder(step) / "compiled.log"
+    rehearsal = check.machine.rehearsal
+    model = ["16x1024", "--tiny"] if rehearsal else ["llava-1.5-7b"]
+    command = [sys.executable, "-m", "benchmarks.compiled", "--device", check.machine.device]
+    command += ["--model", *model, "--batch", "1", "--turns", "3" if rehearsal else "7"]
+    command += ["--json", str(file)]
+    status = running.run(command, log, check.environment(), until, check.tick)
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    result = {"counts": {"rows": len(rows)}, "command": command}
+    if status is None:
+        return result | {"state": "unfinished", "said": f"{len(rows)} rows; its time was over"}
+    state = "ok" if status == 0 and len(rows) == 4 else "FAILED"
+    return result | {"state": state, "said": _behind(f"{len(rows)} of 4 rows", status)}
+
+
 # --- ncu ----------------------------------------------------------------------------------------
 
 

@@ -22,3 +22,8 @@ def test_methods_keep_what_they_say_and_rows_are_ratios():
         low, high = row.prefill_quartiles
         assert -1 < low <= row.prefill_overhead <= high and row.prefill_ms > 0
     assert engine_overhead.table(rows).count("| tiny |") == 3
+
+
+def test_a_layer_with_nothing_to_do_costs_less_than_a_decision():
+    costs = engine_overhead.python_costs(turns=3)
+    assert 0 < costs["quiet_layer"] < costs["decision"] < costs["prefill"]

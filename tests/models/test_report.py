@@ -47,6 +47,7 @@ def test_fields_are_those_of_the_contract():
         "flops_per_layer",
         "dense_flops_per_layer",
         "scores",
+        "compiled",
     ]
 
 

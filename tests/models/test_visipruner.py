@@ -507,3 +507,17 @@ def test_bad_settings_are_named(settings, message):
 def test_a_model_with_too_few_layers_is_refused(model):
     with pytest.raises(ValueError, match=r"VisiPruner\.shallow_layers: there is no layer 19"):
         vtp.apply(model, vtp.VisiPruner(shallow_layers=20))
+
+
+def test_skipping_beside_a_longer_prompt_without_pictures():
+    """Such a prompt is as wide as the batch, whose other rows wait outside of the attention."""
+    model = tiny_llava()
+    schedule = vtp.Schedule({3: 5})
+    method = vtp.VisiPruner(
+        shallow_layers=2, shallow_attention="skip", decision="fixed", schedule=schedule
+    )
+    shown, text = prompt(1, 4, 0), prompt(0, 60, 3)
+    with torch.no_grad(), vtp.prune(model, method):
+        beside = model(**batch(shown, text)).logits[0, -1]
+        alone = model(**batch(shown)).logits[0, -1]
+    torch.testing.assert_close(beside, alone, rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Counts", "added", "moved", "on_device", "on_host"]
+__all__ = ["Counts", "added", "less", "moved", "on_device", "on_host"]
 
 Counts = list[int] | Tensor
 """One number per prompt: a list where the host knows it, else an integer tensor [B]."""
@@ -22,16 +22,32 @@ def on_host(counts: Counts) -> list[int]:
 
 def on_device(counts: list[int], device: torch.device) -> int | Tensor:
     """One number per prompt: as an int if they agree, else as int32 [B] on the device."""
-    if len(set(counts)) == 1:
+    if all(count == counts[0] for count in counts):  # no set: sizes of compiled code have no hash
         return counts[0]
-    pinned = device.type == "cuda"  # copied without waiting for the GPU
+    # Copied without waiting for the GPU; compiled code has them there.
+    pinned = device.type == "cuda" and not torch.compiler.is_compiling()
     tensor = torch.tensor(counts, dtype=torch.int32, pin_memory=pinned)
     return tensor.to(device, non_blocking=True)
 
 
 def moved(x: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on another device, without waiting for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    if device.type != "cuda":
+        return x
+    return (x if torch.compiler.is_compiling() else x.pin_memory()).to(device, non_blocking=True)
+
+
+def less(counts: Counts, *others: int | Counts) -> Counts:
+    """What is left of them, at least 0, where so many of each prompt are taken off."""
+    for other in others:
+        if isinstance(counts, Tensor) and isinstance(other, list):
+            other = torch.tensor(other, device=counts.device)
+        if isinstance(counts, Tensor):
+            counts = (counts - other).clamp(min=0)
+        else:
+            taken = [other] * len(counts) if isinstance(other, int) else other
+            counts = [max(a - b, 0) for a, b in zip(counts, taken, strict=True)]
+    return counts
 
 
 def added(a: Counts, b: Counts) -> list[int] | None:

@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 
     from .rows import Kept, PromptRows
     from .unit import Unit
-    from .vision import Ask
+    from .vision import Ask, PromptVision
 
 METHODS: dict[str, type[Method]] = {}
 """Every method that has been imported, by the name it has in files and on the command line."""
@@ -139,6 +139,10 @@ class Method(ABC):
         """Raise ValueError if it cannot do with the pictures and frames of a call, those of each
         prompt in order. Asked when the call begins, of methods that need units."""
 
+    def look_ahead(self, vision: PromptVision) -> None:  # noqa: B027
+        """Ask `vision` for what `decide` will have to know of it on the host: called when the tower
+        has run, before the layers do, which may be compiled."""
+
     def needs_ops(self) -> Sequence[str]:
         """Ops of this package by which it decides, and which the engine itself does not need: their
         backend is looked for when it is applied."""
@@ -168,6 +172,15 @@ class Method(ABC):
         """The same, or where only `decide` can tell, how many these are at most: memory is set
         aside for so many, and for all text. None: not to be asked of this method."""
         return self.visual_left(layer, pictures)
+
+    def decides_by_data(self, depth: int) -> str | None:
+        """In a model of so many layers: what makes how many rows stay a matter of what the model
+        computes, in words; None if that follows from the lengths of prompts and the numbers of
+        their visual tokens. Then nothing between the layers needs the host, and they can be
+        compiled (`Handle.compile`)."""
+        if self.visual_left(depth, (1,)) is None:
+            return "its visual_left does not say"
+        return None
 
     def events(self, memory: dict[str, Any]) -> list[dict[str, Any]]:
         """What report() is to tell of a prefill besides the rows that left, given what `decide`

@@ -230,7 +230,8 @@ class PromptRows:
         """
         past, observation = self.past if rotary else 0, self._observed()
         among = self.visual if among is None else among
-        if len(range(*rows.indices(self.hidden.shape[1]))) > 1 and self._in_window(causal):
+        first, last = _ends(rows, self.hidden.shape[1])
+        if last - first > 1 and self._in_window(causal):
             return self._scores_in_windows(rows, query_valid, among, support, rotary)
         query, options = self._asked_of(observation, rows, query_valid, rotary, causal)
         return self._scores_of(query, options, past, among, support)
@@ -296,7 +297,7 @@ class PromptRows:
     ) -> tuple[Tensor, dict[str, Any]]:
         """What the ops are to know of the observed layer: queries of `rows`, and all else."""
         past = self.past if rotary else 0
-        first, last, _ = rows.indices(self.hidden.shape[1])
+        first, last = _ends(rows, self.hidden.shape[1])
         positions = None
         valid = self._key_valid() if past else self.valid
         if last - first == 1 and self._in_window(causal):  # of several: see attention_scores
@@ -361,25 +362,27 @@ class PromptRows:
             )
         return self._observation
 
-    def gather(self, mask: Tensor, counts: list[int]) -> tuple[Tensor, Selection, Tensor | None]:
+    def gather(self, mask: Tensor, counts: Counts) -> tuple[Tensor, Selection, Tensor | None]:
         """`hidden` of the rows in `mask` bool [B, S] alone, in order, `counts[b]` of each prompt:
-        [B, N, C]; which rows these are; and which of the N are there, bool [B, N] (None: all)."""
+        [B, N, C]; which rows these are; and which of the N are there, bool [B, N] (None: all).
+        Counts of text may be those of `text_now`, whatever that is; others are a list."""
         where = f"{self.asker}: gather"
         tensor(f"{where}: mask", mask, "B, S", tuple(self.visual.shape), BOOL, self.visual.device)
-        counts = host_counts(f"{where}: counts", counts, len(mask))
-        demand(where, equal("rows", mask.sum(1), on_device(counts, mask.device)))
+        if self._may_be_there_only(counts):
+            most, even = self.visual.shape[1] - min(on_host(self.visual_now)), False
+        else:
+            counts = host_counts(f"{where}: counts", counts, len(mask))
+            demand(where, equal("rows", mask.sum(1), on_device(counts, mask.device)))
+            most, even = max(counts), min(counts) == max(counts)
         selection = select_topk(
             torch.zeros(mask.shape, device=mask.device),
             0,
             keep=mask,
-            capacity=max(counts),
+            capacity=most,
             backend=self._backend,
         )
         (hidden,) = compact_rows((self.hidden,), *selection, backend=self._backend)
-        valid = None
-        if min(counts) < max(counts):
-            valid = selection.indices >= 0
-        return hidden, selection, valid
+        return hidden, selection, None if even else selection.indices >= 0
 
     def spread(self, values: Tensor, selection: Selection) -> Tensor:
         """Values [B, N] of selected rows, at the rows they are of: [B, S], 0 elsewhere."""
@@ -442,7 +445,9 @@ class PromptRows:
         found = self.numbers_of(stays)
         if counts is not None:
             text, visual = self._given(where, counts)
-            expected = [on_device(x, stays.device) for x in (text, visual)]
+            expected = [
+                x if isinstance(x, Tensor) else on_device(x, stays.device) for x in (text, visual)
+            ]
             demand(where, *map(equal, KINDS, found, expected), asked_stay(found[2], self.drafts))
         elif capacity is None:
             text, visual, asked = torch.stack(found).tolist()
@@ -452,7 +457,7 @@ class PromptRows:
             demand(where, _fit(text + visual, capacity), asked_stay(asked, self.drafts))
         totals = added(text, visual)
         if capacity is None:
-            capacity = max(totals)
+            capacity = self._room(text, visual)
         elif totals is not None and max(totals) > capacity:
             raise ValueError(f"{where}: capacity: {capacity} for {max(totals)} rows that stay")
         return self._keep(stays, text, visual, min(capacity, width))
@@ -470,8 +475,8 @@ class PromptRows:
         check_fit(where, KINDS[1], counts, self.visual_now)
         kept = self.visual & kept
         demand(where, equal(KINDS[1], kept.sum(1), on_device(counts, kept.device)))
-        text = on_host(self.text_now)
-        return self._keep(self.text | kept, text, counts, max(added(text, counts)))
+        text = self._text_counts()
+        return self._keep(self.text | kept, text, counts, self._room(text, counts))
 
     def keep_visual(self, counts: list[int], scores: Tensor | None) -> Kept:
         """Keep all text, and of each prompt's visual tokens the `counts[b]` with highest scores.
@@ -483,7 +488,7 @@ class PromptRows:
         where = f"{self.asker}: keep_visual"
         batch, width = self.visual.shape
         counts = self._fitting(where, counts)
-        text, there = on_host(self.text_now), on_host(self.visual_now)
+        text, there = self._text_counts(), on_host(self.visual_now)
         if scores is None:
             if any(0 < count < most for count, most in zip(counts, there, strict=True)):
                 raise ValueError(f"{where}: scores: there is a choice to make, got None")
@@ -496,7 +501,7 @@ class PromptRows:
             on_device(counts, self.visual.device),
             candidates=self.visual,
             keep=self.text,
-            capacity=max(added(text, counts)),
+            capacity=self._room(text, counts),
             backend=self._backend,
         )
         return self._made(Kept(selection, text, counts))
@@ -677,7 +682,7 @@ class PromptRows:
     ) -> Kept:
         """`keep_visual` by the `attention_scores` of the same arguments, in one op."""
         observation = self._observed()
-        first, last, _ = rows.indices(self.hidden.shape[1])
+        first, last = _ends(rows, self.hidden.shape[1])
         if last - first > 1 and self._in_window(causal=True):
             return self.keep_visual(counts, self.attention_scores(rows, query_valid))
         query, options = self._asked_of(observation, rows, query_valid)
@@ -685,7 +690,7 @@ class PromptRows:
         if self.past or heads.are_spread(query):  # scores must be put together before they rank
             scores = self._scores_of(query, options, self.past, self.visual)
             return self.keep_visual(counts, scores)
-        text = on_host(self.text_now)
+        text = self._text_counts()
         counts = self._fitting(f"{self.asker}: keep_attended", counts)
         k = on_device(counts, self.visual.device)
         per_prompt = isinstance(k, Tensor)
@@ -696,7 +701,7 @@ class PromptRows:
             k=0 if per_prompt else k,
             candidates=self.visual,
             keep=self.text,
-            capacity=max(added(text, counts)),
+            capacity=self._room(text, counts),
             **options,
         )
         self.note_scores(scores, self.visual)
@@ -743,6 +748,23 @@ class PromptRows:
         selection = select_topk(scores, 0, keep=stays, capacity=capacity, backend=self._backend)
         return self._made(Kept(selection, text, visual))
 
+    def _text_counts(self) -> Counts:
+        """Text rows of each prompt, on the host; in compiled code maybe on the device alone."""
+        return self.text_now if torch.compiler.is_compiling() else on_host(self.text_now)
+
+    def _room(self, text: Counts, visual: list[int]) -> int:
+        """For the rows of the longest prompt, where all text stays and so many visual tokens."""
+        totals = added(text, visual)
+        if totals is not None:
+            return max(totals)
+        there = on_host(self.visual_now)
+        return self.visual.shape[1] - min(a - b for a, b in zip(there, visual, strict=True))
+
+    @staticmethod
+    def _may_be_there_only(counts: Any) -> bool:
+        """Whether these are counts that compiled code knows on the device alone."""
+        return torch.compiler.is_compiling() and isinstance(counts, Tensor)
+
     def _fitting(self, where: str, counts: Any) -> list[int]:
         """`counts` of visual tokens as a list, if no prompt has fewer."""
         counts = host_counts(f"{where}: counts", counts, len(self.visual))
@@ -765,7 +787,12 @@ class PromptRows:
                 f"{where}: counts: expected those of text and of visual rows, got {shown(counts)}"
             )
         there = (self.text_now, self.visual_now)
-        lists = [host_counts(f"{where}: counts", x, len(self.visual)) for x in counts]
+        lists = [
+            x
+            if self._may_be_there_only(x)
+            else host_counts(f"{where}: counts", x, len(self.visual))
+            for x in counts
+        ]
         for what, x, most in zip(KINDS, lists, there, strict=True):
             check_fit(where, what, x, most)
         return lists[0], lists[1]
@@ -775,6 +802,13 @@ def _fit(totals: Tensor, capacity: int) -> Fact:
     return Fact(
         totals <= capacity, lambda b: f"{int(totals[b])} rows stay, and capacity is {capacity}"
     )
+
+
+def _ends(rows: slice, length: int) -> tuple[int, int]:
+    """The first of some rows of `length`, and the one behind the last. As `slice.indices`, which
+    would have compiled code hold for one length alone."""
+    first, last = rows.start or 0, length if rows.stop is None else rows.stop
+    return max(first + length, 0) if first < 0 else first, last + length if last < 0 else last
 
 
 def _both(some: Tensor | None, others: Tensor | None) -> Tensor | None:

@@ -144,6 +144,7 @@ class PromptVision:
         self.asker = "vision"  # who is at fault where something cannot be
         self.shows: Any = -1
         self._spans: list[tuple[Tensor, list[slice]]] = []  # what each prompt shows, by modality
+        self._bounds: dict[int, list[int]] = {}
         first = 0
         for seen, rows, counts in shown:
             shows = self.seen.shows[first : first + len(seen.shows)]
@@ -235,7 +236,10 @@ class PromptVision:
         return flat.to(self.shows.device)[self.shows]  # -1 is the last one
 
     def at_most(self, tokens: int) -> list[int]:
-        """Rows that a prompt has left if no picture keeps more than so many tokens."""
+        """Rows that a prompt has left if no picture keeps more than so many tokens. Compiled code
+        has to have asked before, in `Method.look_ahead`."""
+        if tokens in self._bounds:
+            return self._bounds[tokens]
         pictures, width = self.seen.features.shape[:2]
         bounds = []
         for prompt in range(len(self.shows)):
@@ -243,6 +247,7 @@ class PromptVision:
             real = shows[shows >= 0]
             per_picture = torch.bincount(real // width, minlength=pictures).clamp(max=tokens)
             bounds.append(int(per_picture.sum()) + len(shows) - len(real))
+        self._bounds[tokens] = bounds
         return bounds
 
 

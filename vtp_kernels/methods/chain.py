@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from torch.compiler import is_compiling
+
 from vtp_kernels._shown import shown
 from vtp_kernels.contract.checks import check_layers
 from vtp_kernels.contract.counts import on_host
@@ -96,6 +98,9 @@ class Chain(Method, key="chain"):
     def needs_ops(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(op for part in self.parts for op in part.needs_ops()))
 
+    def decides_by_data(self, depth: int) -> str | None:
+        return next(filter(None, (part.decides_by_data(depth) for part in self.parts)), None)
+
     def check_model(self, depth: int) -> None:
         for part in self.parts:
             part.check_model(depth)
@@ -124,7 +129,8 @@ class Chain(Method, key="chain"):
         number = self._number(layer, rows.depth)
         part = self.parts[number]
         rows.asker = f"{type(part).__name__}.decide before layer {layer}, in a chain"
-        if number not in rows.memory:  # what those before it left on the device are not its counts
+        # What those before it left on the device are not its counts. Compiled code knows them all.
+        if number not in rows.memory and not is_compiling():
             rows.text_now, rows.visual_now = on_host(rows.text_now), on_host(rows.visual_now)
         rows.memory = rows.memory.setdefault(number, {})
         return part.decide(layer, rows)

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from vtp_kernels._shown import shown
 from vtp_kernels.contract import vision
 from vtp_kernels.contract.checks import check_depth
+from vtp_kernels.contract.counts import Counts, less
 from vtp_kernels.contract.method import Method, parse_settings, read_value
 from vtp_kernels.flop_counts.text import head_dim
 from vtp_kernels.ops.inflection import check_rule
@@ -21,10 +23,13 @@ from .scorers import text as attention_from_text
 
 if TYPE_CHECKING:
     from vtp_kernels.contract.rows import Kept, PromptRows
+    from vtp_kernels.contract.vision import PromptVision
 
 __all__ = ["InflectionPruning"]
 
 SOURCES = (*vision.SOURCES, None)
+NONE = 1 << 30
+"""As many rows as no prompt has."""
 RULE = ("rule", "min_keep", "max_keep", "clip_quantile", "sensitivity", "mass")
 
 
@@ -156,6 +161,11 @@ class InflectionPruning(Method, key="inflection"):
         """Whether no text leaves; 1 is one row."""
         return isinstance(self.text_keep, float) and self.text_keep == 1.0
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether stage 1 keeps one number of each picture's tokens, whatever their curve is."""
+        return self.min_keep == self.max_keep
+
     def acausal_layers(self, depth: int) -> tuple[int, ...]:
         return () if self.keeps_text else self.observed_layers(depth)
 
@@ -174,6 +184,15 @@ class InflectionPruning(Method, key="inflection"):
         for _ in [at for at in self.llm_layers if at <= layer]:
             left = _budget(self.visual_keep, left)
         return left
+
+    def decides_by_data(self, depth: int) -> str | None:
+        if self.source is not None and not self.is_fixed:
+            return "min_keep and max_keep differ"
+        return "a knee is looked for" if "knee" in (self.visual_keep, self.text_keep) else None
+
+    def look_ahead(self, vision: PromptVision) -> None:
+        if self.max_keep is not None:
+            vision.at_most(self.max_keep)
 
     def check_model(self, depth: int) -> None:
         for layer in self.llm_layers:
@@ -231,14 +250,15 @@ class Course:
         self.method = method
         self.seen: tuple[Tensor, Tensor] | None = None  # tokens kept of each picture, their scores
         #: Rows of each prompt; no more than that, once the host no longer knows.
-        self.text, self.visual = list(rows.text_now), list(rows.visual_now)
+        self.text, self.visual = rows.text_now, list(rows.visual_now)
         self.known = True
-        before = rows.text_before if method.protect_template else [0] * len(self.text)
+        before = rows.text_before if method.protect_template else [0] * len(self.visual)
         last = method.template_tail + rows.drafts
-        self.stays = [
-            min(text, max(head, 1) + last) if visual else text
-            for text, visual, head in zip(self.text, self.visual, before, strict=True)
-        ]
+        stays = [max(head, 1) + last for head in before]
+        #: How much of the text may leave: none where there is no picture.
+        self.free = less(
+            self.text, [a if n else NONE for a, n in zip(stays, self.visual, strict=True)]
+        )
         self.may_leave = self._may_leave(rows, before, last)  # bool [B, columns]
         if not method.keeps_text and rows.between_frames is not None:
             self._keep_timestamps(rows.between_frames)
@@ -255,7 +275,7 @@ class Course:
         """What stands between frames stays. Of a call with videos the host reads what may leave."""
         may_leave = self.may_leave.cpu()
         more = (may_leave & between).sum(1).tolist()
-        self.stays = [stay + count for stay, count in zip(self.stays, more, strict=True)]
+        self.free = less(self.free, more)
         self.may_leave = (may_leave & ~between).to(self.may_leave.device)
 
     # ---- stage 1 ------------------------------------------------------------------------------
@@ -269,7 +289,7 @@ class Course:
             most = vision.at_most(method.max_keep)
             bounds = [min(a, b) for a, b in zip(self.visual, most, strict=True)]
         stays = rows.text | rows.visual & vision.rows_showing(selection)
-        return self._keep(rows, stays, self.text, bounds, known=False)
+        return self._keep(rows, stays, self.text, bounds, known=method.is_fixed and is_compiling())
 
     # ---- stage 2 ------------------------------------------------------------------------------
 
@@ -286,10 +306,10 @@ class Course:
         else:
             stays = stays | free
         visual = [_budget(method.visual_keep, n) for n in self.visual]
-        text = [
-            stay + _budget(method.text_keep, n - stay)
-            for n, stay in zip(self.text, self.stays, strict=True)
-        ]
+        text = self.text
+        if not method.keeps_text:
+            free = _budgets(method.text_keep, self.free)
+            text, self.free = less(text, less(self.free, free)), free
         known = self.known and "knee" not in (method.visual_keep, method.text_keep)
         return self._keep(rows, stays, text, visual, known)
 
@@ -311,7 +331,7 @@ class Course:
     # ---- both ---------------------------------------------------------------------------------
 
     def _keep(
-        self, rows: PromptRows, stays: Tensor, text: list[int], visual: list[int], known: bool
+        self, rows: PromptRows, stays: Tensor, text: Counts, visual: list[int], known: bool
     ) -> Kept | None:
         """Keep those rows: `text` and `visual` of each prompt, or no more than that if not known.
 
@@ -322,9 +342,9 @@ class Course:
         kept = rows.keep_rows(stays, counts=(text, visual) if known else None, capacity=capacity)
         self.known = capacity is None
         if self.known:
-            before = (self.text, self.visual)
+            text, visual = self.text, self.visual
             self.text, self.visual = kept.text, kept.visual
-            return None if before == (kept.text, kept.visual) else kept
+            return None if visual == kept.visual and _are_same(text, kept.text) else kept
         self.text, self.visual = text, visual
         return kept
 
@@ -342,3 +362,20 @@ class Course:
 def _budget(keep: str | int | float, rows: int) -> int:
     """How many of so many rows stay; at most, by a knee."""
     return rows if keep == "knee" else visual_budget(keep, rows)
+
+
+def _budgets(keep: str | int | float, rows: Counts) -> Counts:
+    """The same of each prompt."""
+    if not isinstance(rows, Tensor):
+        return [_budget(keep, n) for n in rows]
+    if keep == "knee":
+        return rows
+    if isinstance(keep, int):
+        return rows.clamp(max=keep)
+    return (rows.double() * keep + 0.5).floor().long().minimum(rows)
+
+
+def _are_same(some: Counts, others: Counts) -> bool:
+    if isinstance(some, Tensor) or isinstance(others, Tensor):
+        return some is others
+    return some == others

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vtp_kernels.contract.counts import less
+
 from .scorers import text_rows, wide
 
 if TYPE_CHECKING:
@@ -23,8 +25,7 @@ def raters(rows: PromptRows) -> Tensor:
     the mean of them has."""
     until, asks = text_rows(rows)
     asks = pad(asks, (0, rows.text.shape[1] - until.stop))
-    pairs = zip(rows.text_now, rows.text_before, strict=True)
-    counts = [max(text - before - rows.drafts, 0) for text, before in pairs]
+    counts = less(rows.text_now, rows.text_before, rows.drafts)
     words, selection, valid = rows.gather(asks, counts)
     products = wide(rows.hidden) @ wide(words).transpose(1, 2)
     if valid is not None:

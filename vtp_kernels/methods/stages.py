@@ -94,6 +94,9 @@ class BudgetedMethod(Method):
     def needs_units(self) -> bool:
         return self.per != "prompt"
 
+    def decides_by_data(self, depth: int) -> None:
+        return None
+
     def keep_from(self, layer: int) -> int | float:
         """The `keep` of the stage at that layer."""
         return next(stage.keep for stage in self.stages if stage.layer == layer)

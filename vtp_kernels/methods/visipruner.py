@@ -189,6 +189,9 @@ class VisiPruner(Method, key="visipruner"):
     def visual_most(self, layer: int, pictures: Sequence[int]) -> int:
         return sum(pictures) if self.schedule is None else self.visual_left(layer, pictures)
 
+    def decides_by_data(self, depth: int) -> str | None:
+        return f"decision={self.decision!r} looks at the pictures for it" if self._judges else None
+
     def check_model(self, depth: int) -> None:
         if self.shallow_layers and ("shallow" in self.stages or self.drop_shallow_kv):
             check_depth(self.shallow_layers - 1, depth, "VisiPruner.shallow_layers")

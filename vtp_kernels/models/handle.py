@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +20,7 @@ from .checks.text_check import check_text_model
 from .families import FAMILIES, parts_of
 from .keys.positions import POSITIONS
 from .modules.placement import like_hidden
+from .passage.compiled import check_compiled
 from .passage.engine import ENGINE_OPS, Engine
 from .passage.limits import check_method
 from .reports.report import PrefillRecord, Report
@@ -54,6 +56,70 @@ class Handle:
         if record is None:
             raise NothingToReport("nothing to report: no call with images has run yet")
         return record.report()
+
+    def compile(
+        self,
+        lengths: Sequence[int],
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        mode: str | None = None,
+        backend: str = "inductor",
+        most: int = 32,
+    ) -> None:
+        """Run the decoder stack of calls with images as one compiled graph, padded on the left to
+        the next of `lengths`.
+
+        Between the merged embeddings and the last hidden state nothing waits for the host then.
+        Results are those of the method uncompiled, up to rounding, and so is the KV cache that is
+        left; decoding, further turns and calls without images run as ever. Code is made for each
+        length, batch and numbers of visual tokens when a call first needs it, or ahead for
+        `inputs`. Calling it again replaces what was compiled; `remove()` ends it.
+
+        Parameters
+        ----------
+        lengths : ints
+            Rows of a prompt, visual tokens included, that code is made for. Longer prompts run
+            uncompiled.
+        inputs : what a processor gives for one batch of prompts with images, on the model's device
+            Code is made ahead for its batch and its numbers of visual tokens, at every length that
+            it fits; a bar shows how far this is.
+        mode : None | "reduce-overhead" | "max-autotune" | "max-autotune-no-cudagraphs"
+            Of torch.compile. The second and third run as CUDA graphs on a GPU.
+        backend : of torch.compile
+        most : int
+            As many pairs of a length and a batch's numbers of visual tokens are compiled; calls
+            that would be one more run uncompiled.
+
+        `report().compiled` tells how the last call ran and what memory is held. A call runs
+        uncompiled, too, where it goes on from a cache that holds rows, brings videos, asks for
+        hidden states of the layers or for logits by a tensor of indices, needs gradients, and in
+        models whose pictures see what is behind them.
+
+        Raises
+        ------
+        NotImplementedError
+            For methods that decide by data how many rows stay (VisiPruner but for decision="fixed",
+            InflectionPruning with a knee), for attention other than sdpa and eager, and for layers
+            with sliding windows or linear attention.
+        TypeError, ValueError
+            For lengths that are no ascending ints above 0, `most` below their number, and `inputs`
+            longer than all of them or without images.
+        """
+        engine = self._engine
+        if engine is None:
+            raise RuntimeError("this handle was removed: there is nothing to compile")
+        lengths = _lengths(lengths)
+        if not isinstance(most, int) or most < len(lengths):
+            raise ValueError(f"most: expected at least {len(lengths)}, the lengths, got {most!r}")
+        check_compiled(engine.parts, self.method)
+        text = engine.compile(lengths, most, {"mode": mode, "backend": backend})
+        if inputs is None:
+            return
+        try:
+            text.ahead(engine.parts.top, inputs)
+        except BaseException:
+            engine.uncompile()
+            raise
 
     def remove(self) -> None:
         """Take the method out of the model, which then is as it was before. Twice is fine."""
@@ -158,6 +224,16 @@ def apply(
         engine.attach()
         _handles[parts.text] = weakref.ref(engine.handle)
     return engine.handle
+
+
+def _lengths(lengths: object) -> tuple[int, ...]:
+    if isinstance(lengths, str) or not isinstance(lengths, Sequence):
+        raise TypeError(f"lengths: expected ints, got {shown(lengths)}")
+    if any(isinstance(length, bool) or not isinstance(length, int) for length in lengths):
+        raise TypeError(f"lengths: expected ints, got {shown(lengths)}")
+    if not lengths or list(lengths) != sorted(set(lengths)) or lengths[0] < 1:
+        raise ValueError(f"lengths: expected ascending numbers above 0, got {shown(lengths)}")
+    return tuple(lengths)
 
 
 def handle(model: nn.Module) -> Handle | None:

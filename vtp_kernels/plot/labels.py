@@ -80,10 +80,11 @@ def beside_points(
     axes: Axes,
     points: Sequence[tuple[str, float, float, str]],
     others: Sequence[tuple[float, float]] = (),
+    curves: Sequence[Sequence[tuple[float, float]]] = (),
 ) -> list[tuple[Text, Box]] | None:
     """(name, x, y, color), each named as near to its point as there is room; where it is not near,
-    a line leads there, and none over `others` (x, y), which have no names. None if no place is
-    found for some of them."""
+    a line leads there. No name is over `others` (x, y), points that have none, or over `curves`,
+    lines through several. None if no place is found for some of them."""
     spots = [tuple(axes.transData.transform(point[1:3])) for point in points]
     style = {"fontsize": LABEL, "transform": None, "parse_math": False}
     texts = [axes.text(0, 0, name, color=darker(color), **style) for name, _, _, color in points]
@@ -91,8 +92,13 @@ def beside_points(
     window = axes.get_window_extent()
     room = (window.x0 + 2, window.y0 + 2, axes.figure.bbox.x1 - 4, window.y1 + 12)
     marks = [_mark(spot) for spot in (*spots, *map(axes.transData.transform, others))]
+    drawn = [
+        line
+        for curve in curves
+        for line in itertools.pairwise(tuple(axes.transData.transform(xy)) for xy in curve)
+    ]
     for order in _orders(spots):
-        boxes = _placed(order, spots, sizes, room, marks)
+        boxes = _placed(order, spots, sizes, room, marks, drawn)
         if boxes is not None:
             break
     else:
@@ -124,10 +130,11 @@ def _placed(
     sizes: Sequence[Spot],
     room: Box,
     marks: Sequence[Box],
+    drawn: Sequence[Line],
 ) -> list[Box] | None:
     """A box for each point, taken in turn. None if one of them finds none."""
     taken = list(marks)
-    lines: list[Line] = []
+    lines: list[Line] = list(drawn)
     found: dict[int, Box] = {}
     for index in order:
         spot = spots[index]
@@ -196,8 +203,15 @@ def overlap(a: Box, b: Box, room: float = _ROOM) -> bool:
 
 
 def _crosses(line: Line, box: Box) -> bool:
-    """Whether a line goes through a box: looked at every pixel or so."""
-    (x, y), (to_x, to_y) = line
-    steps = max(int(math.dist(*line)), 1)
-    places = ((x + (to_x - x) * i / steps, y + (to_y - y) * i / steps) for i in range(steps + 1))
-    return any(_covers(box, place) for place in places)
+    """Whether a line goes through a box: what is left of it between the sides of each axis."""
+    begin, end = 0.0, 1.0
+    for axis in (0, 1):
+        start, step = line[0][axis], line[1][axis] - line[0][axis]
+        low, high = box[axis] - start, box[axis + 2] - start
+        if step == 0:
+            if low > 0 or high < 0:
+                return False
+            continue
+        enters, leaves = sorted((low / step, high / step))
+        begin, end = max(begin, enters), min(end, leaves)
+    return begin <= end

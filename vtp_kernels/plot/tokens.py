@@ -19,6 +19,7 @@ PANEL = 224  # pixels; the longer side of one panel
 SMALL = 160  # the same where methods stand side by side
 FRAME = 112  # the same of a frame on a sheet of them
 FRAMES_IN_A_ROW = 8
+ALL = "all"  # what the first panel of a picture shows
 
 
 def tokens(
@@ -30,7 +31,7 @@ def tokens(
     sample: int = 0,
     grid: tuple[int, int] | None = None,
     grids: Sequence[PictureGrid] | None = None,
-    title: str = "all",
+    title: str = ALL,
 ) -> Image.Image:
     """Draws which visual tokens were kept, one panel per layer at which some left.
 
@@ -107,7 +108,7 @@ def panels(image, kept, size: int) -> tuple[Cell, list[Cell]]:
     """The one picture of a prompt, and its panels, for drawings that have more beside them."""
     options = {"visual": None, "sample": 0, "grid": None, "grids": None}
     (look,) = looks_of(image, kept, **options)
-    return Cell("all", fitted(look.picture, size)), _panels(look, size)
+    return Cell(ALL, fitted(look.picture, size)), _panels(look, size)
 
 
 def one_or_several(
@@ -124,7 +125,8 @@ def one_or_several(
 def _blocks(look: Look | Film, title: str) -> list[Block]:
     if isinstance(look, Film):
         layers = look.frames[0].stayed
-        return [_sheet(look, layer, f"{title}: {look.name}, layer {layer}") for layer in layers]
+        head = look.name if title == ALL else f"{title}: {look.name}"
+        return [_sheet(look, layer, f"{head}, layer {layer}") for layer in layers]
     caption = ": ".join(filter(None, (look.name, title)))  # a long title is cut off
     return [Block([[Cell(caption, fitted(look.picture, PANEL)), *_panels(look, PANEL)]], PANEL)]
 

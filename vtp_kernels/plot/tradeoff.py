@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -47,8 +48,8 @@ def tradeoff(
     if not points:
         raise ValueError("points: expected at least one method, got none")
     lines = {name: _line(name, given) for name, given in points.items()}
-    for height in HEIGHTS:
-        figure = _figure(lines, height, saved, right)
+    for over_lines, height in itertools.product((False, True), HEIGHTS):
+        figure = _figure(lines, height, saved, right, over_lines)
         if figure is not None:
             return finished(figure, path)
     raise ValueError(f"points: {len(points)} are too many for their names; draw fewer at once")
@@ -64,9 +65,13 @@ def _line(name: str, given: Sequence) -> list[tuple[float, float]]:
 
 
 def _figure(
-    lines: Mapping[str, list[tuple[float, float]]], height: int, saved: str, right: str
+    lines: Mapping[str, list[tuple[float, float]]],
+    height: int,
+    saved: str,
+    right: str,
+    over_lines: bool,
 ) -> Figure | None:
-    """None if the names have no room in it."""
+    """None if the names have no room in it; over the lines of methods, if they may."""
     figure = new_figure(WIDTH, height)
     axes = new_axes(figure, 56, 44, 90, 24)
     lowest = min(share for line in lines.values() for _, share in line)
@@ -76,15 +81,16 @@ def _figure(
     axes.set_xlabel(f"{saved}, %", fontsize=9)
     axes.set_ylabel(f"{right}, %", fontsize=9)
     names = readable(list(lines))
-    named, others = [], []
+    named, others, curves = [], [], []
     for name, line, look in zip(names, lines.values(), _looks(names), strict=True):
         color, marker = look
         x, y = ([100 * pair[axis] for pair in line] for axis in (0, 1))
         axes.plot(x, y, color=color, linewidth=1.2, alpha=0.6)
         axes.plot(x, y, marker, color=color, markersize=7, mec="white", mew=0.7, clip_on=False)
         others += zip(x[:-1], y[:-1], strict=True)
+        curves.append([] if over_lines else list(zip(x, y, strict=True)))
         named.append((name, x[-1], y[-1], color))
-    return None if beside_points(axes, named, others) is None else figure
+    return None if beside_points(axes, named, others, curves) is None else figure
 
 
 def _from(least: float) -> float:

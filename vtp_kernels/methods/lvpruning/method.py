@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vtp_kernels._shown import shown
+from vtp_kernels.contract.counts import less
 from vtp_kernels.contract.method import Method
 
 from ..budget import SHARES, as_tuple
@@ -152,7 +153,7 @@ class LVPruning(Method, key="lvpruning"):
         places = torch.arange(rows.text.shape[1], device=rows.text.device)
         text = rows.text & (places <= rows.prompt_end)
         drafts = rows.text.shape[1] - 1 - rows.prompt_end
-        asked, _, text_valid = rows.gather(text, [count - drafts for count in rows.text_now])
+        asked, _, text_valid = rows.gather(text, less(rows.text_now, drafts))
         visual, visual_at, _ = rows.gather(rows.visual, rows.visual_now)
         decider = self._deciders(rows.hidden.device, rows.hidden.dtype)[layer]
         logits = decider(visual, asked, text_valid).float()

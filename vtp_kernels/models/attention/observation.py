@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..keys.cache import attended
+from ..keys.cache import attended, put_away
 from .projections import project, rotate, takes_positions
 from .ranks import AllHeads, all_heads
 
@@ -29,6 +30,8 @@ class Observation:
         if takes_positions(attention):
             self.positions = arguments["position_ids"]
         self.cache = arguments.get("past_key_values")
+        if torch.compiler.is_compiling() and self.cache is not None and put_away(self.cache):
+            self.cache = None  # where nobody kept what the attention got: computed anew
         self._unrotated_keys: Tensor | None = None
 
     @property

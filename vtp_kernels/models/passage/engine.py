@@ -40,6 +40,7 @@ from ..pictures.encoding import LayoutNotes
 from ..pictures.watch import VisionWatch
 from ..reports.report import PrefillRecord
 from .asked import takes_logits_to_keep
+from .compiled import CompiledText
 from .continuation import Continuation
 from .plan import Plan
 from .prefill import Prefill
@@ -105,6 +106,7 @@ class Engine(StaysBehind):
         self.handle: Any = None  # whoever applied the method finds it again by the model
         self.shadows: dict[int, AttentionShadow] = {}  # by layer
         self.at_work = AtWork()
+        self.compiled: CompiledText | None = None
         self._packing: set[int] = set()  # layers that are ready for packed rows
         self._lock = threading.Lock()
         self._hooks: list[Any] = []
@@ -128,6 +130,7 @@ class Engine(StaysBehind):
         for module in (parts.top, parts.base):
             before = functools.partial(self._before_model, _parameters(module))
             hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(parts.base.register_forward_hook(self._after_base, with_kwargs=True))
         self.notes.attach()
         if self.watch is not None:
             self.watch.attach()
@@ -149,6 +152,7 @@ class Engine(StaysBehind):
     def detach(self) -> None:
         if not self._hooks:
             return
+        self.uncompile()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -162,6 +166,19 @@ class Engine(StaysBehind):
         self.at_work.on = False
         _forget_compiled_code()
 
+    def compile(self, lengths: tuple[int, ...], most: int, options: dict[str, Any]) -> CompiledText:
+        """Put one in front of the decoder stack, in the place of the one that is."""
+        self.uncompile()
+        self.compiled = CompiledText(self.parts, lengths, most, options)
+        self.compiled.put()
+        return self.compiled
+
+    def uncompile(self) -> None:
+        if self.compiled is not None:
+            self.compiled.remove()
+            self.compiled = None
+            _forget_compiled_code()
+
     def may_pack(self, index: int) -> bool:
         """Whether rows may come to a layer without the padding between them.
 
@@ -169,6 +186,8 @@ class Engine(StaysBehind):
         with prompts that keep alike, go without.
         """
         layer = self.parts.layers[index]
+        if self.compiled is not None:  # its code would have to be made anew
+            return False
         if index in self.parts.linear or not has_these_steps(layer.self_attn):
             return False
         with self._lock:
@@ -268,7 +287,7 @@ class Engine(StaysBehind):
         arguments = dict(zip(parameters, args, strict=False)) | kwargs if args else kwargs
         call = kwargs.get(CALL)
         if isinstance(call, Prefill):
-            call.planes = self.parts.page.take_planes(kwargs, self.first_decision)
+            call.begin(kwargs)
         cache = arguments.get("past_key_values")
         if not isinstance(cache, PrunedCache):
             return None
@@ -306,13 +325,21 @@ class Engine(StaysBehind):
             call.cache.vtp.served = None
         if not isinstance(call, Prefill) or output is None:  # None: it broke off
             return None
-        self.last_prefill = call.finish()
+        if torch.compiler.is_compiling():  # the hooks of the decoder stack, along with it
+            call.left_open = True
+        else:
+            self.last_prefill = call.finish()
         if not (call.asked.by_index or (self.output_rows == "input" and call.asked.all)):
             return None
         if isinstance(output, tuple):
             return call.in_input_rows(output[0]), *output[1:]
         output.last_hidden_state = call.in_input_rows(output.last_hidden_state)
         return output
+
+    def _after_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        call = kwargs.get(CALL)
+        if isinstance(call, Prefill) and call.left_open:
+            self.last_prefill = call.finish()
 
 
 def _parameters(module: nn.Module) -> list[str]:

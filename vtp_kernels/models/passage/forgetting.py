@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vtp_kernels.contract.counts import on_device
+from vtp_kernels.contract.counts import Counts, on_device, on_host
 from vtp_kernels.ops import compact_kv, select_topk
 
 __all__ = ["Text", "forget_visual"]
@@ -18,7 +18,7 @@ class Text(NamedTuple):
     """The rows of a batch that are text: bool [B, S], and how many of each prompt."""
 
     rows: Tensor
-    counts: list[int]
+    counts: Counts
 
 
 def forget_visual(
@@ -31,9 +31,10 @@ def forget_visual(
     or None.
     """
     stays = pad(text.rows, (past, 0), value=True)
-    width = past + max(text.counts)
+    counts = on_host(text.counts)
+    width = past + max(counts)
     # Prompts with less text keep something else in its place, so that all end together.
-    fill = [width - past - count for count in text.counts]
+    fill = [width - past - count for count in counts]
     indices, _ = select_topk(
         torch.zeros(stays.shape, device=stays.device),
         on_device(fill, stays.device),

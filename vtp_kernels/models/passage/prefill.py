@@ -69,6 +69,13 @@ from .plan import Plan
 __all__ = ["Prefill"]
 
 
+Group = tuple[int, int]
+"""Layers whose keys are of the same rows: which KeyRows of the past, and which stage."""
+
+ONE = -1
+"""The stage of layers in which one visual token takes part."""
+
+
 class Applied(Protocol):
     """What is the same in all calls while a method is applied."""
 
@@ -76,6 +83,7 @@ class Applied(Protocol):
     method: Method
     positions: str
     plan: Plan
+    first_decision: int
     backends: Backends
     backend: str | None
     at_work: AtWork
@@ -94,6 +102,15 @@ class OneVisual(NamedTuple):
     text: Text
 
 
+class Padded(NamedTuple):
+    """How many rows of padding came in front of a call; and of the prompts as they were, which
+    rows are visual, and which no padding."""
+
+    rows: int
+    visual: Tensor
+    valid: Tensor | None
+
+
 class Prefill:
     """The state of one pruned forward pass. B prompts, S rows at first, fewer from stage to stage.
 
@@ -106,6 +123,7 @@ class Prefill:
         """`arguments` are those of the model's forward, by name."""
         self.parts, self.method, self.positions = engine.parts, engine.method, engine.positions
         self.plan, parts = engine.plan, engine.parts
+        self.first_decision = engine.first_decision
         self.backends, self.backend = engine.backends, engine.backend
         self.may_pack, self.at_work = engine.may_pack, engine.at_work
         self.placeholders = parts.placeholders(arguments)
@@ -153,10 +171,13 @@ class Prefill:
         # The layer that may run on the rows asked for alone.
         self.last = len(parts.layers) - 1 if asks_few_rows(parts, arguments) else -1
 
+        self.vision: PromptVision | None = None  # once the tower has run
         self.planes: Planes | None = None  # where the model leaves it to this call to add them
         self.observation: Observation | None = None
         self.packing: Packing | None = None  # where much padding came with the rows that left
         self.packed: Packing | None = None  # of the layer that runs
+        self.compiled: dict[str, Any] | None = None  # what report() is to tell of that
+        self.left_open = False  # whether it has yet to `finish`, outside of compiled code
         self.few = False  # whether that runs on the rows asked for alone
         self.entered = -1  # the layer that runs
         self.attended = -1  # the last layer whose attention asked what to do
@@ -165,9 +186,11 @@ class Prefill:
         self.row_positions: Tensor | None = None  # only where rows close up
         self.left: Tensor | None = None  # bool [B, columns of the prompt], there too
         self.cache: Any = None
+        self.state: CacheState | None = None  # what is remembered of it
         self.past_state = past_state
-        self.key_rows: dict[tuple[int, int], KeyRows] = {}  # by (rows of the past, stage)
-        self.inputs: dict[tuple[int, LayerKind], dict[str, Any]] = {}  # by id of the KeyRows
+        self.key_rows: dict[Group, KeyRows] = {}
+        self.inputs: dict[tuple[Group, LayerKind], dict[str, Any]] = {}
+        self.group: Group = -1, 0  # of the layer that runs
         self.layer_keys: list[KeyRows | None] = []
         self.past_rows: list[tuple[int, Tensor | None]] = []
         self.forgotten: dict[int, Text] = {}  # by layer
@@ -209,6 +232,7 @@ class Prefill:
         """Here, before anything runs, and right behind the one read, for this reads too."""
         try:
             self.units.counts(visual)
+            self.units.numbers(visual.device)
             self.method.check_units(self.units.all)
         except NotImplementedError as error:
             raise NotImplementedError(
@@ -383,7 +407,8 @@ class Prefill:
         """Forgets what is to be forgotten, after the last layer. What report() needs."""
         self._check_attended()
         if self.cache is not None:
-            self.cache.vtp.stop_observing()
+            prune_cache(self.cache, self.state)
+            self.state.stop_observing()
             self._forget()
             if any(self.layer_keys):
                 self._note_padding()
@@ -408,7 +433,68 @@ class Prefill:
             forgotten=frozenset(self.forgotten),
             memory=self.memory,
             units=self.units,
+            compiled=self.compiled,
         )
+
+    # ---- padding of a call, for code that is compiled for a few lengths ------------------------
+
+    def pad(self, rows: int) -> Padded:
+        """Put so many rows of padding in front of all prompts, before the first layer. What was
+        there before, for `unpad`."""
+        before = Padded(rows, self.prompt_visual, self.prompt_valid)
+        valid, visual = self._real_rows()[1], self.prompt_visual
+        self.valid = self.prompt_valid = pad(valid, (rows, 0), value=False)
+        self.visual = self.prompt_visual = pad(visual, (rows, 0), value=False)
+        width = self.visual.shape[1]
+        self.origin = torch.arange(width, device=visual.device).expand(len(visual), width)
+        self.last = -1  # compiled code runs the last layer on all rows
+        self.units.pad(rows)
+        if self.vision is not None:
+            self.vision.shows = pad(self.vision.shows, (rows, 0), value=-1)
+        return before
+
+    def unpad(self, before: Padded, cache: Any) -> None:
+        """Take them off again, behind the last layer, whose keys go to `cache` (or None)."""
+        rows, filled, self.cache = before.rows, self.cache, cache
+        self.prompt_visual, self.prompt_valid = before.visual, before.valid
+        self.units.pad(-rows)
+        alone = len(self.prompt_visual) == 1  # a prompt without others has no padding
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[:, rows:]
+
+        def columns(x: Tensor) -> Tensor:
+            return (x[:, rows:] - rows).clamp(min=-1)
+
+        def origins(x: Tensor) -> Tensor:
+            return columns(x).clamp(min=0)  # that of padding is any
+
+        def valid(x: Tensor | None) -> Tensor | None:
+            return None if alone else cut(x)
+
+        self.visual, self.origin = cut(self.visual), origins(self.origin)
+        self.valid = valid(self.valid)
+        self.left = cut(self.left)
+        for index, stage in enumerate(self.stages):
+            by = [(cut(scores), cut(among)) for scores, among in stage.ranked.by]
+            ranked = Ranked(origins(stage.ranked.origin), by)
+            self.stages[index] = stage._replace(
+                origin=origins(stage.origin), valid=valid(stage.valid), ranked=ranked
+            )
+        texts = {id(x): Text(cut(x.rows), on_host(x.counts)) for x in self.forgotten.values()}
+        self.forgotten = {layer: texts[id(x)] for layer, x in self.forgotten.items()}
+        if cache is None:
+            return
+        for layer, held in enumerate(filled.layers):
+            cache.update(held.keys[:, :, rows:], held.values[:, :, rows:], layer)
+        keys = {
+            id(x): KeyRows(columns(x.columns), self._end, x.filled and not alone, cut(x.left))
+            for x in self.layer_keys
+            if x is not None
+        }
+        self.layer_keys[:] = [None if x is None else keys[id(x)] for x in self.layer_keys]
+        self.state.layers = self.layer_keys
+        self.state.prompt -= rows
 
     def in_input_rows(self, hidden: Tensor) -> Tensor:
         """What the model puts out for the rows left, [B, K, C], where they stood in the input:
@@ -426,13 +512,7 @@ class Prefill:
         self.cache = cache
         if cache is None:
             return
-        check_cache(cache, self.parts.kinds)
-        reason = why_no_forgetting(cache) if self.plan.forgetful else None
-        if reason is not None:
-            raise NotImplementedError(
-                f"past_key_values: {reason}, so no layer of it can forget visual tokens; use a "
-                "DynamicCache that is not offloaded, or a method that keeps them"
-            )
+        self.check_cache(cache)
         state = CacheState(
             layers=self.layer_keys,  # fills as layers are entered
             removed=0,
@@ -445,11 +525,25 @@ class Prefill:
             state.removed = self.past_state.removed
             state.prompt -= state.removed
             state.padding = self.past_state.padding
-        prune_cache(cache, state)
+        self.state = state
+        if not torch.compiler.is_compiling():  # else when it ends, for compiled code cannot do it
+            prune_cache(cache, state)
+
+    def check_cache(self, cache: Any) -> None:
+        """Raise NotImplementedError for a cache (or None) that cannot lose what is to leave."""
+        if cache is None:
+            return
+        check_cache(cache, self.parts.kinds)
+        reason = why_no_forgetting(cache) if self.plan.forgetful else None
+        if reason is not None:
+            raise NotImplementedError(
+                f"past_key_values: {reason}, so no layer of it can forget visual tokens; use a "
+                "DynamicCache that is not offloaded, or a method that keeps them"
+            )
 
     def _note_padding(self) -> None:
         """Columns of padding that layers no longer have, for later calls."""
-        state = self.cache.vtp
+        state = self.state
         if self.prompt_valid is not None:
             state.padding = self._behind(state.padding, ~self.prompt_valid)
 
@@ -457,7 +551,8 @@ class Prefill:
         """The same object for all layers between two decisions."""
         if self.text is None:
             rows = ~self.visual if self.valid is None else self.valid & ~self.visual
-            self.text = Text(rows, on_host(self.text_now))
+            counts = self._text_now()
+            self.text = Text(rows, counts if torch.compiler.is_compiling() else on_host(counts))
         return self.text
 
     def _forget(self) -> None:
@@ -493,7 +588,7 @@ class Prefill:
             prompt_visual=self.prompt_visual,
             visual_at_start=self.visual_at_start,
             visual_now=self.visual_now,
-            text_now=self.text_now,
+            text_now=self._text_now(),
             text_before=self.text_before,
             drafts=self.asked.drafts,
             columns=self.prompt_visual.shape[1],
@@ -503,10 +598,19 @@ class Prefill:
             past=past,
             key_valid=partial(valid_keys, past, past_valid, self.valid, self.visual),
             sight=self._sight(layer - 1, past) if self.observation is not None else None,
-            vision=self._vision(layer),
+            vision=None if layer else self.vision,
             units=self.units,
             backends=self.backends,
         )
+
+    def _text_now(self) -> Counts:
+        """Text rows of each prompt. In compiled code their numbers come with the rows, so that it
+        is good for prompts of other lengths."""
+        if not torch.compiler.is_compiling():
+            return self.text_now
+        if self.valid is None:
+            return [self.visual.shape[1] - visual for visual in self.visual_now]
+        return (self.valid & ~self.visual).sum(1)
 
     def _sight(self, layer: int, past: int) -> Sight | None:
         """What rows saw in the layer that was observed, `past` keys of which came earlier; None if
@@ -522,10 +626,15 @@ class Prefill:
         reach = reach_of(kind, columns[:, past:], self._end, self.blocks)
         return None if reach is None else Sight(columns, reach.first, reach.last)
 
-    def _vision(self, layer: int) -> PromptVision | None:
+    def begin(self, arguments: dict[str, Any]) -> None:
+        """Behind the tower, before the first layer. `arguments` are those of the decoder stack."""
+        self.planes = self.parts.page.take_planes(arguments, self.first_decision)
+        if self.plan.sees_pictures:
+            self.vision = self._vision()
+            self.method.look_ahead(self.vision)
+
+    def _vision(self) -> PromptVision:
         """For layer 0, where all rows are there; later the pictures are no longer asked for."""
-        if layer or not self.plan.sees_pictures:
-            return None
         if missing := self.placeholders.keys() - self.seen.keys():
             raise ValueError(
                 f"{type(self.method).__name__} needs to know what the vision tower saw, and the "
@@ -569,7 +678,9 @@ class Prefill:
             name = type(self.method).__name__
             self.asked.check(self.origin, *self._real_rows(), name, layer)
         self.packing = None
-        if totals is not None and sum(totals) < sum(self.real_at_start):
+        # Compiled code takes rows as they come, for their number is in no shape.
+        compiling = torch.compiler.is_compiling()
+        if not compiling and totals is not None and sum(totals) < sum(self.real_at_start):
             self.packing = Packing.of(totals, width, hidden.device)
         self.embeddings = {kind: (cos, sin)}
         self.text = self.one = None
@@ -600,9 +711,13 @@ class Prefill:
         if self.one is None:
             text = self._rows_of_text()
             first = self.visual & (self.visual.cumsum(1) == 1)
-            visual = on_host(self.visual_now)
-            counts = [a + min(b, 1) for a, b in zip(text.counts, visual, strict=True)]
-            width = max(counts)
+            there = on_host(self.visual_now)
+            one = [min(count, 1) for count in there]
+            counts = added(text.counts, one)
+            if counts is None:  # in compiled code
+                width = first.shape[1] - min(a - b for a, b in zip(there, one, strict=True))
+            else:
+                width = max(counts)
             selection = select_topk(
                 torch.zeros(first.shape, device=first.device),
                 0,
@@ -619,8 +734,8 @@ class Prefill:
 
     def _shorten(self, rows: int) -> None:
         """Note that the layer the model counts by lacks so many rows more."""
-        self.cache.vtp.removed += rows
-        self.cache.vtp.prompt -= rows
+        self.state.removed += rows
+        self.state.prompt -= rows
 
     @property
     def _end(self) -> int:
@@ -628,25 +743,33 @@ class Prefill:
         return self.past + self.prompt_visual.shape[1]
 
     def _keys_of_one(self, layer: int, past: int) -> KeyRows:
-        before = self.past_state.layers[layer] if self.past_state else None
-        key = (id(before), -1)
-        if key not in self.key_rows:
+        before, number = self._before(layer)
+        self.group = number, ONE
+        if self.group not in self.key_rows:
             one = self._rows_of_one()
             (origin,) = compact_rows(
                 (self.origin,), *one.selection, align="right", backend=self.backend
             )
-            self.key_rows[key] = self._key_rows(before, past, origin, one.valid)
-        return self.key_rows[key]
+            self.key_rows[self.group] = self._key_rows(before, past, origin, one.valid)
+        return self.key_rows[self.group]
 
     def _keys_of(self, layer: int, past: int) -> KeyRows | None:
         """The key rows of a layer; None while the model's own mask and positions are right."""
-        before = self.past_state.layers[layer] if self.past_state else None
+        before, number = self._before(layer)
         if before is None and not self.stages and not self.uneven:
             return None
-        key = (id(before), len(self.stages))
-        if key not in self.key_rows:
-            self.key_rows[key] = self._key_rows(before, past, self.origin, self.valid)
-        return self.key_rows[key]
+        self.group = number, len(self.stages)
+        if self.group not in self.key_rows:
+            self.key_rows[self.group] = self._key_rows(before, past, self.origin, self.valid)
+        return self.key_rows[self.group]
+
+    def _before(self, layer: int) -> tuple[KeyRows | None, int]:
+        """The rows of a layer's keys that came earlier, where some have left; and the first layer
+        that shares them, for compiled code does not know objects by their ids."""
+        if self.past_state is None or self.past_state.layers[layer] is None:
+            return None, -1
+        rows = self.past_state.layers[layer]
+        return rows, next(i for i, x in enumerate(self.past_state.layers) if x is rows)
 
     def _key_rows(
         self, before: KeyRows | None, past: int, origin: Tensor, valid: Tensor | None
@@ -689,7 +812,7 @@ class Prefill:
     ) -> dict[str, Any]:
         """Mask and rotary embeddings, made once for all layers that share `keys`."""
         kind = self.parts.kinds[layer]
-        key = (id(keys), kind)
+        key = self.group, kind
         if key not in self.inputs:
             embeddings = self._embeddings(kind, arguments)
             shift, positions = self._past_shift(layer), None
@@ -715,7 +838,7 @@ class Prefill:
             length = self.cache.layers[layer].max_cache_len
             keys.columns_of(length)  # of one size for every step: compiled code is made for it
         now = self.valid
-        if hidden.shape[1] < rows.shape[1]:  # text and one visual token
+        if self.group[1] == ONE:  # text and one visual token
             now, rows = self._rows_of_one().valid, self._rows_of_one().text.rows
         valid = valid_keys(past, self._past_valid(layer, past), now, rows)
         if valid is not None:

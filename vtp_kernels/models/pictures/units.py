@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vtp_kernels.contract.counts import moved
 from vtp_kernels.contract.unit import Unit
@@ -114,6 +115,11 @@ class Units:
         if self._numbers is None:
             self._numbers = moved(self.columns, device)
         return self._numbers
+
+    def pad(self, rows: int) -> None:
+        """Put so many columns that are of no unit in front of `numbers`, or take them off."""
+        if self._numbers is not None:
+            self._numbers = pad(self._numbers, (rows, 0), value=-1)
 
 
 def _frames(looks: Sequence[Looks], rows: Tensor) -> list[Unit]:

@@ -86,6 +86,10 @@ class Report:
     scores : {layer: float32 [B, S]}
         What columns were ranked by before that layer, the higher the longer they stay; NaN where
         they were not. Layers before which nothing was ranked are missing. On the CPU.
+    compiled : dict, or None without `Handle.compile`
+        Whether the call ran compiled: the `length` it was padded to and by how many rows
+        (`padding`), the `lengths` and the `mode` there are, how many `variants` were compiled, and
+        the `bytes` of the GPU's memory these hold (None on a CPU); or `why_not`.
     """
 
     method: dict[str, Any]
@@ -106,6 +110,7 @@ class Report:
     flops_per_layer: list[int] | None = None
     dense_flops_per_layer: list[int] | None = None
     scores: dict[int, Tensor] = field(default_factory=dict)
+    compiled: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types; `kept` as the list of columns that stayed, per layer and prompt; scores that
@@ -304,6 +309,7 @@ class PrefillRecord:
     memory: dict[str, Any]
     """What the method noted."""
     units: Units
+    compiled: dict[str, Any] | None = None
 
     def report(self) -> Report:
         kept = {stage.layer: self._kept(stage) for stage in self.stages}
@@ -344,6 +350,7 @@ class PrefillRecord:
             scores={
                 stage.layer: self._scores(stage.ranked) for stage in self.stages if stage.ranked.by
             },
+            compiled=self.compiled,
         )
 
     def _per_layer(self) -> tuple[list[list[int]], list[list[int]]]:
