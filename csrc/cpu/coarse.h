@@ -31,16 +31,34 @@ struct CoarseNorm {
   float inverse;  // of its length; 0 of a row of zeros
 };
 
+typedef uint8_t LowBytes __attribute__((vector_size(kVectorBytes / 4)));
+
+// The lowest byte of each lane. Compilers take the lanes apart for it.
+VTP_INLINE LowBytes low_bytes(UInt32s x) {
+#if defined(__AVX512F__)
+  return (LowBytes)_mm512_cvtepi32_epi8((__m512i)x);
+#elif defined(__AVX2__)
+  const __m256i first = _mm256_setr_epi32(0x0c080400, -1, -1, -1, 0x0c080400, -1, -1, -1);
+  const __m256i four = _mm256_shuffle_epi8((__m256i)x, first);  // of each half, in front
+  const __m128i all =
+      _mm_unpacklo_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+  LowBytes bytes;
+  std::memcpy(&bytes, &all, sizeof bytes);
+  return bytes;
+#else
+  return __builtin_convertvector(x, LowBytes);
+#endif
+}
+
 // out[i] = round(row[i] * factor), for whole vectors of floats; |row[i] * factor| <= kMostCoarse.
 // Returns <row, row>, summed as pair_products does.
 template <class T>
 VTP_INLINE float round_row(const T* row, int64_t size, float factor, int8_t* out) {
-  typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
   Float32s squares = {};
   for (int64_t i = 0; i < size; i += kLanes<float>) {
     const Float32s x = load(row + i), shifted = x * factor + 12582912.0f;  // as in exp2_of
     squares = squares + x * x;
-    const Bytes bytes = __builtin_convertvector((UInt32s)shifted, Bytes);
+    const LowBytes bytes = low_bytes((UInt32s)shifted);
     std::memcpy(out + i, &bytes, sizeof bytes);
   }
   return sum_lanes(squares);
@@ -113,10 +131,10 @@ VTP_INLINE CoarseNorm coarse_norm(const int8_t* row, int64_t stride) {
   return has_byte_products() ? coarse_norm<true>(row, stride) : coarse_norm<false>(row, stride);
 }
 
-// products[4 * j + i] = <x[i], y[j]>, of four rows each, those of x biased and `stride` apart.
+// products[j][i] = <x[i], y[j]>, of four rows each, those of x biased and `stride` apart.
 template <bool InOne>
 VTP_INLINE void coarse_tile(const int8_t* x, const int8_t* const* y, int64_t stride,
-                            int32_t* products) {
+                            __m128i (&products)[4]) {
   for (int first = 0; first < 4; first += kCoarseRows) {
     CoarseVector sum[kCoarseRows][4] = {};
     for (int64_t c = 0; c < stride; c += sizeof(CoarseVector)) {
@@ -131,8 +149,8 @@ VTP_INLINE void coarse_tile(const int8_t* x, const int8_t* const* y, int64_t str
       const __m256i s = _mm256_hadd_epi32(
           _mm256_hadd_epi32(halved(sum[j][0]), halved(sum[j][1])),
           _mm256_hadd_epi32(halved(sum[j][2]), halved(sum[j][3])));
-      const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
-      std::memcpy(products + 4 * (first + j), &four, sizeof four);
+      products[first + j] =
+          _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
     }
   }
 }
@@ -140,8 +158,8 @@ VTP_INLINE void coarse_tile(const int8_t* x, const int8_t* const* y, int64_t str
 // cosines[y][x] of rows [x, x + count) and [y, y + count), x <= y, and the other way round; `count` is
 // a multiple of 4, rows of cosines are `width` apart.
 template <bool InOne>
-void coarse_cosines(const int8_t* const* rows, const CoarseNorm* norms, int64_t stride, int64_t x, int64_t y,
-                    int64_t count, float* cosines, int64_t width) {
+void coarse_cosines(const int8_t* const* rows, const CoarseNorm* norms, int64_t stride, int64_t x,
+                    int64_t y, int64_t count, float* cosines, int64_t width) {
   const Scratch<int8_t> four(4 * stride);
   for (int64_t i = x; i < x + count; i += 4) {
     for (int64_t row = 0; row < 4; ++row) {
@@ -150,15 +168,22 @@ void coarse_cosines(const int8_t* const* rows, const CoarseNorm* norms, int64_t 
         std::memcpy(four + row * stride + c, &of_x, sizeof of_x);
       }
     }
+    const __m128 inverse = _mm_setr_ps(norms[i].inverse, norms[i + 1].inverse, norms[i + 2].inverse,
+                                       norms[i + 3].inverse);
     for (int64_t j = x == y ? i : y; j < y + count; j += 4) {
-      int32_t products[16];
+      __m128i products[4];
       coarse_tile<InOne>(four, rows + j, stride, products);
-      for (int64_t at = 0; at < 16; ++at) {
-        const CoarseNorm &of_x = norms[i + at % 4], &of_y = norms[j + at / 4];
-        const float product = static_cast<float>(products[at] - of_y.bias);
-        const float cosine = product * of_x.inverse * of_y.inverse;
-        cosines[(j + at / 4) * width + i + at % 4] = cosine;
-        cosines[(i + at % 4) * width + j + at / 4] = cosine;
+      __m128 of_y[4];
+      for (int row = 0; row < 4; ++row) {
+        const CoarseNorm& norm = norms[j + row];
+        const __m128i product = _mm_sub_epi32(products[row], _mm_set1_epi32(norm.bias));
+        of_y[row] = _mm_mul_ps(_mm_mul_ps(_mm_cvtepi32_ps(product), inverse),
+                               _mm_set1_ps(norm.inverse));
+        _mm_storeu_ps(cosines + (j + row) * width + i, of_y[row]);
+      }
+      _MM_TRANSPOSE4_PS(of_y[0], of_y[1], of_y[2], of_y[3]);
+      for (int row = 0; row < 4; ++row) {
+        _mm_storeu_ps(cosines + (i + row) * width + j, of_y[row]);
       }
     }
   }
