@@ -199,11 +199,14 @@ class LazyMaxmin {
     uint8_t* compared = compared_ + i * most_chosen_;
     const float* coarse = rows_.coarse + i * rows_.stride;
     compared[near_at_[i]] = 1;
-    near_[i] = -kInfinity, near_at_[i] = -1;
-    for (int64_t t = 0; t < count_; ++t) {
-      if (compared[t] || !(coarse[chosen_[t]] > near_[i])) continue;
-      near_[i] = coarse[chosen_[t]], near_at_[i] = static_cast<int32_t>(t);
+    float near = -kInfinity;
+    int32_t at = -1;
+    for (int64_t t = 0; t < count_; ++t) {  // without branches, which nothing could foretell
+      const float cosine = compared[t] ? -kInfinity : coarse[chosen_[t]];
+      at = cosine > near ? static_cast<int32_t>(t) : at;
+      near = cosine > near ? cosine : near;
     }
+    near_[i] = near, near_at_[i] = at;
   }
 
   // The open row that is farthest from what is chosen; -1: given up.
@@ -226,6 +229,7 @@ class LazyMaxmin {
         int32_t some = 0;  // in one pass without branches: most panels have none
         for (int64_t i = begin; i < begin + kPanel; ++i) some |= bound_[i] >= farthest;
         for (int64_t i = begin; some && i < begin + kPanel; ++i) {
+          if (bound_[i] < farthest) continue;
           if (near_at_[i] >= 0 && beats(bound_[i], i, farthest, best)) ask(i);
         }
       }
