@@ -226,7 +226,7 @@ class SelectGroup {
     if constexpr (kHasCoarse && sizeof(A) == sizeof(float)) {
       int8_t* out = rounded_ + at * stride_;
       std::memset(out + channels_, 0, stride_ - channels_);
-      lengths_[at] = round_row(row, channels_, kMostCoarse * scales_[at], out);
+      lengths_[at] = round_row(row, channels_, most_coarse() * scales_[at], out);
       norms_[at] = coarse_norm(out, stride_);
     }
   }
