@@ -7,9 +7,9 @@
 // grows, and beyond a limit all pairs are multiplied instead. Tiles sum a product in another order: of
 // rows that tie but for rounding another may be chosen then, as it may with a larger k.
 //
-// Measured on an EPYC 9004 with signs as rows, N = 576, k = 64, C = 4096: of 6.5 ms 1.0 go to scales
-// and rounding, 3.7 to coarse cosines, near the peak of its byte products, and 1.7 to 4,000 float
-// ones, which wait for memory.
+// Measured with signs as rows, N = 576, k = 64, C = 4096, on one core of an EPYC with a 512-bit
+// datapath: of 3.2 ms 0.4 go to scales and rounding, 1.8 to coarse cosines, near the peak of its byte
+// products, 0.8 to 4,000 float ones, and 0.2 to finding out which.
 #pragma once
 
 #include <algorithm>
