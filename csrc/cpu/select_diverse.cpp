@@ -194,27 +194,35 @@ class SelectGroup {
     return plan;
   }
 
-  int64_t fewest() const {
-    int64_t k = a_.k_per_row ? length_ : a_.k;
-    for (int64_t g = 0; a_.k_per_row && g < size_; ++g) k = std::min(k, a_.k_per_row.at(begin_ + g));
-    return k;
+  int64_t wanted(int64_t g) const {
+    return std::min(a_.k_per_row ? a_.k_per_row.at(begin_ + g) : a_.k, a_.capacity);
   }
 
   // Whether some row of the batch may be, before a look at any.
   bool may_be_lazy() const {
+    for (int64_t g = 0; g < size_; ++g) {
+      if (may_be_lazy(wanted(g))) return true;
+    }
+    return false;
+  }
+
+  // A row that wants k, whatever others want: alone it is as in its batch.
+  bool may_be_lazy(int64_t k) const {
     constexpr int64_t kBytes = sizeof(A);
     if (kBytes != sizeof(float) || channels_ % kLanes<A> != 0 || channels_ < kLazyChannels ||
-        fewest() * kLazyShare > length_) {
+        k * kLazyShare > length_) {
       return false;
     }
     if (!is_maxmin()) return true;
     const bool begins = a_.first < 0 && !a_.keep;
     return kHasCoarse && channels_ <= kMostLazyChannels && width_ * width_ * kBytes <= kMostBytes &&
-           (begins || fewest() >= length_ / rows_per_step(length_ * channels_ * kBytes));
+           (begins || k >= length_ / rows_per_step(length_ * channels_ * kBytes));
   }
 
   bool may_be_lazy(int64_t g, const Plan& plan) const {
-    if (!is_lazy_ || (plan.anchors + plan.steps) * kLazyShare > plan.active) return false;
+    if (!may_be_lazy(wanted(g)) || (plan.anchors + plan.steps) * kLazyShare > plan.active) {
+      return false;
+    }
     for (int64_t j = 0; j < plan.active; ++j) {
       const A scale = scales_[g * length_ + positions_[g * width_ + j]];
       if (scale < 1 / kPlainScale || scale > kPlainScale) return false;

@@ -5,6 +5,7 @@ chosen is largest. CDPruner: the row that adds most to a determinant. Where cosi
 pick must be the first of the best; where they are rounded it must be one of the best but for that.
 """
 
+import itertools
 import math
 
 import pytest
@@ -487,6 +488,27 @@ def test_few_cosines_are_the_same_in_any_batch_and_with_any_threads(draw, rule):
                 assert torch.equal(alone.indices[0], together[b])
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(_native.missing is not None, reason=str(_native.missing))
+@pytest.mark.parametrize("rule", RULES)
+def test_whether_few_are_looked_at_is_no_matter_of_other_rows(draw, rule):
+    """What others want must not decide it: of rows that tie but for rounding others would stay."""
+    keep = torch.zeros(2, 70, dtype=torch.bool).index_fill(1, torch.tensor([3]), True)
+    given = ({"capacity": 70, "keep": keep}, {"capacity": 10})
+    for options, wanted in itertools.product(given, ((1, 16), (60, 2), (60, 17), (2, 60))):
+        features = nearly_one_row(draw, 2, 70, 256)
+        if rule == "dpp":  # something is left of each
+            apart = 100.0 * torch.eye(70, 256).expand(2, -1, -1)
+            features = torch.cat((features, apart), 2)
+        k = torch.tensor(wanted)
+        together = vtp.select_diverse(features, k, rule=rule, backend="native", **options)
+        for b in range(2):
+            own = {n: x[b : b + 1] if n == "keep" else x for n, x in options.items()}
+            alone = vtp.select_diverse(
+                features[b : b + 1], k[b : b + 1], rule=rule, backend="native", **own
+            )
+            assert torch.equal(alone.indices[0], together.indices[b])
 
 
 @pytest.mark.skipif(_native.missing is not None, reason=str(_native.missing))
