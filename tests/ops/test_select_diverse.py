@@ -496,11 +496,13 @@ def test_whether_few_are_looked_at_is_no_matter_of_other_rows(draw, rule):
     """What others want must not decide it: of rows that tie but for rounding others would stay."""
     keep = torch.zeros(2, 70, dtype=torch.bool).index_fill(1, torch.tensor([3]), True)
     given = ({"capacity": 70, "keep": keep}, {"capacity": 10})
-    for options, wanted in itertools.product(given, ((1, 16), (60, 2), (60, 17), (2, 60))):
-        features = nearly_one_row(draw, 2, 70, 256)
-        if rule == "dpp":  # something is left of each
-            apart = 100.0 * torch.eye(70, 256).expand(2, -1, -1)
-            features = torch.cat((features, apart), 2)
+    every = itertools.product(given, ((1, 16), (60, 2), (60, 17), (2, 60)), range(4))
+    for options, wanted, _ in every:
+        if rule == "maxmin":  # a row and the same turned by 1, 2, ... channels
+            row = draw.normal(2, 256)
+            features = torch.stack([row.roll(i, 1) for i in range(70)], 1)
+        else:  # 35 rows, each twice, of other lengths
+            features = draw.normal(2, 35, 256).repeat(1, 2, 1) * (0.5 + draw.uniform(2, 70, 1))
         k = torch.tensor(wanted)
         together = vtp.select_diverse(features, k, rule=rule, backend="native", **options)
         for b in range(2):
