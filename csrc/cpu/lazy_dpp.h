@@ -1,5 +1,5 @@
-// Greedy MAP of a determinant that looks at few cosines. What is left of a row only shrinks as others
-// are chosen, so what it gained when it was last looked at bounds what it gains now. A row is
+// Greedy MAP of a determinant that looks at few cosines. What is left of a row only shrinks as
+// others are chosen, so what it gained when it was last looked at bounds what it gains now. A row is
 // conditioned on what was chosen since only while that bound beats the best that is known: those
 // chosen, and all they leave, are to the bit what conditioning all rows in every step would give.
 //
@@ -36,7 +36,8 @@ class LazyDpp {
         chosen_(most_chosen),
         pivot_(most_chosen),
         factor_(rows.size * stride_),
-        pairs_(rows.row, rows.squares, rows.channels, std::max(most_chosen, kTogether * rows.size)) {}
+        pairs_(rows.row, rows.squares, rows.channels,
+               std::max(most_chosen, kTogether * rows.size)) {}
 
   // chosen()[i] are the rows chosen, in order, of which there are as many as it returns.
   int64_t run(int64_t steps, int32_t* taken) {

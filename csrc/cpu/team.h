@@ -1,5 +1,5 @@
-// Threads that stay awake between many small jobs: for a loop each of whose steps is too short to wake
-// any for it.
+// Threads that stay awake between many small jobs: for a loop each of whose steps is too short to
+// wake any for it.
 #pragma once
 
 #include <atomic>
@@ -53,8 +53,8 @@ class Team {
     ~Dismissal() { team.over_.store(true, std::memory_order_release); }
   };
 
-  // A ticket that could be exchanged belongs to the job whose call_ is there: the leader sets another
-  // only after all units of this one are done.
+  // A ticket that could be exchanged belongs to the job whose call_ is there: the leader sets
+  // another only after all units of this one are done.
   bool take_unit() {
     int64_t ticket = ticket_.load(std::memory_order_acquire);
     const int64_t left = ticket & ((int64_t{1} << kUnitBits) - 1);
