@@ -1,8 +1,10 @@
-"""select_diverse beside torch: the matrix of cosines, then a loop over its rows; and the loop as it
-is published (DivPrune), which gathers the rows of all that are chosen in every step.
+"""select_diverse beside torch: the matrix of cosines, then a loop over its rows; and the loops as
+they are published, operation by operation. DivPrune's gathers the rows of all that are chosen in
+every step, and knows one prompt.
 
 Features are random signs, whose cosines are exact in float32: all choose the same rows, also where
-two are as far. No row is like another, which is the hardest there is to choose from.
+two are as far. No row is like another, which is the hardest there is to choose from. Relevance is
+spread evenly from 0 to 1, to which CDPruner scales it.
 """
 
 import torch
@@ -41,19 +43,45 @@ def maxmin(features, k):
     return torch.cat(picks, 1).sort(1).values
 
 
-def published(features, k):
-    """One prompt after the other, as it is for one."""
-    rows = []
-    for matrix in 1.0 - cosines(features):
-        chosen = torch.empty(k, dtype=torch.int64, device=matrix.device)
-        for step in range(k):
-            if step == 0:
-                nearest = matrix.topk(2, dim=0, largest=False).values[1]
-            else:
-                nearest = matrix.index_select(0, chosen[:step]).min(0).values
-            chosen[step] = nearest.argmax()
-        rows.append(chosen.sort().values)
-    return torch.stack(rows)
+def published_maxmin(features, k):
+    """DivPrune's, one prompt after the other. In float32, so that all choose the same rows."""
+    return torch.stack([_published_maxmin(x, k) for x in features.float()])
+
+
+def _published_maxmin(x, k):
+    normalised = x / x.norm(dim=1, keepdim=True)
+    distance = 1.0 - torch.mm(normalised, normalised.t())
+    chosen = torch.empty(k, dtype=torch.int64, device=x.device)
+    for step in range(k):
+        if step == 0:
+            nearest = torch.topk(distance, 2, dim=0, largest=False).values[1, :]
+        else:
+            before = torch.index_select(chosen, 0, torch.arange(0, step, device=x.device))
+            nearest = torch.min(torch.index_select(distance, 0, before), dim=0).values
+        chosen[step] = torch.argmax(nearest)
+    return chosen.sort().values
+
+
+def published_dpp(features, k, relevance):
+    """CDPruner's. In float32, as theirs is once rows are normalised."""
+    x = features / features.norm(dim=-1, keepdim=True)
+    x = x.float()
+    cosine = torch.matmul(x, x.transpose(1, 2))
+    matrix = relevance.unsqueeze(2) * cosine * relevance.unsqueeze(1)
+    batch, length, device = len(x), x.shape[1], x.device
+    factor = torch.zeros(k, batch, length, device=device)
+    left = torch.diagonal(matrix, dim1=1, dim2=2).clone()
+    chosen = torch.empty(k, batch, dtype=torch.int64, device=device)
+    for step in range(k):
+        pick = torch.argmax(left, dim=-1)
+        chosen[step] = pick
+        each = torch.arange(batch, device=device)
+        across = torch.einsum("tb,tbn->bn", factor[:step, each, pick], factor[:step])
+        row = (matrix[each, pick] - across) / torch.sqrt(left[each, pick]).unsqueeze(-1)
+        factor[step, :, :] = row
+        left -= torch.square(row)
+        left[each, pick] = -torch.inf
+    return chosen.t().sort().values
 
 
 def dpp(features, k, relevance):
@@ -93,11 +121,11 @@ def case(batch, length, width, k, rule, dtype, device, model="") -> Case:
 
     def make():
         features = signs(batch, length, width, dtype, device)
-        relevance = torch.randn(batch, length, device=device).exp()
+        relevance = torch.rand(batch, length, device=device)
         return (features, k) if rule == "maxmin" else (features, k, relevance)
 
     if rule == "maxmin":
-        rivals = {"torch eager": maxmin, "published loop": published}
+        rivals = {"torch eager": maxmin, "published loop": published_maxmin}
         ours = lambda features, k: vtp.select_diverse(features, k).indices  # noqa: E731
         return Case("select_diverse", shape, moved, make, ours, rivals, assert_equal)
 
@@ -105,10 +133,10 @@ def case(batch, length, width, k, rule, dtype, device, model="") -> Case:
         chosen = vtp.select_diverse(features, k, rule="dpp", relevance=relevance)
         return chosen.indices, features, relevance
 
-    def eager(features, k, relevance):
-        return dpp(features, k, relevance), features, relevance
+    def with_inputs(rival):
+        return lambda *inputs: (rival(*inputs), inputs[0], inputs[2])
 
-    rivals = {"torch eager": eager}
+    rivals = {"torch eager": with_inputs(dpp), "published loop": with_inputs(published_dpp)}
     return Case(
         "select_diverse",
         shape,

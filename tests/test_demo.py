@@ -123,12 +123,22 @@ def test_run_with_a_checkpoint_and_a_method_file(capsys, tmp_path):
         *("--model", str(TRAINED), "--image", str(tmp_path / "picture.png")),
         *("--prompt", "how many shapes", "--prompt", "where is the circle"),
         *("--method", str(tmp_path / "method.json"), "--max-new-tokens", "4"),
+        *("--method", "divprune:keep=16"),
         *("--out", str(tmp_path / "kept.png"), "--repeats", "1", "--json"),
         *("--html", str(tmp_path / "kept.html")),
     )
     rows = json.loads(text)["rows"]
     assert code == 0 and "where is the circle" in (tmp_path / "kept.html").read_text()
     assert rows[1]["visual_tokens_per_layer"] == [256] * 3 + [32] * 5
+    assert rows[2]["visual_tokens_per_layer"] == [16] * 8 and len(rows) == 3
+
+
+def test_a_server_takes_one_method(capsys):
+    given = ("--model", "none", "--method", "fastv:2:0.5", "--method", "divprune")
+    with pytest.raises(SystemExit):
+        run(capsys, "serve", *given)
+    error = capsys.readouterr().err
+    assert "--method: expected one, got 'fastv:2:0.5' and 'divprune'" in error
 
 
 @pytest.mark.parametrize(

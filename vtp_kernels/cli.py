@@ -81,7 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--prompt", required=True, action="append", help="may be given several times: one batch"
     )
-    run.add_argument("--method", default="fastv", help=METHOD)
+    run.add_argument(
+        "--method",
+        action="append",
+        help=f"{METHOD} (default: fastv); may be given several times: a row of the table each",
+    )
     run.add_argument("--max-new-tokens", type=_positive, default=64)
     run.add_argument(
         "--html", type=Path, help="write a page of what was kept, to go through layer by layer"
@@ -92,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "serve", help="transformers' OpenAI-compatible server, with a method at work in the model"
     )
     serve.add_argument("--model", required=True, help="a folder or a hub name")
-    serve.add_argument("--method", required=True, help=METHOD)
+    serve.add_argument("--method", required=True, action=_Once, help=METHOD)
     serve.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: this machine alone)"
     )
@@ -171,6 +175,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Once(argparse.Action):
+    """An option that counts once: argparse would take the last without a word."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        if before is not None:
+            parser.error(f"{option_string}: expected one, got {before!r} and {values!r}")
+        setattr(namespace, self.dest, values)
+
+
 METHOD = "none, fastv, fastv:2:0.5, random:0.22, ... or a JSON file"
 
 
@@ -219,7 +233,8 @@ def _run(args: argparse.Namespace) -> None:
     # What can be wrong without the model is found out before it is loaded.
     if not args.image and not args.video:
         raise ValueError("--image, --video: expected at least one of them")
-    method, images = method_from_spec(args.method), [load_image(path) for path in args.image]
+    methods = {spec: method_from_spec(spec) for spec in args.method or ["fastv"]}
+    images = [load_image(path) for path in args.image]
     videos = [load_frames(path, args.frames) for path in args.video]
     check_writable(args.out, "--out")
     plot.check_matplotlib()
@@ -232,7 +247,7 @@ def _run(args: argparse.Namespace) -> None:
         processor,
         images,
         args.prompt,
-        {} if method is None else {args.method: method},
+        {spec: method for spec, method in methods.items() if method is not None},
         max_new_tokens=args.max_new_tokens,
         repeats=args.repeats,
         picture=args.out,

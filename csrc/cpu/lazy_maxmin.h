@@ -7,34 +7,20 @@
 // grows, and beyond a limit all pairs are multiplied instead. Tiles sum a product in another order: of
 // rows that tie but for rounding another may be chosen then, as it may with a larger k.
 //
-// Measured on an EPYC 9004 with signs as rows, N = 576, k = 64, C = 4096: of 6.5 ms 1.0 go to scales
-// and rounding, 3.7 to coarse cosines, near the peak of its byte products, and 1.7 to 4,000 float
-// ones, which wait for memory.
+// Measured with signs as rows, N = 576, k = 64, C = 4096, on one core of an EPYC with a 512-bit
+// datapath: of 3.2 ms 0.4 go to scales and rounding, 1.8 to coarse cosines, near the peak of its byte
+// products, 0.8 to 4,000 float ones, and 0.2 to finding out which.
 #pragma once
 
 #include <algorithm>
 #include <limits>
 
 #include "best.h"
-#include "parallel.h"
+#include "pairs.h"
 
 namespace vtp::cpu {
 namespace VTP_ISA {
 namespace {
-
-constexpr int kTogether = 4;  // products whose additions hide each other's latency
-
-// out[k] = <x[k], y[k]>, of whole vectors: bits depend on the two rows alone, and are those of
-// round_row where the rows are one, so the cosine of equal rows is 1.
-template <class T, int K>
-VTP_INLINE void pair_products(const T* const (&x)[K], const T* const (&y)[K], int64_t channels,
-                              float* out) {
-  Float32s sums[K] = {};
-  for (int64_t c = 0; c < channels; c += kLanes<float>) {
-    for (int k = 0; k < K; ++k) sums[k] = sums[k] + load(x[k] + c) * load(y[k] + c);
-  }
-  for (int k = 0; k < K; ++k) out[k] = sum_lanes(sums[k]);
-}
 
 template <class T>
 class LazyMaxmin {
@@ -42,7 +28,7 @@ class LazyMaxmin {
   struct Rows {
     const T* const* row;    // of `size` active rows, all finite
     const uint8_t* open;    // may be chosen; the others are anchors
-    const float* squares;   // <row, row>, as of round_row
+    const float* squares;   // <row, row>, as of round_row and pair_products
     const float* coarse;    // cosines [size, width], -inf of a row and itself and beyond `size`
     int64_t size, width, stride, channels;  // width: whole panels
   };
@@ -53,9 +39,7 @@ class LazyMaxmin {
         bound_(rows.width),
         near_(rows.width),
         near_at_(rows.width),
-        list_(2 * rows.width),
-        with_(2 * rows.width),
-        distances_(2 * rows.width),
+        pairs_(rows.row, rows.squares, rows.channels, 2 * rows.width),
         known_distances_(rows.width),
         most_chosen_(most_chosen),
         compared_(most_chosen * rows.width),
@@ -64,6 +48,21 @@ class LazyMaxmin {
   // The rows chosen, after the anchors, are chosen()[anchors ...]; `first` is -1 for the farthest.
   // False: more cosines would be looked at than pays, nothing is chosen.
   bool run(int64_t first, int64_t anchors, int64_t steps) {
+    bool done = false;
+    Team::with([&](Team& team) {
+      team_ = &team;
+      done = choose(first, anchors, steps);
+    });
+    return done;
+  }
+
+  const int32_t* chosen() const { return chosen_; }
+
+ private:
+  static constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  static constexpr int64_t kShare = 16;  // one product takes as long as so many in tiles of them do
+
+  bool choose(int64_t first, int64_t anchors, int64_t steps) {
     std::memset(compared_, 0, most_chosen_ * rows_.width);
     for (int64_t i = 0; i < rows_.width; ++i) {
       bound_[i] = i < rows_.size && rows_.open[i] ? kInfinity : -kInfinity;
@@ -88,41 +87,15 @@ class LazyMaxmin {
     return true;
   }
 
-  const int32_t* chosen() const { return chosen_; }
-
- private:
-  static constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  static constexpr int64_t kShare = 16;  // one product takes as long as so many in tiles of them do
-
   static bool beats(float distance, int64_t i, float other, int64_t j) {
     return distance > other || (distance == other && i < j);
   }
 
-  float distance(int64_t i, int64_t j, float product) const {
-    const float norm = std::sqrt(rows_.squares[i] * rows_.squares[j]);
-    return 1 - (norm == 0 ? 0.0f : product / norm);
-  }
+  float distance(int64_t n) const { return 1 - pairs_.cosine(n); }
 
-  void pair(int64_t n, int64_t i, int64_t j) {
-    list_[n] = static_cast<int32_t>(i), with_[n] = static_cast<int32_t>(j);
-  }
-
-  // distances_[n] of rows list_[n] and with_[n].
-  void measure(int64_t count) {
-    left_ -= count;
-    parallel((count + kTogether - 1) / kTogether, rows_.channels / 4, [&](int64_t unit) {
-      const T *x[kTogether], *y[kTogether];
-      float products[kTogether];
-      const int64_t first = unit * kTogether;
-      for (int k = 0; k < kTogether; ++k) {
-        const int64_t n = std::min(first + k, count - 1);
-        x[k] = rows_.row[list_[n]], y[k] = rows_.row[with_[n]];
-      }
-      pair_products(x, y, rows_.channels, products);
-      for (int64_t n = first; n < std::min(first + kTogether, count); ++n) {
-        distances_[n] = distance(list_[n], with_[n], products[n - first]);
-      }
-    });
+  void measure() {
+    left_ -= pairs_.size();
+    pairs_.measure(*team_);
   }
 
   // --- the first ---
@@ -137,52 +110,53 @@ class LazyMaxmin {
       gap[i] = i < rows_.size ? 1 - coarse[nearest[i]] : -kInfinity;
     }
     int64_t best = known_ = first_of_largest(gap);
-    int64_t count = 0;
+    pairs_.clear();
     for (int64_t i = 0; i < rows_.size; ++i) {  // both of a row at once, which is read once then
       if (i == best) continue;
-      pair(count++, i, best);
-      pair(count++, i, nearest[i]);
+      pairs_.ask(i, best);
+      pairs_.ask(i, nearest[i]);
     }
-    measure(count);
+    measure();
     float farthest = kInfinity;
-    for (int64_t n = 0; n < count; n += 2) {
-      known_distances_[list_[n]] = distances_[n];
-      farthest = std::min(farthest, distances_[n]);
+    for (int64_t n = 0; n < pairs_.size(); n += 2) {
+      known_distances_[pairs_.x(n)] = distance(n);
+      farthest = std::min(farthest, distance(n));
     }
     int64_t doubts = 0;
     const Scratch<int32_t> doubtful(rows_.size);
-    for (int64_t n = 1; n < count; n += 2) {
-      gap[list_[n]] = distances_[n];
-      doubtful[doubts] = list_[n];
-      doubts += beats(distances_[n], list_[n], farthest, best);
+    for (int64_t n = 1; n < pairs_.size(); n += 2) {
+      const int64_t i = pairs_.x(n);
+      gap[i] = distance(n);
+      doubtful[doubts] = static_cast<int32_t>(i);
+      doubts += beats(distance(n), i, farthest, best);
     }
     for (int64_t n = 0; n < doubts && left_ >= 0; ++n) {
       const int64_t i = doubtful[n];
-      const float distance = nearest_distance(i, nearest[i], gap[i], farthest, best);
-      if (beats(distance, i, farthest, best)) farthest = distance, best = i;
+      const float least = nearest_distance(i, nearest[i], gap[i], farthest, best);
+      if (beats(least, i, farthest, best)) farthest = least, best = i;
     }
     return left_ >= 0 ? best : -1;
   }
 
-  // The distance of row i to its nearest other, which is `distance` at most, that to row `nearest`;
+  // The distance of row i to its nearest other, which is `least` at most, that to row `nearest`;
   // or, once it does not beat `best`, what it is at most.
-  float nearest_distance(int64_t i, int64_t nearest, float distance, float farthest, int64_t best) {
+  float nearest_distance(int64_t i, int64_t nearest, float least, float farthest, int64_t best) {
     const Scratch<float> rest(rows_.width);
     std::memcpy(rest, rows_.coarse + i * rows_.stride, sizeof(float) * rows_.width);
     rest[nearest] = -kInfinity;
-    while (left_ >= 0 && beats(distance, i, farthest, best)) {
-      int64_t count = 0;
-      for (; count < kTogether; ++count) {
+    while (left_ >= 0 && beats(least, i, farthest, best)) {
+      pairs_.clear();
+      while (pairs_.size() < kTogether) {
         const int64_t j = first_of_largest(rest);
         if (j < 0) break;
         rest[j] = -kInfinity;
-        pair(count, i, j);
+        pairs_.ask(i, j);
       }
-      if (count == 0) break;
-      measure(count);
-      for (int64_t n = 0; n < count; ++n) distance = std::min(distance, distances_[n]);
+      if (pairs_.size() == 0) break;
+      measure();
+      for (int64_t n = 0; n < pairs_.size(); ++n) least = std::min(least, distance(n));
     }
-    return distance;
+    return least;
   }
 
   int64_t first_of_largest(const float* values) const {
@@ -225,40 +199,44 @@ class LazyMaxmin {
     uint8_t* compared = compared_ + i * most_chosen_;
     const float* coarse = rows_.coarse + i * rows_.stride;
     compared[near_at_[i]] = 1;
-    near_[i] = -kInfinity, near_at_[i] = -1;
-    for (int64_t t = 0; t < count_; ++t) {
-      if (compared[t] || !(coarse[chosen_[t]] > near_[i])) continue;
-      near_[i] = coarse[chosen_[t]], near_at_[i] = static_cast<int32_t>(t);
+    float near = -kInfinity;
+    int32_t at = -1;
+    for (int64_t t = 0; t < count_; ++t) {  // without branches, which nothing could foretell
+      const float cosine = compared[t] ? -kInfinity : coarse[chosen_[t]];
+      at = cosine > near ? static_cast<int32_t>(t) : at;
+      near = cosine > near ? cosine : near;
     }
+    near_[i] = near, near_at_[i] = at;
   }
 
   // The open row that is farthest from what is chosen; -1: given up.
   int64_t farthest_of_chosen() {
     int64_t best = likeliest();
     for (int64_t before = -1; near_at_[best] >= 0 && left_ >= 0;) {
+      pairs_.clear();
       if (best == before) {  // so it will be chosen, most likely
-        compare(ask_all(best));
+        ask_all(best);
       } else {
-        int64_t count = 0;
-        for (; count < kTogether && near_at_[best] >= 0; ++count) ask(best, count);
-        compare(count);
+        while (pairs_.size() < kTogether && near_at_[best] >= 0) ask(best);
       }
+      compare();
       before = best, best = likeliest();
     }
     while (left_ >= 0) {
-      int64_t count = 0;
+      pairs_.clear();
       const float farthest = bound_[best];
       for (int64_t begin = 0; begin < rows_.width; begin += kPanel) {
         int32_t some = 0;  // in one pass without branches: most panels have none
         for (int64_t i = begin; i < begin + kPanel; ++i) some |= bound_[i] >= farthest;
         for (int64_t i = begin; some && i < begin + kPanel; ++i) {
-          if (near_at_[i] >= 0 && beats(bound_[i], i, farthest, best)) ask(i, count++);
+          if (bound_[i] < farthest) continue;
+          if (near_at_[i] >= 0 && beats(bound_[i], i, farthest, best)) ask(i);
         }
       }
-      if (count == 0) return best;
-      compare(count);
-      for (int64_t n = 0; n < count; ++n) {
-        const int64_t i = list_[n];
+      if (pairs_.size() == 0) return best;
+      compare();
+      for (int64_t n = 0; n < pairs_.size(); ++n) {
+        const int64_t i = pairs_.x(n);
         if (near_at_[i] < 0 && beats(bound_[i], i, bound_[best], best)) best = i;
       }
     }
@@ -276,35 +254,34 @@ class LazyMaxmin {
     return best.index();
   }
 
-  void ask(int64_t i, int64_t n) {
-    pair(n, i, chosen_[near_at_[i]]);
+  void ask(int64_t i) {
+    pairs_.ask(i, chosen_[near_at_[i]]);
     mark(i);
   }
 
-  int64_t ask_all(int64_t i) {
-    int64_t count = 0;
+  void ask_all(int64_t i) {
     uint8_t* compared = compared_ + i * most_chosen_;
     for (int64_t t = 0; t < count_; ++t) {
-      if (!compared[t]) pair(count++, i, chosen_[t]);
+      if (!compared[t]) pairs_.ask(i, chosen_[t]);
       compared[t] = 1;
     }
     near_[i] = -kInfinity, near_at_[i] = -1;
-    return count;
   }
 
-  void compare(int64_t count) {
-    measure(count);
-    for (int64_t n = 0; n < count; ++n) {
-      bound_[list_[n]] = std::min(bound_[list_[n]], distances_[n]);
+  void compare() {
+    measure();
+    for (int64_t n = 0; n < pairs_.size(); ++n) {
+      bound_[pairs_.x(n)] = std::min(bound_[pairs_.x(n)], distance(n));
     }
   }
 
-  public:const Rows rows_;
+  const Rows rows_;
+  Team* team_ = nullptr;
   int64_t left_;  // so many products may still be made
   int64_t count_ = 0, known_ = -1;
   const Scratch<float> bound_, near_;
-  const Scratch<int32_t> near_at_, list_, with_;
-  const Scratch<float> distances_;
+  const Scratch<int32_t> near_at_;
+  Pairs<T> pairs_;
   const Scratch<float> known_distances_;  // of all other rows to row known_
   const int64_t most_chosen_;
   const Scratch<uint8_t> compared_;  // [width, chosen]

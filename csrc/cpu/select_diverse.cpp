@@ -1,12 +1,13 @@
 // Rows that differ: the cosines of all pairs first, each pair once, then a step for each that is
 // chosen: one pass over its cosines, which also finds the next.
-// Few of many rows are chosen by max-min distance from coarse cosines and some float ones.
+// Few of many rows are chosen from some cosines alone: by max-min distance with coarse ones as a guide.
 #include <algorithm>
 #include <limits>
 
 #include "best.h"
 #include "coarse.h"
 #include "gram.h"
+#include "lazy_dpp.h"
 #include "lazy_maxmin.h"
 #include "parallel.h"
 
@@ -23,8 +24,8 @@ constexpr int64_t kMostBytes = int64_t{1} << 30;
 VTP_INLINE int64_t rows_per_step(int64_t bytes) {
   return bytes <= int64_t{4} << 20 ? 4 : bytes <= int64_t{16} << 20 ? 10 : 32;
 }
-// Max-min looks at few cosines where no more than a share of the rows is kept or chosen, and channels
-// are so many that products are what takes time.
+// Few cosines are looked at where no more than a share of the rows is kept or chosen, and channels are
+// so many that products are what takes time.
 constexpr int64_t kLazyShare = 4, kLazyChannels = 256, kMostLazyChannels = int64_t{1} << 17;
 // And where the largest entries are so near to 1 that the rows need no scale: no square of theirs, and
 // no product of two squares, overflows or vanishes.
@@ -66,7 +67,8 @@ class SelectGroup {
         length_(features_.size[1]),
         channels_(features_.size[2]),
         width_((length_ + kPanel - 1) / kPanel * kPanel),
-        stride_(may_be_lazy() ? coarse_stride(channels_) : 0),
+        is_lazy_(may_be_lazy()),
+        stride_(is_lazy_ && is_maxmin() ? coarse_stride(channels_) : 0),
         plans_(size),
         states_(size * length_),
         scales_(size * length_),
@@ -75,12 +77,12 @@ class SelectGroup {
         squares_(size * width_),
         rounded_(size * length_ * stride_),
         norms_(stride_ > 0 ? size * length_ : 0),
-        lengths_(stride_ > 0 ? size * length_ : 0) {}
+        lengths_(is_lazy_ ? size * length_ : 0) {}
 
   void run() const {
     measure();
     for (int64_t g = 0; g < size_; ++g) plans_[g] = planned(g);
-    if constexpr (kHasCoarse && sizeof(A) == sizeof(float)) choose_lazily();
+    if constexpr (sizeof(A) == sizeof(float)) choose_lazily();
     bool steps = false, pairs = false, kept = false;
     for (int64_t g = 0; g < size_; ++g) {
       const Plan& plan = plans_[g];
@@ -125,6 +127,7 @@ class SelectGroup {
     }
   };
 
+  bool is_maxmin() const { return a_.rule == Diversity::maxmin; }
   bool is_kept(int64_t g, int64_t i) const { return a_.keep && *a_.keep.at(begin_ + g, i); }
   bool competes(int64_t g, int64_t i) const {
     return (!a_.candidates || *a_.candidates.at(begin_ + g, i)) && !is_kept(g, i);
@@ -142,8 +145,14 @@ class SelectGroup {
       for (int64_t i = begin; i < std::min(begin + kUnit, length_); ++i) {
         if (!competes(g, i) && !is_kept(g, i)) continue;
         const int64_t at = g * length_ + i;
-        scales_[at] = scale_of<T>(features_.at(begin_ + g, i), channels_);
-        if (stride_ > 0 && scales_[at] != 0) round(at, features_.at(begin_ + g, i));
+        const T* row = features_.at(begin_ + g, i);
+        scales_[at] = scale_of<T>(row, channels_);
+        if (scales_[at] == 0) continue;
+        if (stride_ > 0) {
+          round(at, row);
+        } else if (is_lazy_) {
+          square(at, row);
+        }
       }
     });
   }
@@ -167,44 +176,53 @@ class SelectGroup {
     const int64_t k = a_.k_per_row ? a_.k_per_row.at(begin_ + g) : a_.k;
     const int64_t room = std::max<int64_t>(0, a_.capacity - kept);
     const int64_t wanted = std::max<int64_t>(0, std::min({k, competing, room}));
-    const bool is_maxmin = a_.rule == Diversity::maxmin;
     plan.steps = std::min(wanted, plan.open);
-    plan.odd = is_maxmin ? wanted - plan.steps : 0;
-    if (is_maxmin && plan.steps == plan.open) {  // all, without a look at them
+    plan.odd = is_maxmin() ? wanted - plan.steps : 0;
+    if (is_maxmin() && plan.steps == plan.open) {  // all, without a look at them
       for (int64_t j = 0; j < plan.active; ++j) {
         if (open_[g * width_ + j]) take(g, j);  // of those kept, capacity may not hold all
       }
       plan.steps = 0;
     }
     if (plan.steps == 0) return plan;
-    plan.of_all_pairs = is_maxmin && plan.anchors == 0 && plan.first < 0;
+    plan.of_all_pairs = is_maxmin() && plan.anchors == 0 && plan.first < 0;
     constexpr int64_t kBytes = sizeof(A);
     const int64_t few = plan.active / rows_per_step(plan.active * channels_ * kBytes);
     plan.keeps_cosines = width_ * width_ * kBytes <= kMostBytes &&
                          (plan.of_all_pairs || plan.anchors + plan.steps >= few);
-    plan.is_lazy = is_maxmin && plan.keeps_cosines && may_be_lazy(g, plan);
+    plan.is_lazy = (plan.keeps_cosines || !is_maxmin()) && may_be_lazy(g, plan);
     return plan;
   }
 
-  int64_t fewest() const {
-    int64_t k = a_.k_per_row ? length_ : a_.k;
-    for (int64_t g = 0; a_.k_per_row && g < size_; ++g) k = std::min(k, a_.k_per_row.at(begin_ + g));
-    return k;
+  int64_t wanted(int64_t g) const {
+    return std::min(a_.k_per_row ? a_.k_per_row.at(begin_ + g) : a_.k, a_.capacity);
   }
 
   // Whether some row of the batch may be, before a look at any.
   bool may_be_lazy() const {
+    for (int64_t g = 0; g < size_; ++g) {
+      if (may_be_lazy(wanted(g))) return true;
+    }
+    return false;
+  }
+
+  // A row that wants k, whatever others want: alone it is as in its batch.
+  bool may_be_lazy(int64_t k) const {
     constexpr int64_t kBytes = sizeof(A);
+    if (kBytes != sizeof(float) || channels_ % kLanes<A> != 0 || channels_ < kLazyChannels ||
+        k * kLazyShare > length_) {
+      return false;
+    }
+    if (!is_maxmin()) return true;
     const bool begins = a_.first < 0 && !a_.keep;
-    return kHasCoarse && kBytes == sizeof(float) && a_.rule == Diversity::maxmin &&
-           channels_ % kLanes<A> == 0 && channels_ >= kLazyChannels &&
-           channels_ <= kMostLazyChannels && width_ * width_ * kBytes <= kMostBytes &&
-           fewest() * kLazyShare <= length_ &&
-           (begins || fewest() >= length_ / rows_per_step(length_ * channels_ * kBytes));
+    return kHasCoarse && channels_ <= kMostLazyChannels && width_ * width_ * kBytes <= kMostBytes &&
+           (begins || k >= length_ / rows_per_step(length_ * channels_ * kBytes));
   }
 
   bool may_be_lazy(int64_t g, const Plan& plan) const {
-    if (stride_ == 0 || (plan.anchors + plan.steps) * kLazyShare > plan.active) return false;
+    if (!may_be_lazy(wanted(g)) || (plan.anchors + plan.steps) * kLazyShare > plan.active) {
+      return false;
+    }
     for (int64_t j = 0; j < plan.active; ++j) {
       const A scale = scales_[g * length_ + positions_[g * width_ + j]];
       if (scale < 1 / kPlainScale || scale > kPlainScale) return false;
@@ -216,18 +234,73 @@ class SelectGroup {
     if constexpr (kHasCoarse && sizeof(A) == sizeof(float)) {
       int8_t* out = rounded_ + at * stride_;
       std::memset(out + channels_, 0, stride_ - channels_);
-      lengths_[at] = round_row(row, channels_, kMostCoarse * scales_[at], out);
+      lengths_[at] = round_row(row, channels_, most_coarse() * scales_[at], out);
       norms_[at] = coarse_norm(out, stride_);
+    }
+  }
+
+  void square(int64_t at, const T* row) const {
+    if constexpr (sizeof(A) == sizeof(float)) {
+      pair_products<T, 1>({row}, {row}, channels_, lengths_ + at);
     }
   }
 
   // Leaves nothing to be done where it succeeds.
   void choose_lazily() const {
-    if (stride_ == 0) return;
+    if (!is_lazy_) return;
     const Scratch<const T*> rows(size_ * width_);
+    for (int64_t g = 0; g < size_; ++g) {
+      for (int64_t j = 0; plans_[g].is_lazy && j < plans_[g].active; ++j) {
+        const int64_t at = g * width_ + j, i = positions_[at];
+        rows[at] = features_.at(begin_ + g, i);
+        squares_[at] = lengths_[g * length_ + i];
+      }
+    }
+    if (!is_maxmin()) {
+      parallel(size_, length_ * channels_, [&](int64_t g) {
+        if (plans_[g].is_lazy) dpp_lazily(g, rows + g * width_);
+      });
+      return;
+    }
+    const Scratch<float> coarse(size_ * width_ * width_);
+    compare_coarsely(coarse);
+    parallel(size_, length_ * channels_, [&](int64_t g) {
+      const int64_t at = g * width_;
+      if (plans_[g].is_lazy) maxmin_lazily(g, rows + at, coarse + at * width_);
+    });
+  }
+
+  void maxmin_lazily(int64_t g, const T* const* rows, const float* coarse) const {
+    Plan& plan = plans_[g];
+    const int64_t at = g * width_;
+    LazyMaxmin<T> choice({rows, open_ + at, squares_ + at, coarse, plan.active,
+                          plan.panels() * kPanel, width_, channels_},
+                         plan.anchors + plan.steps);
+    if (!choice.run(plan.first, plan.anchors, plan.steps)) return;
+    for (int64_t n = 0; n < plan.steps; ++n) take(g, choice.chosen()[plan.anchors + n]);
+    plan.steps = 0, plan.of_all_pairs = plan.keeps_cosines = false;
+  }
+
+  void dpp_lazily(int64_t g, const T* const* rows) const {
+    Plan& plan = plans_[g];
+    const int64_t at = g * width_;
+    const Scratch<float> weight(plan.active);
+    for (int64_t j = 0; j < plan.active; ++j) {
+      weight[j] = open_[at + j] ? relevance(g, positions_[at + j]) : A{0};
+    }
+    LazyDpp<T> choice({rows, open_ + at, squares_ + at, weight, plan.active,
+                       plan.panels() * kPanel, channels_, static_cast<float>(kNothingLeft)},
+                      plan.anchors + plan.steps);
+    const Scratch<int32_t> taken(plan.steps);
+    const int64_t count = choice.run(plan.steps, taken);
+    for (int64_t n = 0; n < count; ++n) take(g, taken[n]);
+    plan.steps = 0, plan.keeps_cosines = false;
+  }
+
+  // Coarse cosines of all pairs, -inf of a row and itself and of what is no row.
+  void compare_coarsely(float* coarse) const {
     const Scratch<const int8_t*> rounded(size_ * width_);
     const Scratch<CoarseNorm> norms(size_ * width_);
-    const Scratch<float> coarse(size_ * width_ * width_);
     const Scratch<int8_t> nothing(stride_);
     std::memset(nothing, 0, stride_);
     for (int64_t g = 0; g < size_; ++g) {
@@ -236,28 +309,8 @@ class SelectGroup {
         const int64_t at = g * width_ + j, i = j < plan.active ? positions_[at] : -1;
         rounded[at] = i < 0 ? nothing : rounded_ + (g * length_ + i) * stride_;
         norms[at] = i < 0 ? CoarseNorm{} : norms_[g * length_ + i];
-        if (i < 0) continue;
-        rows[at] = features_.at(begin_ + g, i);
-        squares_[at] = lengths_[g * length_ + i];
       }
     }
-    compare_coarsely(rounded, norms, coarse);
-    parallel(size_, length_ * channels_, [&](int64_t g) {
-      Plan& plan = plans_[g];
-      if (!plan.is_lazy) return;
-      const int64_t at = g * width_;
-      LazyMaxmin<T> choice({rows + at, open_ + at, squares_ + at, coarse + at * width_, plan.active,
-                            plan.panels() * kPanel, width_, channels_},
-                           plan.anchors + plan.steps);
-      if (!choice.run(plan.first, plan.anchors, plan.steps)) return;
-      for (int64_t n = 0; n < plan.steps; ++n) take(g, choice.chosen()[plan.anchors + n]);
-      plan.steps = 0, plan.of_all_pairs = plan.keeps_cosines = false;
-    });
-  }
-
-  // Coarse cosines of all pairs, -inf of a row and itself and of what is no row.
-  void compare_coarsely(const int8_t* const* rounded, const CoarseNorm* norms,
-                        float* coarse) const {
     const int64_t panels = width_ / kPanel, pairs = panels * (panels + 1) / 2;
     parallel(size_ * pairs, kPanel * kPanel * stride_ / 128, [&](int64_t tile) {
       const int64_t g = tile / pairs;
@@ -505,7 +558,8 @@ class SelectGroup {
   const View<const T, 3> features_;
   const int64_t begin_, size_, length_, channels_;
   const int64_t width_;   // rows in whole panels
-  const int64_t stride_;  // of rounded rows; 0 where none is lazy
+  const bool is_lazy_;    // some row of the batch may be
+  const int64_t stride_;  // of rounded rows; 0 where there are none
   const Scratch<Plan> plans_;
   const Scratch<uint8_t> states_;
   const Scratch<A> scales_;           // by row of features

@@ -5,6 +5,7 @@ chosen is largest. CDPruner: the row that adds most to a determinant. Where cosi
 pick must be the first of the best; where they are rounded it must be one of the best but for that.
 """
 
+import itertools
 import math
 
 import pytest
@@ -398,8 +399,8 @@ def test_more_rows_than_pairs_are_kept_for():
 
 # --- native code that looks at few cosines ------------------------------------------------------
 #
-# So it does for "maxmin" of 256 channels and more, where no more than a quarter of the rows are
-# chosen or kept: with 70 rows the later of 20 steps are done from all pairs.
+# So it does for 256 channels and more, where no more than a quarter of the rows are chosen or kept:
+# with 70 rows the later of 20 steps are done from all pairs.
 
 
 def one_channel_for_all(draw, batch, length, channels):
@@ -432,6 +433,84 @@ def test_few_cosines_tell_the_first_of_the_farthest(draw, dtype, channels):
         check(features, 20, "native", slack=0)
         check(features, 20, "native", slack=0, **masks(draw, 2, 70))
     check(features, 8, "native", slack=0, first=33)
+
+
+@pytest.mark.skipif(_native.missing is not None, reason=str(_native.missing))
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("weigh", ("all", "some", "spread"))
+def test_few_cosines_tell_the_largest_gain(draw, dtype, weigh):
+    """Where all rows matter alike most of them are conditioned, where few do only those."""
+    relevance = {
+        "all": torch.ones(3, 120),
+        "some": draw.integers(0, 4, 3, 120).float(),
+        "spread": draw.normal(3, 120).mul(5.0).exp(),
+    }[weigh]
+    distinct = draw.normal(3, 120, 256)
+    again = draw.integers(0, 120, 3, 120, 1).expand_as(distinct)
+    features = torch.where(draw.bools(3, 120, 1, p=0.3), distinct.gather(1, again), distinct)
+    features = with_odd_rows(draw, features).to(dtype)
+    for options in ({}, masks(draw, 3, 120)):
+        check(features, 8, "native", slack=1e-5, rule="dpp", relevance=relevance, **options)
+
+
+@pytest.mark.skipif(_native.missing is not None, reason=str(_native.missing))
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_few_cosines_tell_when_nothing_is_left(draw, dtype):
+    """Rows along axes, kept ones too: the most relevant of each axis, the first of equals."""
+    axis = draw.integers(0, 9, 2, 120)
+    features = torch.nn.functional.one_hot(axis, 256) * 2.0 ** draw.integers(-3, 4, 2, 120, 1)
+    relevance = draw.integers(0, 5, 2, 120)
+    keep = torch.zeros(2, 120, dtype=torch.bool).index_fill(1, torch.tensor([5, 60]), True)
+    options = {"rule": "dpp", "relevance": relevance.float(), "keep": keep, "backend": "native"}
+    selection = vtp.select_diverse(features.to(dtype), 25, **options)
+    for b in range(2):
+        best = {}
+        taken = axis[b, [5, 60]].tolist()
+        for i in range(120):
+            along, most = int(axis[b, i]), best.get(int(axis[b, i]), (0, -1))[0]
+            if along not in taken and relevance[b, i] > most:
+                best[along] = (int(relevance[b, i]), i)
+        expected = sorted([5, 60, *(i for _, i in best.values())])
+        assert selection.indices[b, : selection.counts[b]].tolist() == expected
+
+
+@pytest.mark.skipif(_native.missing is not None, reason=str(_native.missing))
+@pytest.mark.parametrize("rule", RULES)
+def test_few_cosines_are_the_same_in_any_batch_and_with_any_threads(draw, rule):
+    features = with_odd_rows(draw, draw.normal(3, 150, 512))
+    together = vtp.select_diverse(features, 30, rule=rule, backend="native").indices
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for b in range(3):
+                alone = vtp.select_diverse(features[b : b + 1], 30, rule=rule, backend="native")
+                assert torch.equal(alone.indices[0], together[b])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(_native.missing is not None, reason=str(_native.missing))
+@pytest.mark.parametrize("rule", RULES)
+def test_whether_few_are_looked_at_is_no_matter_of_other_rows(draw, rule):
+    """What others want must not decide it: of rows that tie but for rounding others would stay."""
+    keep = torch.zeros(2, 70, dtype=torch.bool).index_fill(1, torch.tensor([3]), True)
+    given = ({"capacity": 70, "keep": keep}, {"capacity": 10})
+    every = itertools.product(given, ((1, 16), (60, 2), (60, 17), (2, 60)), range(4))
+    for options, wanted, _ in every:
+        if rule == "maxmin":  # a row and the same turned by 1, 2, ... channels
+            row = draw.normal(2, 256)
+            features = torch.stack([row.roll(i, 1) for i in range(70)], 1)
+        else:  # 35 rows, each twice, of other lengths
+            features = draw.normal(2, 35, 256).repeat(1, 2, 1) * (0.5 + draw.uniform(2, 70, 1))
+        k = torch.tensor(wanted)
+        together = vtp.select_diverse(features, k, rule=rule, backend="native", **options)
+        for b in range(2):
+            own = {n: x[b : b + 1] if n == "keep" else x for n, x in options.items()}
+            alone = vtp.select_diverse(
+                features[b : b + 1], k[b : b + 1], rule=rule, backend="native", **own
+            )
+            assert torch.equal(alone.indices[0], together.indices[b])
 
 
 @pytest.mark.skipif(_native.missing is not None, reason=str(_native.missing))

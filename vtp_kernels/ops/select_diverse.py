@@ -51,6 +51,12 @@ def select_diverse(
     The native kernels give the same bits on every run, for a row of the batch as for that row
     alone, whatever the number of threads.
 
+    What ties exactly (copies of a row, cosines that are exact) falls as said: to the smaller index.
+    What ties but for rounding may fall either way: with another backend, device, instruction set or
+    dtype, and on a CPU with another k, keep or candidates, for few rows are chosen from products
+    that are summed in another order than those that choose many. Then the picks that follow may
+    differ, too. Ask for all rows you need at once, rather than for k and, later, for more.
+
     Args:
         features: float [B, N, C], C >= 1. Rows that are neither candidates nor kept are not read.
         k: how many candidates to take: an int of at most N, or int32/int64 [B] on the device of
