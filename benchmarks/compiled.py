@@ -27,6 +27,7 @@ from benchmarks import harness
 from benchmarks.end_to_end import Clock, pocket_prompts, random_model, random_prompts
 from benchmarks.engine_overhead import model_of
 from vtp_kernels.demo import load
+from vtp_kernels.pocket_llava.model import TRAINED
 
 MODELS = ("pocket", "16x1024", "llava-1.5-7b")
 DENSE = "dense"
@@ -50,7 +51,7 @@ class Row:
 def prompts(name: str, device: str, dtype: torch.dtype, tiny: bool) -> tuple[nn.Module, Callable]:
     """A model, and what makes prompts for it of a batch."""
     if name == "pocket":
-        model, processor = load(device)
+        model, processor = load(TRAINED, device=device)
         return model, lambda batch: pocket_prompts(model, processor, batch)
     if name == "16x1024":
         model = model_of(*(128, 4) if tiny else (1024, 16), device, dtype)
