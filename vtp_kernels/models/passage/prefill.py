@@ -461,7 +461,8 @@ class Prefill:
         alone = len(self.prompt_visual) == 1  # a prompt without others has no padding
 
         def cut(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[:, rows:]
+            """A copy: the next prompt overwrites what a CUDA graph has put out."""
+            return None if x is None else x[:, rows:].clone()
 
         def columns(x: Tensor) -> Tensor:
             return (x[:, rows:] - rows).clamp(min=-1)
@@ -478,8 +479,9 @@ class Prefill:
         for index, stage in enumerate(self.stages):
             by = [(cut(scores), cut(among)) for scores, among in stage.ranked.by]
             ranked = Ranked(origins(stage.ranked.origin), by)
+            text = stage.text.clone() if isinstance(stage.text, Tensor) else stage.text
             self.stages[index] = stage._replace(
-                origin=origins(stage.origin), valid=valid(stage.valid), ranked=ranked
+                text=text, origin=origins(stage.origin), valid=valid(stage.valid), ranked=ranked
             )
         texts = {id(x): Text(cut(x.rows), on_host(x.counts)) for x in self.forgotten.values()}
         self.forgotten = {layer: texts[id(x)] for layer, x in self.forgotten.items()}
