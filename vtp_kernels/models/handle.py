@@ -75,6 +75,11 @@ class Handle:
         length, batch and numbers of visual tokens when a call first needs it, or ahead for
         `inputs`. Calling it again replaces what was compiled; `remove()` ends it.
 
+        `report().compiled` tells how the last call ran and what memory is held. A call runs
+        uncompiled, too, where it goes on from a cache that holds rows, brings videos, asks for
+        hidden states of the layers or for logits by a tensor of indices, needs gradients, and in
+        models whose pictures see what is behind them.
+
         Parameters
         ----------
         lengths : ints
@@ -85,15 +90,11 @@ class Handle:
             it fits; a bar shows how far this is.
         mode : None | "reduce-overhead" | "max-autotune" | "max-autotune-no-cudagraphs"
             Of torch.compile. The second and third run as CUDA graphs on a GPU.
-        backend : of torch.compile
+        backend : str
+            Of torch.compile.
         most : int
             As many pairs of a length and a batch's numbers of visual tokens are compiled; calls
             that would be one more run uncompiled.
-
-        `report().compiled` tells how the last call ran and what memory is held. A call runs
-        uncompiled, too, where it goes on from a cache that holds rows, brings videos, asks for
-        hidden states of the layers or for logits by a tensor of indices, needs gradients, and in
-        models whose pictures see what is behind them.
 
         Raises
         ------
@@ -276,22 +277,24 @@ def supported_models() -> dict[str, dict[str, Any]]:
     Returns
     -------
     {family: dict}
-        architectures : class names.
-        available : those of them that the installed transformers has.
-        transformers : the oldest version that the family works with, as far as was tried.
-        example : a checkpoint on the Hugging Face hub.
-        text_models : `model_type` of the language models in them that it is tested with. Any other
-            is tried when a method is applied, and taken if what it computes is what is computed
-            here, or refused with what differs.
-        methods : names of methods, as in their files. Those that always ask the vision tower
-            for something are not among them where it is not known to give that.
-        layers : before which layers visual tokens may leave, in words.
-        positions : what `positions` of `apply` may be.
-        vision_tower : whether methods that look at what the vision tower saw find it
-            (InflectionPruning does, but for source=None; VisionZip, VisPruner and HiPrune).
-        tower_scores : what of the tower scores tokens, as InflectionPruning's source.
-        tower_videos : whether frames of videos are seen as pictures are.
-        limits : what else does not go, in words.
+        With
+
+        * `architectures`: class names.
+        * `available`: those of them that the installed transformers has.
+        * `transformers`: the oldest version that the family works with, as far as was tried.
+        * `example`: a checkpoint on the Hugging Face hub.
+        * `text_models`: `model_type` of the language models in them that it is tested with. Any
+          other is tried when a method is applied, and taken if what it computes is what is
+          computed here, or refused with what differs.
+        * `methods`: names of methods, as in their files. Those that always ask the vision tower
+          for something are not among them where it is not known to give that.
+        * `layers`: before which layers visual tokens may leave, in words.
+        * `positions`: what `positions` of `apply` may be.
+        * `vision_tower`: whether methods that look at what the vision tower saw find it
+          (InflectionPruning does, but for source=None; VisionZip, VisPruner and HiPrune).
+        * `tower_scores`: what of the tower scores tokens, as InflectionPruning's source.
+        * `tower_videos`: whether frames of videos are seen as pictures are.
+        * `limits`: what else does not go, in words.
     """
     return {
         name: {
