@@ -1,6 +1,5 @@
 """Small models with random weights that cut pictures up, in vLLM: InternVL and LLaVA-OneVision."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -14,9 +13,8 @@ import asking
 import numpy as np
 import plain_tiles
 import torch
-from in_both import METHODS, InBoth, assert_no_entry_is_shared, assert_same
+from in_both import METHODS, Tiles, assert_no_entry_is_shared, assert_same
 from tiny_next import drawing
-from torch.nn.utils.rnn import pad_sequence
 
 from vtp_kernels import reference
 from vtp_kernels.models.families import FAMILIES
@@ -24,50 +22,10 @@ from vtp_kernels.models.pictures.watch import SEEN, VisionWatch
 from vtp_kernels.vllm.budget import Budget
 
 
-class Served(InBoth):
-    def __init__(self, module, folder):
-        self.tiny, self.folder = importlib.import_module(module), folder
-        self.model = self.tiny.new_model()
-        self.tiny.save(self.model, folder)
-        self.engine = asking.llm(folder, **plain_tiles.SETTINGS)
-        self.processor = self.engine.llm_engine.renderer.get_mm_processor()
-
-    def processed(self, pictures, text="7 8", **more):
-        """What vLLM makes of a prompt: tokens, and what the model is given of its pictures."""
-        items = self.processor.info.parse_mm_data({"image": pictures})
-        prompt = self.request(pictures, text)["prompt"]
-        given = more.get("mm_processor_kwargs")
-        made = self.processor(prompt, items, hf_processor_mm_kwargs=given)
-        return made["prompt_token_ids"], made["mm_kwargs"].get_data()
-
-    def embedded(self, kwargs):
-        """What the model in vLLM makes of one picture."""
-        with torch.inference_mode():
-            found = self.engine.apply_model(lambda model: model.embed_multimodal(**kwargs))[0]
-        (rows,) = found
-        return rows
-
-    def inputs(self, pictures, text="7 8"):
-        """The same for transformers: tokens, and pictures as its model wants them."""
-        tokens, given = self.processed(pictures, text)
-        pixels = given["pixel_values_flat" if "pixel_values_flat" in given else "pixel_values"]
-        if isinstance(pixels, list):  # of LLaVA-OneVision, pictures with unlike numbers of crops
-            pixels = pad_sequence(pixels, batch_first=True)
-        found = {"pixel_values": pixels}
-        if "image_sizes" in given:
-            found["image_sizes"] = given["image_sizes"]
-        return torch.tensor([tokens]), found
-
-    def in_transformers(self, pictures, method, text="7 8"):
-        """Tokens, and the logarithms of their probabilities."""
-        ids, given = self.inputs(pictures, text)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **given}
-        return self.answer(inputs, method, positions="contiguous")
-
-
 @pytest.fixture(scope="module", params=["tiny_internvl", "tiny_internvl_chat", "tiny_onevision"])
 def served(request, tmp_path_factory):
-    return Served(request.param, tmp_path_factory.mktemp(request.param))
+    folder = tmp_path_factory.mktemp(request.param)
+    return Tiles(request.param, folder, **plain_tiles.SETTINGS)
 
 
 def in_another_process(served, *settings, **variables):
@@ -186,12 +144,6 @@ def test_videos_keep_all_their_tokens(served):
     shown = [x for x in pruned.prompt_token_ids if x != image]
     assert shown == [x for x in dense.prompt_token_ids if x != image]
     assert pruned.prompt_token_ids.count(image) == 12 < dense.prompt_token_ids.count(image)
-
-
-def test_pruning_between_layers_is_refused(served):
-    settings = {"additional_config": {"vtp": {"method": "fastv:2:0.5"}}}
-    with pytest.raises(NotImplementedError, match="between layers is not there for Pruned"):
-        asking.llm(served.folder, load_format="dummy", **settings)
 
 
 @pytest.mark.parametrize("served", ["tiny_internvl_chat"], indirect=True)

@@ -17,7 +17,6 @@ from .budget import KEY, Budget
 from .checks import check_clip
 from .processing import BudgetInfo, BudgetProcessor
 from .seeing import PrunedImages, see_with_cls, stays
-from .stages.model import Staged
 
 __all__ = ["PrunedLlava"]
 
@@ -48,7 +47,7 @@ def _processor(info: Any, dummy_inputs: Any) -> Any:
 
 
 @MULTIMODAL_REGISTRY.register_processor(_processor, info=_info, dummy_inputs=_plain.dummy_inputs)
-class PrunedLlava(Staged, PrunedImages, LlavaForConditionalGeneration):
+class PrunedLlava(PrunedImages, LlavaForConditionalGeneration):
     hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | PrunedImages.tower_names
 
     def _embed_best(self, images: Any, budget: Budget) -> Any:

@@ -19,7 +19,6 @@ from .checks import check_clip
 from .choice import best_rows, scores_of_rows
 from .processing import BudgetInfo, BudgetProcessor
 from .seeing import PrunedImages, see_with_cls, stays
-from .stages.model import Staged
 
 __all__ = ["PrunedLlavaNext"]
 
@@ -38,7 +37,7 @@ class LlavaNextBudgetProcessor(BudgetProcessor, LlavaNextMultiModalProcessor):
     info=LlavaNextBudgetInfo,
     dummy_inputs=LlavaNextForConditionalGeneration._processor_factory.dummy_inputs,
 )
-class PrunedLlavaNext(Staged, PrunedImages, LlavaNextForConditionalGeneration):
+class PrunedLlavaNext(PrunedImages, LlavaNextForConditionalGeneration):
     hf_to_vllm_mapper = (
         LlavaNextForConditionalGeneration.hf_to_vllm_mapper | PrunedImages.tower_names
     )

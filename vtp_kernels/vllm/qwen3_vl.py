@@ -39,6 +39,13 @@ class PrunedDeepstack(PrunedGrids):
     def _shown(self, rows: Tensor) -> Tensor:
         return rows[:, : self.visual_dim]
 
+    def _by_stages(self, positions: Tensor, embeddings: Tensor) -> Tensor:
+        rows = len(embeddings)
+        planes = self._get_deepstack_input_embeds(rows)
+        found = self.passage(positions, embeddings, list(planes.tensors.values()) if planes else ())
+        self._clear_deepstack_input_embeds(rows)
+        return found
+
 
 @MULTIMODAL_REGISTRY.register_processor(
     Qwen3VLBudgetProcessor, info=Qwen3VLBudgetInfo, dummy_inputs=_dummy_inputs

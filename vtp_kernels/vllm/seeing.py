@@ -13,7 +13,6 @@ from vllm.model_executor.models.utils import WeightsMapper
 from .budget import KEY, Budget
 from .choice import attention_received, best_rows, similarity_to_whole, unlike_rows
 from .stages.model import Staged
-from .stages.settings import WHERE, Settings
 
 __all__ = [
     "OutsideGraphs",
@@ -28,7 +27,7 @@ __all__ = [
 _TOWER_PARTS = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
 
 
-class PrunedImages:
+class PrunedImages(Staged):
     """In front of a model class of vLLM that reads images. Those that come without a budget take
     its own course."""
 
@@ -46,11 +45,6 @@ class PrunedImages:
             raise NotImplementedError(
                 "enable_tower_connector_lora: expected False with the plugin, for the rows of an "
                 "adapter in the vision tower are counted by those that the image takes"
-            )
-        if not isinstance(self, Staged) and Settings.of(vllm_config) is not None:
-            raise NotImplementedError(
-                f"{WHERE}: pruning between layers is not there for {type(self).__name__}; a budget "
-                f"before them is (mm_processor_kwargs)"
             )
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 

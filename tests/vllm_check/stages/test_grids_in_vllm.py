@@ -17,44 +17,16 @@ import plain_grids
 import plain_tiles
 import ranks_grids
 import tiny_grids
-from in_both import METHODS, InBoth, assert_no_entry_is_shared, assert_same
-from safetensors.torch import load_file, save_file
+from in_both import METHODS, Grids, assert_no_entry_is_shared, assert_same
 from tiny_next import IMAGE
-from transformers import AutoProcessor
 
 from vtp_kernels.vllm.budget import Budget
 
 
-class Served(InBoth):
-    def __init__(self, name, folder):
-        self.name, self.tiny, self.folder = name, tiny_grids.FAMILIES[name], folder
-        self.model = self.tiny.new_model()
-        self.model.save_pretrained(folder)
-        if name == "qwen3_vl_moe":
-            turn_experts(folder / "model.safetensors")
-        self.tiny.new_processor().save_pretrained(folder)
-        self.processor = AutoProcessor.from_pretrained(folder)
-        self.engine = asking.llm(folder, **plain_tiles.SETTINGS)
-
-    def in_transformers(self, pictures, method, text="7 8"):
-        """Tokens, and the logarithms of their probabilities."""
-        prompt = self.request(pictures, text)["prompt"]
-        inputs = self.processor(text=[prompt], images=pictures, return_tensors="pt")
-        return self.answer(inputs, method)
-
-
-def turn_experts(path):
-    """As released, and as vLLM reads them; transformers 5 has them the other way round."""
-    weights = {
-        name: x.transpose(1, 2).contiguous() if ".experts." in name else x
-        for name, x in load_file(path).items()
-    }
-    save_file(weights, path, metadata={"format": "pt"})
-
-
 @pytest.fixture(scope="module", params=list(tiny_grids.FAMILIES))
 def served(request, tmp_path_factory):
-    return Served(request.param, tmp_path_factory.mktemp(request.param))
+    folder = tmp_path_factory.mktemp(request.param)
+    return Grids(request.param, folder, **plain_tiles.SETTINGS)
 
 
 def test_without_a_budget_answers_are_those_of_vllm_alone(served):

@@ -193,6 +193,14 @@ class Step:
         return moved(starts, self.device), starts
 
     @cached_property
+    def places(self) -> Tensor:
+        """int64 [rows]: where each row is among those of its request. For a prompt that is read
+        in this step, its place in that."""
+        begins = self.begins(None)
+        places = np.arange(self.rows) - np.repeat(begins[:-1], self.lengths)
+        return moved(torch.from_numpy(places), self.device)
+
+    @cached_property
     def visual(self) -> Tensor:
         """bool [rows]: the visual tokens of the fresh requests."""
         found = np.zeros(self.rows, dtype=bool)

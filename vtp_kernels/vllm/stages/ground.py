@@ -19,8 +19,10 @@ from vllm.distributed import (
 from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.glm4_moe import Glm4MoeModel
 from vllm.model_executor.models.llama import LlamaModel
 from vllm.model_executor.models.qwen2 import Qwen2Model
+from vllm.model_executor.models.qwen3_moe import Qwen3MoeModel
 from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
@@ -167,10 +169,10 @@ def check_layers(decoder: nn.Module) -> None:
     hidden states and residual, whose `self_attn.rotary_emb` is called with positions, queries and
     keys, and `self_attn.attn` with queries, keys and values in positions, and sees all keys before
     a row."""
-    if not isinstance(decoder, LlamaModel | Qwen2Model):
+    if not isinstance(decoder, LlamaModel | Qwen2Model | Qwen3MoeModel | Glm4MoeModel):
         raise NotImplementedError(
-            f"{WHERE}: pruning between layers is for language models of Llama's and Qwen2's kind, "
-            f"this is a {type(decoder).__name__}"
+            f"{WHERE}: pruning between layers is for language models of the kinds of Llama, Qwen2, "
+            f"Qwen3, GLM-4, and the latter two with experts; this is a {type(decoder).__name__}"
         )
     for layer in decoder.layers:
         attention = layer.self_attn.attn

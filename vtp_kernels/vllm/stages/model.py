@@ -30,11 +30,13 @@ class Staged:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         if settings is not None:
             from .passage import Passage
-            from .state import StagedModelState
+            from .state import staged
 
             self.passage = Passage(self.language_model.model, settings)
             # Looked for on models that have a state of their own; others have vLLM's.
-            self.get_model_state_cls = lambda: StagedModelState
+            own = getattr(type(self), "get_model_state_cls", None)
+            state = staged(None if own is None else own())
+            self.get_model_state_cls = lambda: state
 
     def forward(
         self,
@@ -45,5 +47,8 @@ class Staged:
         **kwargs: object,
     ) -> Any:
         if self.passage is not None and self.passage.is_asked_for():
-            return self.passage(positions, inputs_embeds)
+            return self._by_stages(positions, inputs_embeds)
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+
+    def _by_stages(self, positions: Tensor, embeddings: Tensor) -> Tensor:
+        return self.passage(positions, embeddings)

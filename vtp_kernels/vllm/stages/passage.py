@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,20 +51,24 @@ class Passage:
         real = isinstance(get_forward_context().attn_metadata, dict)
         return real and step is not None and len(step.fresh) > 0
 
-    def __call__(self, positions: Tensor, embeddings: Tensor) -> Tensor:
-        """What the last layer puts out, [rows, C]; 0 for rows that left."""
+    def __call__(
+        self, positions: Tensor, embeddings: Tensor, planes: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """What the last layer puts out, [rows, C]; 0 for rows that left. positions: [rows], or
+        [3, rows] with M-RoPE. planes: what is added to the rows after each of the first layers."""
         step, context, device = self.shared.step, get_forward_context(), positions.device
         choice = Choice(self.settings, step, self.backends)
-        hidden, residual, places = embeddings[: step.rows], None, positions[: step.rows]
+        hidden, residual = embeddings[: step.rows], None
+        turns = positions.movedim(-1, 0)[: step.rows]  # where each is turned to
         left = torch.arange(step.rows, device=device)  # which rows these are
-        visual, seen = step.visual, None
+        places, visual, seen = step.places, step.visual, None
         for first, last, stage in self._stretches():
             if stage is not None and self._decides(stage):
                 read = hidden if residual is None else hidden + residual
                 stays = choice.stays(stage, Rows(read, visual, places), seen)
                 if stays is not None:
-                    hidden, residual, places, visual, left = _compacted(
-                        stays, hidden, residual, places, visual, left
+                    hidden, residual, turns, places, visual, left = _compacted(
+                        stays, hidden, residual, turns, places, visual, left
                     )
                 if not self.settings.counted:
                     context = with_metadata(context, self.shared.again(stage))
@@ -74,10 +79,13 @@ class Passage:
                         _watching(layer.self_attn, number in self.observed) as calls,
                         self._passive(number, choice, stage, visual),
                     ):
-                        hidden, residual = layer(places, hidden, residual)
+                        turned = turns.movedim(0, -1).contiguous()
+                        hidden, residual = layer(turned, hidden, residual)
+                    if number < len(planes):
+                        hidden = hidden + planes[number][left]
                     seen = _seen(layer.self_attn, calls)
         hidden, _ = self.decoder.norm(hidden, residual)
-        return hidden.new_zeros(len(positions), hidden.shape[1]).index_copy_(0, left, hidden)
+        return hidden.new_zeros(len(embeddings), hidden.shape[1]).index_copy_(0, left, hidden)
 
     def _decides(self, stage: int) -> bool:
         """Whether the method is to be asked: where rows are not counted, whatever it leaves."""

@@ -37,8 +37,8 @@ class StagedScheduler(Scheduler):
         self._losing: set[str] = set()
         if self.settings is not None and not self._stage_managers():
             raise NotImplementedError(
-                f"{WHERE}: the model is not one of this plugin's; expected a LLaVA-1.5 or "
-                "LLaVA-NeXT, and VLLM_PLUGINS=vtp_kernels"
+                f"{WHERE}: the model is not one of this plugin's; expected one that it "
+                "knows, and VLLM_PLUGINS=vtp_kernels"
             )
 
     def add_request(self, request: Any) -> None:

@@ -7,11 +7,18 @@ from typing import Any
 from .accounting import Accounts, Prompt
 from .ground import DefaultModelState, batch_of, picture_ranges
 
-__all__ = ["StagedModelState"]
+__all__ = ["staged"]
 
 
-class StagedModelState(DefaultModelState):
-    """vLLM's own, which also tells the attention what leaves in a step."""
+def staged(state: type | None) -> type:
+    """A model's own kind of state, None if that is vLLM's, which also tells the attention what
+    leaves in a step."""
+    own = DefaultModelState if state is None else state
+    return type(f"Staged{own.__name__}", (WithStages, own), {})
+
+
+class WithStages:
+    """In front of such a kind."""
 
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: Any) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
