@@ -1,10 +1,17 @@
 """Pruning between the layers of small models of every family in vLLM, against transformers."""
 
+import numpy as np
 import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: run by `make vllm-check`")
 
+import json
+import os
+import subprocess
+import sys
+
 import asking
+import ranks_grids
 import staged
 import tiny_grids
 from in_both import METHODS, Grids, Tiles, assert_same
@@ -93,3 +100,35 @@ def test_requests_that_are_preempted_come_back_as_they_were(served):
     for ours, theirs in zip(found, expected, strict=True):
         assert_same(ours, (asking.tokens(theirs), asking.logprobs(theirs)))
     staged.assert_all_free(small)
+
+
+@pytest.mark.parametrize("served", ["qwen2_5_vl"], indirect=True)
+def test_two_ranks_choose_as_one(served):
+    """Before the layers, and between them."""
+    keep = 0.9
+    run = subprocess.run(
+        [sys.executable, ranks_grids.__file__, served.name, served.folder, str(keep), STEPS],
+        env=os.environ | asking.ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    expected = ranks_grids.answers(served.engine, served.tiny, keep)
+    assert json.loads(run.stdout.splitlines()[-1]) == expected
+
+
+@pytest.mark.parametrize("served", ["qwen2_vl"], indirect=True)
+def test_videos_lose_tokens_as_pictures_do(served):
+    """Beside a picture, and alone."""
+    film = np.random.default_rng(0).integers(0, 256, (4, 84, 56, 3), dtype=np.uint8)
+    pictures, place = served.pictures(0, 1), served.tiny.PLACEHOLDER
+    video = place.replace("<image>", tiny_grids.SPELLED["video"])
+    for prompt, shown in ((f"5 {place} 4 {video} 7 8 9", pictures), (f"6 {video} 8", [])):
+        given = {"video": [film]} | ({"image": shown} if shown else {})
+        (output,) = asking.ask(served.engine, [{"prompt": prompt, "multi_modal_data": given}])
+        inputs = served.processor(
+            text=[prompt], images=shown or None, videos=[film], return_tensors="pt"
+        )
+        assert output.prompt_token_ids == inputs["input_ids"][0].tolist()
+        assert_same(output, served.answer(inputs, vtp.method(STEPS)))
+    staged.assert_all_free(served.engine)
