@@ -1,6 +1,6 @@
 """The documentation: links lead somewhere, pages are found, and the worked example runs."""
 
-import importlib
+import pkgutil
 import re
 import sys
 import textwrap
@@ -72,8 +72,7 @@ def test_docstrings_are_read_in_the_style_they_are_written_in(page):
     """In the other one their arguments would be shown as plain words."""
     wrong = []
     for path, options in DOCUMENTED.findall(page.read_text()):
-        module, _, name = path.rpartition(".")
-        words = getattr(importlib.import_module(module), name).__doc__
+        words = pkgutil.resolve_name(path).__doc__
         google = re.search(r"^ *(Args|Attributes|Returns|Raises):$", words, re.MULTILINE)
         if google and "docstring_style: google" not in options:
             wrong.append(path)

@@ -26,8 +26,8 @@ class Catalogue:
     ----------
     transformers : the version that is installed
     families : as `supported_models()`, and of each `vllm`, what of `vtp_kernels.vllm` takes it:
-        "budget" (the plugin: all pictures keep one number of tokens), "encode" (each keeps as many
-        as it needs)
+        "budget" (the plugin: all pictures keep one number of tokens), "stages" (the plugin: tokens
+        leave between the layers), "encode" (each keeps as many as it needs)
     refused : {model_type: why}, of the models of this transformers that read pictures
     """
 
@@ -91,6 +91,6 @@ def catalogue() -> Catalogue:
     families = supported_models()
     for name, family in families.items():
         budgeted = not BUDGETED.keys().isdisjoint(family["architectures"])
-        family["vllm"] = ["budget"] * budgeted + ["encode"] * (name in ENCODED)
+        family["vllm"] = ["budget", "stages"] * budgeted + ["encode"] * (name in ENCODED)
     taken = {name for family in families.values() for name in family["architectures"]}
     return Catalogue(transformers.__version__, families, refused(taken))

@@ -49,8 +49,8 @@ def test_the_table_says_what_pages_say(capsys):
         assert f"\n{reason}\n    " in page
     assert main(["models", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["families"]["llava"]["vllm"] == ["budget", "encode"]
-    assert found["families"]["internvl"]["vllm"] == ["budget"]
+    assert found["families"]["llava"]["vllm"] == ["budget", "stages", "encode"]
+    assert found["families"]["internvl"]["vllm"] == ["budget", "stages"]
     assert found["families"]["paligemma"]["vllm"] == []
     assert found["families"].keys() == vtp.supported_models().keys()
     assert found["refused"]["mllama"].startswith("an encoder reads the picture")
