@@ -70,10 +70,10 @@ def inflection(model, max_keep):
     )
 
 
-def deciders(model, folder):
+def deciders(model, folder, layers=(2, 4)):
     """A folder with deciders of random weights that fit the model."""
     torch.manual_seed(0)
     parts = parts_of(model)
-    fit = Fit.of(parts.family, parts.text.config, (2, 4), 32)
+    fit = Fit.of(parts.family, parts.text.config, layers, 32)
     save_deciders(folder, Deciders(fit.shape), fit, training={})
     return folder
