@@ -128,14 +128,24 @@ def test_frames_of_unlike_size_are_refused():
         vtp.VidCom2().check_units(units)
 
 
-def test_a_video_of_one_frame():
-    rows = prompt_rows(
-        [[BOS, ("video", 1, 8, 0, False), ASKS]],
-        lambda *shape: np.random.default_rng(2).standard_normal(shape),
-        6,
-    )
-    assert vtp.FrameDifference(0.25).decide(0, rows) is None
-    assert len(kept_columns(vtp.VidCom2(0.25).decide(0, rows), rows, 0)) == 2
+def test_a_video_of_one_frame_is_refused():
+    """It has nothing to be compared with. One picture, where pictures are frames, is none."""
+    generator = np.random.default_rng(2)
+    one = [[ASKS], [BOS, ("video", 3, 4, 0, False), ("video", 1, 8, 1, False), ASKS]]
+    rows = prompt_rows(one, lambda *shape: generator.standard_normal(shape), 6)
+    for kind in (vtp.FrameDifference, vtp.VidCom2):
+        message = (
+            f"{kind.__name__}: expected videos of two frames or more, got one .*video 1 of .*1"
+        )
+        with pytest.raises(ValueError, match=message):
+            kind(0.25).check_units(rows.units)
+    picture = [[BOS, ("picture", 8), ASKS]]
+    rows = prompt_rows(picture, lambda *shape: generator.standard_normal(shape), 6)
+    for kind, stay in ((vtp.FrameDifference, 8), (vtp.VidCom2, 2)):
+        method = kind(0.25, "pictures")
+        method.check_units(rows.units)
+        kept = method.decide(0, rows)
+        assert (8 if kept is None else len(kept_columns(kept, rows, 0))) == stay
 
 
 def test_a_frame_that_stands_out_keeps_more():

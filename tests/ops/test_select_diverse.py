@@ -311,7 +311,6 @@ def test_nothing_to_choose_from(draw, backend, rule):
         (vtp.select_diverse(features[:, :0], 0, **options), (2, 0)),
         (vtp.select_diverse(features[:, :0], 0, capacity=2, **options), (2, 2)),
         (vtp.select_diverse(features, 0, **options), (2, 0)),
-        (vtp.select_diverse(features, 3, candidates=none, **options), (2, 3)),
     ):
         assert selection.indices.shape == shape and (selection.indices == -1).all()
         assert selection.counts.tolist() == [0] * shape[0]
@@ -562,6 +561,11 @@ def but(x, value, *at):
         ({"capacity": -1}, ValueError, "capacity must be at least 0"),
         ({"rule": "best"}, ValueError, r"rule must be one of \('maxmin', 'dpp'\), got 'best'"),
         ({"candidates": MASK[:, :8]}, ValueError, r"candidates must have shape .*\[2, 8\]"),
+        (
+            {"candidates": torch.zeros_like(MASK)},
+            ValueError,
+            "candidates must name some, for k is 3; no row of the batch has any",
+        ),
         ({"candidates": MASK.int()}, TypeError, "candidates must be bool, got int32"),
         ({"keep": MASK[:1]}, ValueError, r"keep must have shape .*\[1, 9\]"),
         ({"relevance": ONES}, ValueError, "relevance is for rule 'dpp', got one with .*'maxmin'"),

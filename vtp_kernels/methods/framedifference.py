@@ -29,8 +29,9 @@ class FrameDifference(VideoMethod, key="framedifference"):
     enter the language model. (The paper, arXiv 2510.14624, compares pixels instead.) The highest
     scores of the whole video stay; equal ones by their order. Frames that a model merges, as Qwen
     does two and two, are one. Pictures in the same prompt stay whole, and so do timestamps and rows
-    that show nothing (`image_newline`). A video of one frame stays whole. Scores are float32,
-    whatever the model computes in; this is ours.
+    that show nothing (`image_newline`). A video of one frame is refused; the one picture of a
+    prompt, with frames="pictures", stays whole. Scores are float32, whatever the model computes in;
+    this is ours.
 
     Parameters
     ----------

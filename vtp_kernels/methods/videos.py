@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -61,7 +62,17 @@ class VideoMethod(Method):
         return self.frames == "pictures"
 
     def check_units(self, units: list[list[Unit]]) -> None:
-        videos_of(units, self._pictures, f"{type(self).__name__}.frames")
+        name = type(self).__name__
+        videos_of(units, self._pictures, f"{name}.frames")
+        for prompt, of_prompt in enumerate(units):
+            frames = Counter(unit.video for unit in of_prompt if unit.video is not None)
+            for video, count in frames.items():
+                if count < 2:
+                    raise ValueError(
+                        f"{name}: expected videos of two frames or more, got one frame in video "
+                        f"{video} of prompt {prompt}; frames that the model merges, as Qwen does "
+                        "two and two, are one"
+                    )
 
     def check_config(self, family: str, config: Any) -> None:
         from vtp_kernels.models.families import FAMILIES

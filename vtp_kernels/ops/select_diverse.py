@@ -82,8 +82,9 @@ def select_diverse(
         ValueError: shapes or devices that do not fit, k < 0 or k > N, capacity < 0, k a tensor and
             no capacity, an unknown rule, relevance without "dpp" or `first` with it, relevance that
             is not finite where a row competes, `first` that is no candidate of a row that has
-            candidates and keeps nothing. The last two are checked on the CPU, on a GPU only in
-            debug mode: else such a candidate is odd, and such a row begins with the farthest.
+            candidates and keeps nothing, and no candidates in any row where an int k asks for some.
+            The last three are checked on the CPU, on a GPU only in debug mode: else such a
+            candidate is odd, such a row begins with the farthest, and nothing is chosen.
         TypeError: a dtype that is not supported.
         NotImplementedError: features that require grad, a backend that cannot serve.
     """
@@ -100,6 +101,7 @@ def select_diverse(
     if k > length:
         raise ValueError(f"k must be at most N = {length}, got {k}")
     _checks.one_of("rule", rule, RULES)
+    _check_candidates(candidates, k, features)
     _check_relevance(relevance, rule, candidates, keep, features)
     first = _checked_first(first, rule, candidates, keep, features)
     inputs = (features,) if relevance is None else (features, relevance)
@@ -131,6 +133,14 @@ def select_diverse(
         first=first,
         capacity=capacity,
     )
+
+
+def _check_candidates(candidates: Tensor | None, k: int, features: Tensor) -> None:
+    """A row of the batch may have none, but not all of them where some are asked for."""
+    if candidates is None or k == 0 or candidates.numel() == 0:
+        return
+    if _checks.may_read(features) and not bool(candidates.any()):
+        raise ValueError(f"candidates must name some, for k is {k}; no row of the batch has any")
 
 
 def _check_relevance(
