@@ -407,3 +407,19 @@ def test_models_that_cannot_be_compiled():
     with vtp.prune(flash, vtp.FastV(2)) as run:
         with pytest.raises(NotImplementedError, match="'flex_attention' cannot be compiled"):
             run.compile((64,))
+
+
+def test_code_is_made_anew_when_a_method_comes_or_goes_elsewhere():
+    """All of it is forgotten then, and there may be more of it than torch makes without asking."""
+    model, other = (tiny_llava(num_hidden_layers=2) for _ in range(2))
+    lengths = range(32, 41)
+    with torch.no_grad(), vtp.prune(model, vtp.FastV(1, 0.5)) as run:
+        expected = model(**one()).logits
+        run.compile(lengths, one(), backend="eager")
+        assert len(lengths) > dynamo.config.recompile_limit
+        vtp.apply(other, vtp.FastV(1, 0.5)).remove()
+        for words in range(10, 19):
+            model(**batch(prompt(1, words, 0)))
+            assert run.report().compiled["variants"] == words - 9
+        close(model(**one()).logits, expected)
+        assert run.report().compiled["length"] == 32

@@ -11,6 +11,7 @@ kinds of caches, and what a CUDA graph puts out may be overwritten by the next p
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from ..modules.shadow import NamingShadow
 from .asked import takes_logits_to_keep
 from .prefill import Prefill
 
-__all__ = ["CompiledText", "check_compiled"]
+__all__ = ["CompiledText", "check_compiled", "forget_compiled_code"]
 
 # What the decoder stack is given of each row, and what else that is the same for all prompts.
 OF_ROWS = ("inputs_embeds", "attention_mask", "position_ids")
@@ -39,6 +40,23 @@ OTHERS = (CALL, "past_key_values", "use_cache", "cache_position")
 ATTENTIONS = ("sdpa", "eager")
 # The first run compiles, the second records a CUDA graph, the third replays it.
 WARM = 3
+
+
+@dataclass
+class Forgotten:
+    """How many times all compiled code was thrown away."""
+
+    times: int = 0
+
+
+forgotten = Forgotten()
+
+
+def forget_compiled_code() -> None:
+    """Compiled code does not notice hooks that come or go: Dynamo leaves them out of its guards."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+        forgotten.times += 1
 
 
 class Variant(NamedTuple):
@@ -95,6 +113,7 @@ class CompiledText(NamingShadow):
         super().__init__(parts.text, "forward")
         self.parts, self.lengths, self.most, self.options = parts, lengths, most, options
         self.variants: dict[Variant, Held] = {}
+        self.made_in = forgotten.times
         self.at_least = 0  # rows, while code is made ahead
         self._compiled = torch.compile(self.original, fullgraph=True, dynamic=False, **options)
         self._warned = False
@@ -104,6 +123,9 @@ class CompiledText(NamingShadow):
         if not isinstance(call, Prefill) or torch.compiler.is_compiling():
             return self.original(*args, **kwargs)
         given = {name: x for name, x in self.by_name(args, kwargs).items() if x is not None}
+        if self.made_in != forgotten.times:  # all code is gone, whose memory was counted
+            self.variants.clear()
+            self.made_in = forgotten.times
         variant = self._variant(call, given)
         why = self._why_not(call, given, variant)
         if why is not None:
@@ -216,9 +238,15 @@ class CompiledText(NamingShadow):
         }
         held = self.variants.setdefault(variant, Held())
         try:
-            output = (
-                self._warm_up(held, arguments) if held.runs < WARM else self._compiled(**arguments)
-            )
+            # Always: code may have to be made anew, as where something global has changed.
+            with torch._dynamo.config.patch(
+                recompile_limit=2 * self.most + 8, accumulated_recompile_limit=1 << 16
+            ):
+                output = (
+                    self._warm_up(held, arguments)
+                    if held.runs < WARM
+                    else self._compiled(**arguments)
+                )
         except BaseException:
             if not held.runs:
                 del self.variants[variant]
@@ -240,8 +268,7 @@ class CompiledText(NamingShadow):
         """One of the first runs, which compile and allocate."""
         device = arguments["inputs_embeds"].device
         before = _reserved(device)
-        with torch._dynamo.config.patch(recompile_limit=2 * self.most + 8):
-            output = self._compiled(**arguments)
+        output = self._compiled(**arguments)
         held.bytes += _reserved(device) - before
         held.runs += 1
         return output

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import threading
 import warnings
 from typing import Any
@@ -40,7 +39,7 @@ from ..pictures.encoding import LayoutNotes
 from ..pictures.watch import VisionWatch
 from ..reports.report import PrefillRecord
 from .asked import takes_logits_to_keep
-from .compiled import CompiledText
+from .compiled import CompiledText, forget_compiled_code
 from .continuation import Continuation
 from .plan import Plan
 from .prefill import Prefill
@@ -147,7 +146,7 @@ class Engine(StaysBehind):
             hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
             if index in self.plan.watched:
                 self._put_shadow(index)
-        _forget_compiled_code()
+        forget_compiled_code()
 
     def detach(self) -> None:
         if not self._hooks:
@@ -164,7 +163,7 @@ class Engine(StaysBehind):
         self.shadows.clear()
         self._packing.clear()
         self.at_work.on = False
-        _forget_compiled_code()
+        forget_compiled_code()
 
     def compile(self, lengths: tuple[int, ...], most: int, options: dict[str, Any]) -> CompiledText:
         """Put one in front of the decoder stack, in the place of the one that is."""
@@ -177,7 +176,7 @@ class Engine(StaysBehind):
         if self.compiled is not None:
             self.compiled.remove()
             self.compiled = None
-            _forget_compiled_code()
+            forget_compiled_code()
 
     def may_pack(self, index: int) -> bool:
         """Whether rows may come to a layer without the padding between them.
@@ -201,7 +200,7 @@ class Engine(StaysBehind):
                     layer.register_forward_hook(after, prepend=True, with_kwargs=True)
                 )
                 self._packing.add(index)
-                _forget_compiled_code()
+                forget_compiled_code()
         return not others_look_into(layer)
 
     def _put_shadow(self, index: int) -> None:
@@ -354,9 +353,3 @@ def _forget_copied_hooks(module: nn.Module) -> None:
             owner = getattr(getattr(hook, "func", hook), "__self__", None)
             if isinstance(owner, StaysBehind) and owner.idle:
                 del hooks[key]
-
-
-def _forget_compiled_code() -> None:
-    """Compiled code does not notice hooks that come or go: Dynamo leaves them out of its guards."""
-    if "torch._dynamo" in sys.modules:
-        sys.modules["torch._dynamo"].reset()
