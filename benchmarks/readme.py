@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.compiled import Row as CompiledRow
+from benchmarks.compiled import table as compiled_table
 from benchmarks.end_to_end import Row as EndToEndRow
 from benchmarks.end_to_end import table as end_to_end_table
 from benchmarks.harness import Timing, summary
@@ -31,6 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 FILES = {
     "accuracy.json": "intel-xeon-2-cores",
     "bench.json": "intel-xeon-2-cores",
+    "compiled.json": "amd-epyc-2-cores",
     "demo.json": "intel-xeon-2-cores",
     "end_to_end.json": "amd-epyc-2-cores",
     "inflection.json": "amd-epyc-2-cores",
@@ -156,6 +159,10 @@ def end_to_end() -> str:
     return end_to_end_table([EndToEndRow(**row) for row in _read("end_to_end.json")["rows"]])
 
 
+def compiled() -> str:
+    return compiled_table([CompiledRow(**row) for row in _read("compiled.json")["rows"]])
+
+
 def vllm() -> str:
     return serving_table([ServingRow(**row) for row in _read("vllm.json")["rows"]])
 
@@ -218,6 +225,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"summary": summary_of_methods, "demo": demo},
     "docs/results.md": {
         "accuracy": accuracy,
+        "compiled": compiled,
         "end_to_end": end_to_end,
         "inflection": inflection,
         "lvpruning": lvpruning,
