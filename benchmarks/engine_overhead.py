@@ -10,7 +10,7 @@ small as can be, so that it hides nothing.
 
 `python` are microseconds that a prefill of FastV spends in the engine on the host, of a model so
 narrow that its ops take little: before a layer with nothing to do, before the one where rows leave,
-ops included, and in all.
+in all, and how much of that is in this package's ops.
 
 Both take turns, prefill and decoding apart; ratios are medians over the turns, with the middle half
 of them in brackets. The model alone stands beside itself as well: that is the noise. On a CPU the
@@ -167,6 +167,8 @@ def python_costs(turns: int) -> dict[str, float]:
         with vtp.prune(model, vtp.FastV(decides, 4)):
             for _ in range(turns):
                 model(**inputs, use_cache=True)
+            Engine._before_layer = before_layer
+            ops = [_in_ops(model, inputs) for _ in range(turns)]
     finally:
         Engine._before_layer = before_layer
     least = {index: min(taken) for index, taken in spent.items()}
@@ -174,8 +176,17 @@ def python_costs(turns: int) -> dict[str, float]:
     return {
         "quiet_layer": statistics.median(quiet),
         "decision": least[decides],
+        "ops": min(ops),
         "prefill": sum(least.values()),
     }
+
+
+def _in_ops(model, inputs: dict) -> float:
+    """Microseconds in the ops of this package, all of one prefill."""
+    with torch.autograd.profiler.profile() as profile:
+        model(**inputs, use_cache=True)
+    ours = [x for x in profile.key_averages() if x.key.startswith("vtp_kernels::")]
+    return float(sum(x.cpu_time_total for x in ours))
 
 
 def table(rows: list[Row]) -> str:

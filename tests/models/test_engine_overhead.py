@@ -26,4 +26,4 @@ def test_methods_keep_what_they_say_and_rows_are_ratios():
 
 def test_a_layer_with_nothing_to_do_costs_less_than_a_decision():
     costs = engine_overhead.python_costs(turns=3)
-    assert 0 < costs["quiet_layer"] < costs["decision"] < costs["prefill"]
+    assert 0 < costs["quiet_layer"] < costs["decision"] < costs["prefill"] and costs["ops"] > 0
